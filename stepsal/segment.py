@@ -1,0 +1,364 @@
+"""One incremental state machine that finds sections and steps, in a whole text or token by token while decoding.
+
+`Segmenter` reads characters. It knows the section it is in (thinking, summary, or none), which markers end it, and the
+step that is open. When the first non-space character after some white space arrives, it decides once and for all
+whether that character begins a new step: the decision looks at the step so far, at the white space, and at that one
+character, never ahead. So a boundary is known with the first token of the next step, and it does not matter whether the
+text comes in characters, tokens or at once: offline and online segmentation are the same code, fed differently.
+
+Two things are only known later, and are provisional until then: a text that may become a marker (`</th` ...) counts to
+the running step until it does, and in the format "plain" the last paragraph becomes the summary at `finish()`.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+Role = Literal["question", "thinking", "summary"]
+Split = Literal["sentence", "paragraph", "line"] | str | re.Pattern[str] | Callable[[str, str], bool]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a model marks its sections.
+
+    Attributes:
+        name: shown in traces and errors.
+        start: the section in which a response begins; None is template text outside all sections.
+        markers: for each section, the markers that end it and the section that follows. Markers are template.
+        last_is_summary: no marker tells the summary apart, so the last paragraph becomes it at the end (failing that,
+            the last line, then the last step, unless it is the only one).
+    """
+
+    name: str
+    start: Role | None
+    markers: Mapping[Role | None, Mapping[str, Role | None]]
+    last_is_summary: bool = False
+
+    @staticmethod
+    def with_marker(marker: str) -> Format:
+        """Thinking until `marker`, summary after it."""
+        if not marker.strip():
+            raise ValueError(f"marker={marker!r} is empty: give the text that stands between thinking and summary")
+        return Format(f"marker {marker!r}", "thinking", {"thinking": {marker: "summary"}})
+
+    @property
+    def all_markers(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(marker for ends in self.markers.values() for marker in ends))
+
+
+FORMATS: dict[str, Format] = {
+    # DeepSeek-R1, Qwen3, QwQ; the opening marker may stand in the prompt template instead
+    "think": Format("think", "thinking", {"thinking": {"<think>": "thinking", "</think>": "summary"}}),
+    # GPT-OSS; other channels and headers are template
+    "harmony": Format(
+        "harmony",
+        None,
+        {
+            None: {"<|channel|>analysis<|message|>": "thinking", "<|channel|>final<|message|>": "summary"},
+            "thinking": {"<|end|>": None},
+            "summary": {"<|end|>": None, "<|return|>": None},
+        },
+    ),
+    "plain": Format("plain", "thinking", {}, last_is_summary=True),
+}
+
+
+class Span(NamedTuple):
+    """A step as half-open character span, without the white space around it."""
+
+    role: Role
+    start: int
+    end: int
+
+
+_CLOSERS = "\"'”’»)]}*_`"
+_WIDE_END = "。！？"  # need no white space after them
+_BULLETS = "-*•#"
+_ABBREVIATIONS = frozenset("e.g i.e cf vs fig figs eq eqs dr mr mrs ms prof approx resp sec ch viz ca al".split())
+_LIST_NUMBER = re.compile(r"(\d{1,3}|[A-Za-z])[.)]")
+# what must not be cut, by its opening; a blank line ends math that was never closed, as it does in LaTeX
+_ENCLOSURES = {"```": "```", "$$": "$$", "\\[": "\\]", "\\(": "\\)", "\\begin{": "\\end{"}
+_TAIL = 48  # characters of the step that a sentence decision looks back on
+
+
+class Segmenter:
+    """Find the steps of a response, pushed in pieces of any size.
+
+    Args:
+        format: the model's format.
+        split: where steps end within a section. "sentence", "paragraph" (blank lines), "line"; a regular expression: a
+            step ends where a match ends at its last non-space character or in the white space after it; or a callable
+            `f(step_so_far, next_char) -> bool`, asked whether a new step begins at `next_char`, the next non-space
+            character (the step so far includes white space at its end).
+        min_chars: a shorter step does not end: the next piece is merged into it. The last of a section may be shorter.
+        template: further texts that are in no step, such as end-of-sequence tokens.
+
+    Raises:
+        ValueError: negative `min_chars`, or a regular expression that does not compile.
+    """
+
+    def __init__(
+        self, format: Format, *, split: Split = "sentence", min_chars: int = 15, template: Iterable[str] = ()
+    ) -> None:
+        if min_chars < 0:
+            raise ValueError(f"min_chars={min_chars} must not be negative")
+        self.format = format
+        self.min_chars = min_chars
+        self._ends = _boundary_rule(split)
+        self._whole_step = not isinstance(split, str) or split not in ("sentence", "paragraph", "line")
+        # per section: markers, longest first, with the section they lead to
+        self._markers: dict[Role | None, list[tuple[str, Role | None]]] = {}
+        sections: tuple[Role | None, ...] = (None, "thinking", "summary")
+        for section in sections:
+            leads_to: dict[str, Role | None] = dict.fromkeys(filter(None, template), section)
+            leads_to.update(format.markers.get(section, {}))
+            self._markers[section] = sorted(leads_to.items(), key=lambda item: -len(item[0]))
+        self._first_chars = {marker[0] for ends in self._markers.values() for marker, _ in ends}
+        self._held = ""  # the beginning of what may be a marker
+        self._position = 0  # characters decided so far
+        self.role: Role | None = format.start
+        self._spans: list[Span] = []
+        self._breaks: list[int] = []
+        self._leads: list[int] = []  # per step: line breaks in the white space before it
+        self._open = False  # is the last span still growing
+        self._step: list[str] = []  # characters of the open step
+        self._gap = ""  # white space since the last other character
+        self._line_start = 0  # index in _step at which the current line begins
+        self._closing: str | None = None  # end of the enclosure we are in
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The steps found so far, the open one included."""
+        return tuple(self._spans)
+
+    @property
+    def breaks(self) -> tuple[int, ...]:
+        """Where each marker and template text ended."""
+        return tuple(self._breaks)
+
+    @property
+    def n_chars(self) -> int:
+        """Characters pushed so far."""
+        return self._position + len(self._held)
+
+    def copy(self) -> Segmenter:
+        """An independent segmenter in the same state."""
+        twin = copy.copy(self)
+        for name in ("_spans", "_breaks", "_leads", "_step"):
+            setattr(twin, name, getattr(self, name).copy())
+        return twin
+
+    def push(self, text: str) -> None:
+        """Read more of the response; constant work per character."""
+        self._push(text, final=False)
+
+    def flush(self) -> None:
+        """Read a held-back beginning of a marker as ordinary text."""
+        self._push("", final=True)
+
+    def _push(self, text: str, final: bool) -> None:
+        text = self._held + text
+        self._held = ""
+        i = 0
+        while i < len(text):
+            if text[i] in self._first_chars:
+                marker = next((m for m in self._markers[self.role] if text.startswith(m[0], i)), None)
+                longer = not final and any(
+                    len(m) > len(text) - i and m.startswith(text[i:]) and (marker is None or len(m) > len(marker[0]))
+                    for m, _ in self._markers[self.role]
+                )
+                if longer:
+                    self._held = text[i:]
+                    return
+                if marker is not None:
+                    self._close_section(marker[1])
+                    self._position += len(marker[0])
+                    self._breaks.append(self._position)
+                    i += len(marker[0])
+                    continue
+            self._read(text[i])
+            i += 1
+
+    def finish(self) -> tuple[Span, ...]:
+        """End the response, and return its steps."""
+        self.flush()
+        self._open = False
+        if self.format.last_is_summary and len(self._spans) > 1:
+            first = next(
+                (i for breaks in (2, 1) for i in range(len(self._spans) - 1, 0, -1) if self._leads[i] >= breaks),
+                len(self._spans) - 1,
+            )
+            self._spans[first:] = [span._replace(role="summary") for span in self._spans[first:]]
+        return self.spans
+
+    @property
+    def in_step(self) -> bool:
+        """Whether a step is open: white space that follows counts to it."""
+        return self._open
+
+    def _close_section(self, role: Role | None) -> None:
+        self.role = role
+        self._open, self._step, self._gap, self._closing, self._line_start = False, [], "", None, 0
+
+    def _read(self, char: str) -> None:
+        position = self._position
+        self._position += 1
+        if self.role is None:
+            return
+        if char.isspace():
+            self._gap += char
+            return
+        if self._open and not self._begins_step(char):
+            if "\n" in self._gap:
+                self._line_start = len(self._step) + len(self._gap)
+            self._step += self._gap
+            self._spans[-1] = self._spans[-1]._replace(end=position + 1)
+        else:
+            self._spans.append(Span(self.role, position, position + 1))
+            self._leads.append(self._gap.count("\n"))
+            self._open, self._step, self._closing, self._line_start = True, [], None, 0
+        self._gap = ""
+        self._step.append(char)
+        self._track_enclosure()
+
+    def _begins_step(self, char: str) -> bool:
+        if self._closing is not None:
+            if self._closing == "```" or self._gap.count("\n") < 2:
+                return False
+            self._closing = None
+        if len(self._step) < self.min_chars:
+            return False
+        if not self._gap and not self._whole_step and self._step[-1] not in _WIDE_END:
+            return False
+        kept = self._step if self._whole_step else self._step[-_TAIL:]
+        line_start = max(0, self._line_start - (len(self._step) - len(kept)))
+        return self._ends("".join(kept), self._gap, char, line_start)
+
+    def _track_enclosure(self) -> None:
+        if self._closing is not None:
+            if "".join(self._step[-len(self._closing) :]) == self._closing:
+                self._closing = None
+        elif self._step[-1] in "`$[({":
+            tail = "".join(self._step[-7:])
+            self._closing = next((end for start, end in _ENCLOSURES.items() if tail.endswith(start)), None)
+
+
+_Rule = Callable[[str, str, str, int], bool]
+
+
+def _boundary_rule(split: Split) -> _Rule:
+    """`rule(step_so_far, gap, next_char, start_of_its_last_line) -> bool`."""
+    if split == "sentence":
+        return _sentence_ends
+    if split == "paragraph":
+        return lambda step, gap, char, line: gap.count("\n") >= 2
+    if split == "line":
+        return lambda step, gap, char, line: "\n" in gap
+    if callable(split):
+        return lambda step, gap, char, line: bool(split(step + gap, char))
+    source, flags = (split, 0) if isinstance(split, str) else (split.pattern, split.flags)
+    try:
+        pattern = re.compile(f"(?:{source})\\s*\\Z", flags)
+    except re.error as error:
+        raise ValueError(
+            f"split={split!r} is neither 'sentence', 'paragraph', 'line' nor a regular expression: {error}"
+        ) from error
+    return lambda step, gap, char, line: pattern.search(step + gap) is not None
+
+
+def _sentence_ends(step: str, gap: str, char: str, line_start: int) -> bool:
+    """Whether `step` is a finished sentence, given the white space after it and the next character."""
+    breaks = gap.count("\n")
+    if breaks >= 2:
+        return True
+    body = step.rstrip(_CLOSERS) or step
+    mark = body[-1]
+    if mark in _WIDE_END:
+        return True
+    if not gap:
+        return False
+    if breaks and (char in _BULLETS or char.isdigit()):  # a new line that begins as list items do
+        return True
+    if mark not in ".!?…":
+        return False
+    if mark != "." or body.endswith(".."):
+        return not char.islower()  # "Wait... maybe", "Why?" she asked
+    if _LIST_NUMBER.fullmatch(step[line_start:].strip()):
+        return False
+    words = body[:-1].split()
+    word = words[-1].lstrip("([\"'“‘*_").lower() if words else ""
+    if word == "etc":
+        return not char.islower()
+    return word not in _ABBREVIATIONS
+
+
+def segment(
+    text: str, format: Format, *, split: Split = "sentence", min_chars: int = 15, template: Iterable[str] = ()
+) -> tuple[Span, ...]:
+    """The steps of a whole response; see `Segmenter`."""
+    segmenter = Segmenter(format, split=split, min_chars=min_chars, template=template)
+    segmenter.push(text)
+    return segmenter.finish()
+
+
+class StepTracker:
+    """Which step each token belongs to, told while the tokens come in.
+
+    A token belongs to the step of its first non-space character; a token of white space (or of no text yet) belongs to
+    the step that is open. Everything else is template, -1.
+    """
+
+    def __init__(self, segmenter: Segmenter) -> None:
+        self.segmenter = segmenter
+
+    def push(self, token_text: str) -> int:
+        """Read one token and return its step, counted from the first step of the response; -1 for template."""
+        before, in_step = self.segmenter.n_chars, self.segmenter.in_step
+        self.segmenter.push(token_text)
+        seen = self.segmenter
+        if seen._held:  # not yet known to be a marker: for now it is what it would be as text
+            seen = seen.copy()
+            seen.flush()
+        offset = len(token_text) - len(token_text.lstrip())
+        if offset == len(token_text):
+            return len(seen._spans) - 1 if in_step and seen.in_step else -1
+        return _step_at(seen._spans, before + offset)
+
+
+def step_ids(
+    spans: tuple[Span, ...], offsets: Iterable[tuple[int, int]], text: str, breaks: Iterable[int]
+) -> list[int]:
+    """The step of each token of a whole text, by the rule of `StepTracker`.
+
+    Args:
+        spans: steps, ordered, as characters of `text`.
+        offsets: half-open character span of each token.
+        breaks: positions at which template text ends; white space after one belongs to no step before it.
+    """
+    starts, breaks = [span.start for span in spans], sorted(breaks)
+    result = []
+    for start, end in offsets:
+        piece = text[start:end]
+        position = start + len(piece) - len(piece.lstrip())
+        if position < end:
+            i = bisect_right(starts, position) - 1
+            result.append(i if i >= 0 and position < spans[i].end else -1)
+            continue
+        i = bisect_left(starts, start) - 1
+        last_break = bisect_right(breaks, start) - 1
+        cut = last_break >= 0 and i >= 0 and breaks[last_break] >= spans[i].end
+        result.append(-1 if i < 0 or cut else i)
+    return result
+
+
+def _step_at(spans: list[Span], position: int) -> int:
+    for i in range(len(spans) - 1, -1, -1):  # the last or the last but one
+        if spans[i].start <= position:
+            return i if position < spans[i].end else -1
+    return -1
