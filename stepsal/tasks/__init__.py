@@ -1,0 +1,5 @@
+"""Problems that can be graded."""
+
+from stepsal.tasks import chain
+
+__all__ = ["chain"]
