@@ -1,0 +1,540 @@
+"""Step maps: pool token-level saliency into steps, and carry the labelled result.
+
+Pooling is two sums and a division. A token map I[t <- k] is summed over the blocks (query step x key step), which is
+a product with the one-hot membership matrix M[pos, step] on either side,
+
+    sums[i, j] = sum_{t, k <= t} M[t, i] * I[t <- k] * M[k, j],
+
+and the sums are divided by the number of pairs ("mean": the density of saliency, the paper's map) or by the number of
+query rows ("sum": the saliency mass that a token of step i puts on step j). Only pairs that exist are counted: k <= t,
+rows t that have a target, and no template token (step id -1). A uniform causal token map thus pools to a uniform step
+map under "mean".
+
+The pooling functions run inside a backward pass, on any device: they go through a map in blocks of rows and never
+build a second [query_pos, key_pos] tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import safetensors
+import safetensors.torch
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from stepsal.segment import Role
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+
+Target = Literal["token", "sequence"]
+Reduce = Literal["mean", "sum"]
+Band = Literal["shallow", "middle", "deep"]
+Layers = int | Sequence[int] | Band
+"""One layer (negative counts from the last), several layers, or a band of layers."""
+
+FORMAT = "stepsal.StepSaliency"
+FORMAT_VERSION = 1
+SUFFIX = ".safetensors"
+ROWS_PER_BLOCK = 256  # query rows pooled at a time: the only temporary of pooling is [ROWS_PER_BLOCK, key_pos]
+
+
+# ---------------------------------------------------------------------------------------------------- pooling
+
+
+def pool_steps(
+    token_map: Float[Tensor, "*batch query_pos key_pos"],
+    step_ids: Int[Tensor, " pos"],
+    n_steps: int,
+    has_target: Bool[Tensor, " pos"] | None = None,
+) -> Float[Tensor, "*batch query_step key_step"]:
+    """Sum a token map over the blocks query step x key step.
+
+    Args:
+        token_map: Saliency of key position k for query position t; what stands above the diagonal is ignored.
+        step_ids: Step of each token; -1 (template) is in no block.
+        n_steps: Number of steps S.
+        has_target: Query rows that predict a token. Default: all but the last.
+
+    Returns:
+        Sums over causal pairs, float32 (float64 for a float64 map), on the device of the map.
+
+    Raises:
+        ValueError: If the map is not square over the positions of `step_ids`.
+    """
+    n_pos = step_ids.shape[0]
+    if token_map.shape[-2:] != (n_pos, n_pos):
+        raise ValueError(
+            f"token_map is {tuple(token_map.shape)} but step_ids covers {n_pos} positions; "
+            f"expected [..., {n_pos}, {n_pos}]"
+        )
+    has_target = _targets(step_ids, has_target)
+    sums = token_map.new_zeros((*token_map.shape[:-2], n_steps, n_steps), dtype=_accumulator(token_map))
+    for first in range(0, n_pos, ROWS_PER_BLOCK):
+        stop = min(first + ROWS_PER_BLOCK, n_pos)  # keys at and after `stop` are in the future of every row here
+        sums += pool_rows(token_map[..., first:stop, :stop], first, step_ids, n_steps, has_target)
+    return sums
+
+
+def pool_rows(
+    row_block: Float[Tensor, "*batch row key_pos"],
+    first_row: int,
+    step_ids: Int[Tensor, " pos"],
+    n_steps: int,
+    has_target: Bool[Tensor, " pos"] | None = None,
+) -> Float[Tensor, "*batch query_step key_step"]:
+    """The share of `pool_steps` that comes from the rows `first_row, first_row + 1, ...` of a token map.
+
+    For engines that compute a map block by block and never hold it whole: adding up the blocks gives `pool_steps`.
+
+    Args:
+        row_block: Consecutive rows of a token map; its keys start at position 0 and may stop after the last row.
+        first_row: Query position of the first row of the block.
+        step_ids: Step of each token of the whole trace; -1 (template) is in no block.
+        n_steps: Number of steps S.
+        has_target: Query rows of the whole trace that predict a token. Default: all but the last.
+
+    Raises:
+        ValueError: If the block reaches outside the positions of `step_ids`.
+    """
+    n_rows, n_keys = row_block.shape[-2:]
+    n_pos = step_ids.shape[0]
+    if first_row < 0 or first_row + n_rows > n_pos or not first_row + n_rows <= n_keys <= n_pos:
+        raise ValueError(
+            f"rows {first_row}..{first_row + n_rows - 1} with {n_keys} keys do not fit {n_pos} positions; "
+            "a row needs the keys 0..row at least"
+        )
+    rows = slice(first_row, first_row + n_rows)
+    dtype = _accumulator(row_block)
+    step_ids = step_ids.to(row_block.device)
+    has_target = _targets(step_ids, has_target)
+    of_key = _membership(step_ids[:n_keys], n_steps).to(dtype)  # [key_pos, step]
+    of_row = (_membership(step_ids[rows], n_steps) & has_target[rows, None]).to(dtype)  # [row, step]
+    causal = row_block.tril(diagonal=first_row).to(dtype)  # [*batch, row, key_pos]
+    return of_row.T @ (causal @ of_key)  # [*batch, step, step]
+
+
+def pair_counts(
+    step_ids: Int[Tensor, " pos"],
+    n_steps: int,
+    has_target: Bool[Tensor, " pos"] | None = None,
+    causal: bool = True,
+) -> Int[Tensor, "query_step key_step"]:
+    """Number of (query position, key position) pairs in each block, in O(pos * step) memory.
+
+    Args:
+        step_ids: Step of each token; -1 (template) is in no block.
+        n_steps: Number of steps S.
+        has_target: Query rows that predict a token. Default: all but the last.
+        causal: Count pairs k <= t only. False also counts the pairs above the diagonal of own-step blocks, as the
+            authors' code does: an own-step block of n tokens of a uniform map then comes out at (n + 1) / 2n.
+    """
+    has_target = _targets(step_ids, has_target)
+    member = _membership(step_ids, n_steps).cpu().double()  # float64: exact integers, and a fast matmul
+    queries = member * has_target.cpu()[:, None]  # [pos, step]
+    counts = queries.T @ member.cumsum(0)  # cumsum[t, j]: tokens of step j at or before t
+    if not causal:
+        all_pairs = queries.sum(0)[:, None] * member.sum(0)[None, :]
+        counts = torch.where(counts > 0, all_pairs, 0.0)
+    return counts.round().long().to(step_ids.device)
+
+
+def row_counts(
+    step_ids: Int[Tensor, " pos"], n_steps: int, has_target: Bool[Tensor, " pos"] | None = None
+) -> Int[Tensor, " step"]:
+    """Number of query rows with a target in each step. Default of `has_target`: all rows but the last."""
+    return (_membership(step_ids, n_steps) & _targets(step_ids, has_target)[:, None]).sum(0)
+
+
+def reduce_blocks(
+    sums: Float[Tensor, "*batch query_step key_step"],
+    counts: Int[Tensor, "query_step key_step"],
+    rows_per_step: Int[Tensor, " query_step"],
+    how: Reduce,
+) -> Float[Tensor, "*batch query_step key_step"]:
+    """Turn block sums into a step map.
+
+    Args:
+        sums: From `pool_steps`.
+        counts: From `pair_counts`.
+        rows_per_step: From `row_counts`.
+        how: "mean" is saliency per pair (density); "sum" is saliency per query token (mass). They agree in that
+            mean * counts == sum * rows_per_step == sums. Blocks without pairs are zero.
+
+    Raises:
+        ValueError: If `how` is neither.
+    """
+    if how not in get_args(Reduce):
+        raise ValueError(f"reduce={how!r} is unknown; use 'mean' (per pair) or 'sum' (per query token)")
+    per = (counts if how == "mean" else rows_per_step[:, None]).to(sums)
+    return torch.where(per > 0, sums / per.clamp(min=1), torch.zeros_like(sums))
+
+
+def normalise_rows(values: Float[Tensor, "*batch query key"]) -> Float[Tensor, "*batch query key"]:
+    """Divide every row by its sum; rows without mass stay zero."""
+    mass = values.sum(-1, keepdim=True, dtype=torch.float64)  # float64: sums of tiny gradients must not underflow
+    return torch.where(mass > 0, values / mass.where(mass > 0, 1.0), 0.0).to(values.dtype)
+
+
+def band_layers(band: Band, n_layers: int) -> tuple[int, ...]:
+    """Layers of a band: the bottom quarter, the middle half or the top quarter of `n_layers`.
+
+    A quarter is `max(1, n_layers // 4)` layers.
+
+    Raises:
+        ValueError: If there is no such band.
+    """
+    quarter = max(1, n_layers // 4)
+    bands: dict[str, range] = {
+        "shallow": range(quarter),
+        "middle": range(quarter, n_layers - quarter),
+        "deep": range(n_layers - quarter, n_layers),
+    }
+    if band not in bands:
+        raise ValueError(f"band {band!r} is unknown; use one of {', '.join(map(repr, bands))}")
+    return tuple(bands[band])
+
+
+def _membership(step_ids: Int[Tensor, " pos"], n_steps: int) -> Bool[Tensor, "pos step"]:
+    return step_ids[:, None] == torch.arange(n_steps, device=step_ids.device)
+
+
+def _targets(step_ids: Int[Tensor, " pos"], has_target: Bool[Tensor, " pos"] | None) -> Bool[Tensor, " pos"]:
+    n_pos = step_ids.shape[0]
+    if has_target is None:
+        return torch.arange(n_pos, device=step_ids.device) < n_pos - 1
+    if has_target.shape != (n_pos,):
+        raise ValueError(f"has_target is {tuple(has_target.shape)}; expected one entry for each of {n_pos} positions")
+    return has_target.to(device=step_ids.device, dtype=torch.bool)
+
+
+def _accumulator(values: Tensor) -> torch.dtype:
+    return torch.float64 if values.dtype == torch.float64 else torch.float32
+
+
+# ----------------------------------------------------------------------------------------------------- result
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class StepSaliency:
+    """Step-by-step saliency of one trace, one lower-triangular map per layer, with all its labels.
+
+    `values[l, i, j]` says how much step i (query) draws on step j (key) in layer `layers[l]`: saliency per pair of
+    tokens under reduce="mean", per query token under reduce="sum". The unit is that of the loss, nats.
+
+    Raises:
+        ValueError: If shapes, labels and maps do not fit together, if `values` holds NaN, infinite or negative
+            entries or anything above the diagonal, or if `metadata` cannot be written as JSON.
+    """
+
+    values: Float[Tensor, "layer query_step key_step"]  # float32 on the CPU, zero above the diagonal
+    layers: tuple[int, ...]  # layer index of each map
+    n_layers: int  # depth of the model; `layers` may be a subset
+    model: str
+    target: Target
+    reduce: Reduce
+    roles: tuple[Role, ...]  # of each step
+    step_texts: tuple[str, ...]
+    step_lengths: tuple[int, ...]  # tokens per step
+    step_ids: Int[Tensor, " pos"]  # step of each token, -1 for template tokens
+    token_texts: tuple[str, ...]
+    head_values: Float[Tensor, "layer head query_step key_step"] | None = None
+    token_values: Float[Tensor, "layer query_pos key_pos"] | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)  # seed, versions, engine, ...; JSON values only
+
+    def __post_init__(self) -> None:
+        n_maps, n_steps, n_pos = len(self.layers), len(self.roles), len(self.token_texts)
+        if n_maps == 0 or n_steps == 0:
+            raise ValueError(f"{n_maps} layers and {n_steps} steps make no step map; give at least one of each")
+        _check_choice("target", self.target, get_args(Target))
+        _check_choice("reduce", self.reduce, get_args(Reduce))
+        for role in self.roles:
+            _check_choice("role", role, get_args(Role))
+        if len(set(self.layers)) < n_maps or not all(0 <= layer < self.n_layers for layer in self.layers):
+            raise ValueError(f"layers={self.layers} must be distinct indices in 0..{self.n_layers - 1}")
+        for name, labels in (("step_texts", self.step_texts), ("step_lengths", self.step_lengths)):
+            if len(labels) != n_steps:
+                raise ValueError(f"{name} has {len(labels)} entries for {n_steps} steps (one role per step)")
+
+        _check_shape("values", self.values, (n_maps, n_steps, n_steps))
+        _check_shape("step_ids", self.step_ids, (n_pos,))
+        if self.head_values is not None:
+            n_heads = self.head_values.shape[1] if self.head_values.ndim == 4 else 0
+            _check_shape("head_values", self.head_values, (n_maps, n_heads, n_steps, n_steps))
+        if self.token_values is not None:
+            _check_shape("token_values", self.token_values, (n_maps, n_pos, n_pos))
+
+        if self.values.dtype != torch.float32:
+            raise ValueError(f"values is {self.values.dtype}; pass values.float()")
+        if not self.values.isfinite().all():
+            raise ValueError("values holds NaN or infinite saliency; run the model in float32 or bfloat16")
+        if (self.values < 0).any() or self.values.triu(1).any():
+            raise ValueError("values must be non-negative and zero above the diagonal (saliency is causal)")
+        if n_pos and not -1 <= int(self.step_ids.min()) <= int(self.step_ids.max()) < n_steps:
+            raise ValueError(f"step_ids must lie in -1..{n_steps - 1} for {n_steps} steps")
+        lengths = torch.bincount(self.step_ids[self.step_ids >= 0], minlength=n_steps).tolist()
+        if lengths != list(self.step_lengths):
+            raise ValueError(f"step_lengths={self.step_lengths} but step_ids counts {tuple(lengths)} tokens")
+        _to_json(self.metadata, "metadata")
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{self.roles.count(role)} {role}" for role in get_args(Role) if role in self.roles)
+        return (
+            f"StepSaliency({self.model!r}, {len(self.layers)} of {self.n_layers} layers, {self.n_steps} steps: "
+            f"{counts}; {len(self.token_texts)} tokens, target={self.target!r}, reduce={self.reduce!r})"
+        )
+
+    @property
+    def n_steps(self) -> int:
+        return len(self.roles)
+
+    def positions(self, layers: Layers) -> list[int]:
+        """Where the maps of `layers` stand in `values`.
+
+        Raises:
+            ValueError: If a layer was not computed, or if none is left.
+        """
+        if isinstance(layers, str):
+            wanted = self.band(layers)
+            if not wanted:
+                raise ValueError(
+                    f"no computed layer lies in the {layers} band of {self.n_layers} layers; computed: {self.layers}"
+                )
+        else:
+            wanted = (layers,) if isinstance(layers, int) else tuple(layers)
+        if not wanted:
+            raise ValueError("no layer given; name at least one")
+        found = []
+        for layer in wanted:
+            index = int(layer) + self.n_layers if layer < 0 else int(layer)
+            if index not in self.layers:
+                raise ValueError(
+                    f"layer {layer} was not computed; computed: {self.layers} of {self.n_layers}. "
+                    "Ask for it with step_saliency(..., layers=...)"
+                )
+            found.append(self.layers.index(index))
+        return found
+
+    def layer(self, index: int) -> Float[Tensor, "query_step key_step"]:
+        """The map of one layer, by its index in the model (-1 is the model's last layer).
+
+        Raises:
+            ValueError: If that layer was not computed.
+        """
+        return self.values[self.positions(index)[0]]
+
+    def mean_over(self, layers: Sequence[int] | Band) -> Float[Tensor, "query_step key_step"]:
+        """The mean map of several layers, given by index or as a band.
+
+        Raises:
+            ValueError: If one of them was not computed, or if there are none.
+        """
+        return self.values[self.positions(layers)].mean(0)
+
+    def band(self, name: Band) -> tuple[int, ...]:
+        """The computed layers of the bottom quarter, middle half or top quarter of the model (`band_layers`).
+
+        Raises:
+            ValueError: If there is no such band.
+        """
+        return tuple(layer for layer in band_layers(name, self.n_layers) if layer in self.layers)
+
+    def row_normalised(self) -> StepSaliency:
+        """The same saliency with each row summing to one: the share of each key. Rows without mass stay zero.
+
+        Maps by head and by token are normalised by their own rows.
+        """
+        return replace(
+            self,
+            values=normalise_rows(self.values),
+            head_values=None if self.head_values is None else normalise_rows(self.head_values),
+            token_values=None if self.token_values is None else normalise_rows(self.token_values),
+            metadata=self.metadata | {"row_normalised": True},
+        )
+
+    def to_xarray(self) -> xr.DataArray:
+        """`values` as a DataArray [layer, query_step, key_step] with role and text coordinates."""
+        import xarray as xr
+
+        roles, texts, steps = list(self.roles), list(self.step_texts), range(self.n_steps)
+        return xr.DataArray(
+            self.values.numpy().copy(),
+            dims=("layer", "query_step", "key_step"),
+            coords={
+                "layer": list(self.layers),
+                "query_step": list(steps),
+                "key_step": list(steps),
+                "query_role": ("query_step", roles),
+                "key_role": ("key_step", roles),
+                "query_text": ("query_step", texts),
+                "key_text": ("key_step", texts),
+            },
+            name="saliency",
+            attrs={"model": self.model, "n_layers": self.n_layers, "target": self.target, "reduce": self.reduce},
+        )
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per layer and pair of steps, lower triangle only.
+
+        Columns: layer, query_step, key_step, query_role, key_role, saliency.
+        """
+        import numpy as np
+        import pandas as pd
+
+        query, key = np.tril_indices(self.n_steps)
+        roles = np.array(self.roles)
+        n_maps = len(self.layers)
+        return pd.DataFrame(
+            {
+                "layer": np.repeat(self.layers, len(query)),
+                "query_step": np.tile(query, n_maps),
+                "key_step": np.tile(key, n_maps),
+                "query_role": np.tile(roles[query], n_maps),
+                "key_role": np.tile(roles[key], n_maps),
+                "saliency": self.values.numpy()[:, query, key].ravel(),
+            }
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file, the labels as a JSON document in its header; `.safetensors` is appended.
+
+        One file, moved into place when complete: an interrupted save leaves the old file or none.
+
+        Returns:
+            The path of the file.
+        """
+        document = {name: getattr(self, name) for name in _LABELS}
+        document |= {"format": FORMAT, "version": FORMAT_VERSION, "metadata": self.metadata}
+        tensors = {
+            # cloned, since safetensors refuses tensors that share memory (one head: values is a view of head_values)
+            name: tensor.detach().clone(memory_format=torch.contiguous_format)
+            for name in _TENSORS
+            if (tensor := getattr(self, name)) is not None
+        }
+        data = safetensors.torch.save(tensors, metadata={"stepsal": _to_json(document, "labels and metadata")})
+        path = _with_suffix(path)
+        write_atomic(path, data)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> StepSaliency:
+        """Read what `save` wrote; nothing is unpickled or executed.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is corrupt, foreign, of another format version, or inconsistent in itself.
+        """
+        path = _with_suffix(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; StepSaliency.save writes it")
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is no readable safetensors file ({error}); write it again") from error
+        try:
+            document = json.loads(header["stepsal"])
+        except (KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} was not written by StepSaliency.save: it has no stepsal document") from error
+        if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
+            raise ValueError(f"{path} does not hold a StepSaliency")
+        if (version := document.pop("version", None)) != FORMAT_VERSION:
+            raise ValueError(
+                f"{path} has format version {version}, this stepsal reads {FORMAT_VERSION}; "
+                "use the matching stepsal, or compute the saliency again"
+            )
+        try:
+            labels = {name: convert(document.pop(name)) for name, convert in _LABELS.items()}
+            return cls(**labels, **tensors, **document)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is inconsistent: {error}") from error
+
+
+_TENSORS = ("values", "step_ids", "head_values", "token_values")
+_LABELS: dict[str, Callable[[Any], Any]] = {  # field -> how to read it back from JSON
+    "layers": tuple,
+    "n_layers": int,
+    "model": str,
+    "target": str,
+    "reduce": str,
+    "roles": tuple,
+    "step_texts": tuple,
+    "step_lengths": tuple,
+    "token_texts": tuple,
+}
+
+
+def average(saliencies: Sequence[StepSaliency]) -> StepSaliency:
+    """Mean of the maps of traces with the same steps, e.g. of all wrong traces of one length.
+
+    Returns:
+        The maps of the first trace's layers and labels with mean `values` (and `head_values`, where all have them);
+        step texts are dropped, and token labels are those of the first.
+
+    Raises:
+        ValueError: If there is none, or if they differ in model, layers, target, reduce or roles.
+    """
+    if not saliencies:
+        raise ValueError("there is nothing to average: saliencies is empty")
+    first = saliencies[0]
+    for i, other in enumerate(saliencies):
+        for name in ("model", "layers", "target", "reduce", "roles"):
+            if getattr(other, name) != getattr(first, name):
+                raise ValueError(
+                    f"saliencies[{i}] has {name}={getattr(other, name)!r} but the first has {getattr(first, name)!r}; "
+                    "average only maps with the same steps"
+                )
+    heads = [s.head_values for s in saliencies if s.head_values is not None]
+    return replace(
+        first,
+        values=torch.stack([s.values for s in saliencies]).mean(0),
+        head_values=torch.stack(heads).mean(0) if len(heads) == len(saliencies) else None,
+        token_values=None,
+        step_texts=("",) * first.n_steps,
+        metadata={**first.metadata, "averaged": len(saliencies)},
+    )
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file that is either complete or not there; parent folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # same folder: os.replace must not cross devices
+    try:
+        part.write_bytes(data)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _with_suffix(path: str | Path) -> Path:
+    path = Path(path)
+    return path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)
+
+
+def _to_json(value: object, name: str) -> str:
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} cannot be written as JSON ({error}); use text, finite numbers, lists") from error
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(map(repr, choices))}")
+
+
+def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}; expected {list(expected)}")
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name} is on {tensor.device}; pass {name}.cpu()")
