@@ -1,0 +1,119 @@
+"""Step-Saliency: attention times gradient, pooled into one step-to-step map per layer.
+
+For layer l, query position t, key position k and the next-token loss L_t at t (arXiv 2604.06695, Step-Saliency),
+
+    I^(l)[t <- k] = (1/H) sum_h | A^(l,h)[t, k] * dL_t / dA^(l,h)[t, k] |,
+
+pooled over blocks of query step x key step. `step_saliency` is the entry; the engines are its private halves:
+`pattern` takes A and dL/dA at `attn.hook_pattern`, and `own_position` makes one backward pass give the gradient of
+every target by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal
+
+from transformer_lens.model_bridge import TransformerBridge
+
+from stepsal.maps import StepSaliency, pair_counts, reduce_blocks, row_counts
+from stepsal.saliency.pattern import pattern_maps
+
+if TYPE_CHECKING:
+    from stepsal.trace import Trace
+
+__all__ = ["step_saliency"]
+
+
+def step_saliency(
+    model: TransformerBridge,
+    trace: Trace,
+    *,
+    target: Literal["token", "sequence"] = "token",
+    engine: Literal["auto", "pattern"] = "auto",
+    layers: Iterable[int] | None = None,
+    reduce: Literal["mean", "sum"] = "mean",
+    keep_heads: bool = False,
+    keep_tokens: bool = False,
+) -> StepSaliency:
+    """Map how much each step relies on each earlier step, layer by layer.
+
+    One forward and one backward pass. Logits, parameters, gradients, the model's mode and the hooks of others are left
+    as they were, also when the pass is interrupted.
+
+    Args:
+        model: from `stepsal.load`.
+        trace: what the model wrote (or any text in its format).
+        target: whose loss is differentiated for query row t: "token", the paper's dL_t/dA[t, :], the loss of predicting
+            token t + 1 alone; "sequence", the loss summed over all targets, which adds what row t does for later
+            tokens through later layers, and is what back-propagating a sequence loss gives.
+        engine: "pattern" keeps the patterns of all requested layers, O(layers * heads * pos^2) memory; "auto" chooses.
+        layers: layer indices (negative ones count from the last); None for all. Layers below the lowest one
+            cost no backward pass.
+        reduce: "mean", mean over the pairs of a block that exist (saliency density, the paper's map); "sum", sum over
+            keys, mean over query rows (saliency mass per query token).
+        keep_heads: also keep the map of every head.
+        keep_tokens: also keep the token map of every layer, [query_pos, key_pos]; for short traces.
+
+    Returns:
+        Maps [layer, query_step, key_step] in float32 on the CPU, with labels.
+
+    Raises:
+        ValueError: unknown target, engine, reduce or layer; a trace longer than the context or without steps.
+        FloatingPointError: NaN or inf in a map, naming the layer.
+    """
+    _one_of("target", target, ("token", "sequence"))
+    _one_of("engine", engine, ("auto", "pattern"))
+    _one_of("reduce", reduce, ("mean", "sum"))
+    n_layers, n_ctx, n_tokens = model.cfg.n_layers, model.cfg.n_ctx, len(trace.tokens)
+    chosen = _layer_indices(layers, n_layers)
+    if n_tokens > n_ctx:
+        raise ValueError(f"the trace has {n_tokens} tokens but {model.cfg.model_name!r} takes {n_ctx}: shorten it")
+    if n_tokens < 2 or not trace.steps:
+        raise ValueError(f"the trace has {n_tokens} tokens in {len(trace.steps)} steps: there is nothing to map")
+    largest, d_vocab = int(trace.tokens.max()), model.cfg.d_vocab
+    if largest >= d_vocab:
+        raise ValueError(
+            f"token id {largest} is outside the vocabulary of {model.cfg.model_name!r} ({d_vocab} tokens): "
+            "build the trace with this model's tokenizer"
+        )
+
+    step_ids, n_steps = trace.step_ids, len(trace.steps)
+    maps = pattern_maps(
+        model, trace.tokens, step_ids, n_steps, layers=chosen, target=target, keep_heads=keep_heads,
+        keep_tokens=keep_tokens,
+    )  # fmt: skip
+    counts, rows = pair_counts(step_ids, n_steps), row_counts(step_ids, n_steps)
+    values = reduce_blocks(maps.sums, counts, rows, reduce)
+    return StepSaliency(
+        values=values,
+        layers=chosen,
+        roles=trace.roles,
+        step_texts=tuple(trace.step_text(i) for i in range(n_steps)),
+        step_lengths=tuple(step.end - step.start for step in trace.steps),
+        target=target,
+        reduce=reduce,
+        model=model.cfg.model_name,
+        n_layers=n_layers,
+        step_ids=step_ids,
+        token_texts=trace.token_texts,
+        head_values=None if maps.head_sums is None else reduce_blocks(maps.head_sums, counts, rows, reduce),
+        token_values=maps.tokens,
+        metadata={"engine": "pattern", "dtype": str(next(model.parameters()).dtype).removeprefix("torch.")},
+    )
+
+
+def _one_of(what: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{what}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}")
+
+
+def _layer_indices(layers: Iterable[int] | None, n_layers: int) -> tuple[int, ...]:
+    """Sorted, distinct, non-negative indices."""
+    if layers is None:
+        return tuple(range(n_layers))
+    asked = list(layers)
+    bad = [layer for layer in asked if not -n_layers <= layer < n_layers]
+    if bad or not asked:
+        raise ValueError(f"layers={asked} must name layers in {-n_layers}..{n_layers - 1}")
+    return tuple(sorted({int(layer) % n_layers for layer in asked}))

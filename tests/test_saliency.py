@@ -1,0 +1,198 @@
+"""Step-Saliency against brute force, and what the pass must leave untouched."""
+
+from __future__ import annotations
+
+import brute_force
+import pytest
+import torch
+from conftest import ARCHITECTURES, tiny_hf_model
+from transformer_lens.model_bridge import TransformerBridge
+
+import stepsal
+from stepsal.saliency.own_position import own_position_hooks
+from stepsal.saliency.pattern import pattern_maps
+from stepsal.tasks import chain
+from stepsal.trace import Trace
+
+STEP_IDS = torch.tensor([-1, -1] + [0] * 6 + [1] * 5 + [2] * 4 + [-1] + [3] * 6)
+N_STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 160, (len(STEP_IDS),), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def chain_trace(mini: TransformerBridge) -> Trace:
+    problem = chain.sample(3, length=2)
+    return Trace.from_text(problem.question, problem.solution(), mini)
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got - expected).norm() / expected.norm())
+
+
+def logits_of(model: TransformerBridge, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tokens[None], attention_mask=torch.ones_like(tokens)[None])
+
+
+@pytest.mark.parametrize("target", ["token", "sequence"])
+def test_exact_on_every_architecture(tiny: TransformerBridge, tokens: torch.Tensor, target: str) -> None:
+    expected = brute_force.token_saliency(tiny, tokens, target)
+    layers = tuple(range(tiny.cfg.n_layers))
+    maps = pattern_maps(tiny, tokens, STEP_IDS, N_STEPS, layers=layers, target=target, keep_tokens=True)
+    for layer in layers:
+        assert expected[layer].norm() > 0
+        assert relative_error(maps.tokens[layer], expected[layer]) <= 1e-5
+
+
+@pytest.mark.parametrize("target", ["token", "sequence"])
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+def test_exact_step_maps_of_the_embedded_reasoner(
+    mini: TransformerBridge, chain_trace: Trace, target: str, reduce: str
+) -> None:
+    saliency = stepsal.step_saliency(mini, chain_trace, target=target, reduce=reduce)
+    token_maps = brute_force.token_saliency(mini, chain_trace.tokens, target)
+    n = len(chain_trace.steps)
+    for layer, token_map in enumerate(token_maps):
+        expected = brute_force.pool(token_map, chain_trace.step_ids, n, reduce)
+        assert relative_error(saliency.values[layer], expected) <= 1e-5
+    assert torch.equal(saliency.values, saliency.values.tril())
+    assert saliency.values.dtype == torch.float32
+
+
+def test_targets_differ_except_in_the_last_layer(tiny: TransformerBridge, tokens: torch.Tensor) -> None:
+    layers = tuple(range(tiny.cfg.n_layers))
+    token = pattern_maps(tiny, tokens, STEP_IDS, N_STEPS, layers=layers, target="token").sums
+    sequence = pattern_maps(tiny, tokens, STEP_IDS, N_STEPS, layers=layers, target="sequence").sums
+    assert torch.allclose(token[-1], sequence[-1])  # nothing after the last layer mixes positions
+    assert relative_error(token[0], sequence[0]) > 0.05
+
+
+def test_own_position_hooks_leave_logits_identical(tiny: TransformerBridge, tokens: torch.Tensor) -> None:
+    plain = logits_of(tiny, tokens)
+    hooks = [pair for layer in range(tiny.cfg.n_layers) for pair in own_position_hooks(tiny, layer)]
+    with tiny.hooks(fwd_hooks=hooks):
+        assert torch.equal(logits_of(tiny, tokens), plain)
+
+
+@pytest.mark.parametrize("target", ["token", "sequence"])
+def test_a_subset_of_layers_and_heads_gives_the_same_maps(
+    mini: TransformerBridge, chain_trace: Trace, target: str
+) -> None:
+    full = stepsal.step_saliency(mini, chain_trace, target=target, keep_heads=True)
+    part = stepsal.step_saliency(mini, chain_trace, target=target, layers=[-1, 3])
+    assert part.layers == (3, mini.cfg.n_layers - 1)
+    for layer in part.layers:
+        assert torch.allclose(part.layer(layer), full.layer(layer), rtol=1e-5, atol=1e-10)
+    assert full.head_values.shape == (mini.cfg.n_layers, mini.cfg.n_heads, *full.values.shape[1:])
+    assert torch.allclose(full.head_values.mean(1), full.values, rtol=1e-5, atol=1e-10)
+
+
+def test_sum_and_mean_agree_through_the_number_of_pairs(mini: TransformerBridge, chain_trace: Trace) -> None:
+    mean = stepsal.step_saliency(mini, chain_trace, reduce="mean").values
+    mass = stepsal.step_saliency(mini, chain_trace, reduce="sum").values
+    lengths = torch.tensor([step.end - step.start for step in chain_trace.steps], dtype=torch.float32)
+    below = torch.ones(mean.shape[1:]).tril(-1).bool()
+    assert torch.allclose((mean * lengths)[:, below], mass[:, below], rtol=1e-5)
+
+
+class TestNothingIsLeftBehind:
+    """Hooks, gradients, requires_grad and modes after success, failure and interruption."""
+
+    @pytest.fixture
+    def model(self) -> TransformerBridge:
+        model = stepsal.load("tiny", hf_model=tiny_hf_model("Qwen2"))
+        for i, p in enumerate(model.parameters()):
+            p.requires_grad_(i % 2 == 0)
+        model.train()
+        model.blocks[1].eval()
+        return model
+
+    @staticmethod
+    def state(model: TransformerBridge) -> tuple:
+        return (
+            [(p.requires_grad, p.grad) for p in model.parameters()],
+            [m.training for m in model.modules()],
+            {name: len(point.fwd_hooks) + len(point.bwd_hooks) for name, point in model.hook_dict.items()},
+            torch.is_grad_enabled(),
+        )
+
+    def run(self, model: TransformerBridge, tokens: torch.Tensor) -> None:
+        pattern_maps(model, tokens, STEP_IDS, N_STEPS, layers=(0, 1, 2, 3), target="token")
+
+    @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+    @pytest.mark.parametrize("when", ["forward", "backward"])
+    def test_state_is_restored(
+        self, model: TransformerBridge, tokens: torch.Tensor, error: type | None, when: str
+    ) -> None:
+        calls = []
+
+        def users_hook(x: torch.Tensor, hook: object) -> None:
+            calls.append(hook.name)
+
+            def fail(gradient: torch.Tensor) -> None:
+                raise error
+
+            if error and when == "forward":
+                raise error
+            if error:
+                x.register_hook(fail)
+
+        model.blocks[2].attn.hook_out.add_hook(users_hook)
+        before = self.state(model)
+        if error:
+            with pytest.raises(error):
+                self.run(model, tokens)
+        else:
+            self.run(model, tokens)
+        assert self.state(model) == before
+        assert len(calls) == 1  # the user's hook ran, and is still there
+        assert len(model.blocks[2].attn.hook_out.fwd_hooks) == 1
+
+    def test_inside_no_grad_and_inference_mode(self, model: TransformerBridge, tokens: torch.Tensor) -> None:
+        with torch.no_grad():
+            self.run(model, tokens)
+            assert not torch.is_grad_enabled()
+        with torch.inference_mode():
+            self.run(model, tokens)
+
+
+def test_nan_is_reported_with_its_layer(tokens: torch.Tensor) -> None:
+    model = stepsal.load("tiny", hf_model=tiny_hf_model("Llama"))
+    with torch.no_grad():
+        model.blocks[2].attn.o.original_component.weight[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="layer 3"):  # the backward pass meets the last layer first
+        pattern_maps(model, tokens, STEP_IDS, N_STEPS, layers=(0, 1, 2, 3), target="token")
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"target": "tokens"}, "target='tokens'.*'token', 'sequence'"),
+            ({"engine": "fast"}, "engine='fast'.*'auto', 'pattern'"),
+            ({"reduce": "max"}, "reduce='max'.*'mean', 'sum'"),
+            ({"layers": [8]}, r"layers=\[8\] must name layers in -8..7"),
+            ({"layers": []}, r"layers=\[\]"),
+        ],
+    )
+    def test_bad_options(self, mini: TransformerBridge, chain_trace: Trace, options: dict, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            stepsal.step_saliency(mini, chain_trace, **options)
+
+    def test_a_trace_of_another_tokenizer(self, chain_trace: Trace) -> None:
+        model = stepsal.load("tiny", hf_model=tiny_hf_model("Llama"))
+        with pytest.raises(ValueError, match=r"token id \d+ is outside the vocabulary of 'tiny' \(160 tokens\)"):
+            stepsal.step_saliency(model, chain_trace)
+
+    def test_a_trace_longer_than_the_context(self, chain_trace: Trace) -> None:
+        model = stepsal.load("short", hf_model=tiny_hf_model("Llama", max_position_embeddings=16))
+        with pytest.raises(ValueError, match=rf"{len(chain_trace)} tokens but 'short' takes 16"):
+            stepsal.step_saliency(model, chain_trace)
+
+
+def test_every_architecture_is_covered() -> None:
+    assert {"Qwen2", "Llama", "Qwen3", "GptOss"} <= set(ARCHITECTURES)
