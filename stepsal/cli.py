@@ -1,0 +1,120 @@
+"""The command line: `stepsal trace` and `stepsal figures`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="See how information flows between the steps of a reasoning model's trace.",
+)
+console = Console()
+
+ROLE_STYLES = {"question": "bold blue", "thinking": "default", "summary": "bold green"}
+
+
+@app.command()
+def trace(
+    question: Annotated[str, typer.Argument(help="What to ask the model.")],
+    model: Annotated[str, typer.Option(help="**mini**, **smollm2**, a hub id or a local folder.")] = "mini",
+    out: Annotated[Path, typer.Option(help="Where to write: OUT.safetensors (the maps), OUT.png.")] = Path("trace"),
+    target: Annotated[str, typer.Option(help="**token** (each row's own loss) or **sequence** (the summed loss).")] = (
+        "token"
+    ),
+    max_new_tokens: Annotated[int, typer.Option(help="Limit of the answer, in tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 decodes greedily.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+) -> None:
+    """Answer a question, print the answer step by step, and write its step maps.
+
+    The picture shows the shallow and the deep quarter of the layers; the maps of all layers are in OUT.safetensors,
+    to be read with `stepsal.StepSaliency.load`.
+
+    Example: `stepsal trace --model smollm2 "A pen costs 3 euros. What do 4 pens cost?"`
+    """
+    import stepsal  # heavy imports wait until there is work to do, so that --help is quick
+
+    if not out.resolve().parent.is_dir():
+        raise typer.BadParameter(f"the folder {out.resolve().parent} does not exist", param_hint="--out")
+    try:
+        with console.status(f"loading {model} ..."):
+            bridge = stepsal.load(model)
+        with console.status("thinking ..."):
+            answer = stepsal.generate(
+                bridge, question, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+            )
+        for i, step in enumerate(answer.steps):
+            label = Text(f"{i:3d} {step.role:9s}", style="dim")
+            console.print(label, Text(" ".join(answer.step_text(i).split()), style=ROLE_STYLES[step.role]))
+        with console.status("computing maps ..."):
+            saliency = stepsal.step_saliency(bridge, answer, target=target)  # type: ignore[arg-type]
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        console.print(Text(f"error: {error}", style="bold red"))
+        raise typer.Exit(1) from error
+    maps = saliency.save(out)
+    picture = out.with_name(out.name + ".png")
+    _draw(saliency, picture)
+    console.print(f"[dim]{len(answer)} tokens, {len(answer.steps)} steps; wrote[/] {maps} [dim]and[/] {picture}")
+
+
+def _draw(saliency: object, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from stepsal import plots
+
+    with plots.style():
+        fig, axes = plt.subplots(1, 2, figsize=(7.4, 3.6), layout="constrained")
+        norm = plots.shared_norm([saliency.mean_over(band) for band in ("shallow", "deep")])  # type: ignore[attr-defined]
+        for ax, band in zip(axes, ("shallow", "deep"), strict=True):
+            plots.step_map(saliency, band, ax=ax, norm=norm, colorbar=band == "deep")  # type: ignore[arg-type]
+            ax.set_title(f"{band} layers")
+        fig.savefig(path, dpi=200)
+        plt.close(fig)
+
+
+@app.command()
+def figures(
+    names: Annotated[list[str] | None, typer.Argument(help="Notebooks, by number or name; all by default.")] = None,
+    notebooks: Annotated[Path, typer.Option(help="Folder of the notebooks.")] = Path("notebooks"),
+    inplace: Annotated[bool, typer.Option(help="Keep the outputs in the notebooks.")] = False,
+) -> None:
+    """Run notebooks; each rebuilds its figures in `figures/` beside the notebooks' folder.
+
+    Examples: `stepsal figures`, `stepsal figures 01 02_shallow_deep_flow`
+    """
+    import nbformat
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
+
+    found = sorted(notebooks.glob("*.ipynb"))
+    chosen = [p for p in found if not names or any(p.stem == n or p.stem.split("_")[0] == n for n in names)]
+    unknown = [n for n in names or [] if not any(p.stem == n or p.stem.split("_")[0] == n for p in chosen)]
+    if unknown or not chosen:
+        there = ", ".join(p.stem for p in found) or "no notebook"
+        console.print(Text(f"error: {unknown or str(notebooks)!r} not found; there is: {there}", style="bold red"))
+        raise typer.Exit(1)
+    for path in chosen:
+        notebook = nbformat.read(path, as_version=4)
+        with console.status(f"running {path.stem} ..."):
+            try:
+                NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(path.parent)}}).execute()
+            except CellExecutionError as error:
+                console.print(Text(f"{path.stem} failed:\n{error}", style="red"))
+                raise typer.Exit(1) from error
+        if inplace:
+            nbformat.write(notebook, path)
+        console.print(f"[green]done[/] {path.stem}")
+
+
+if __name__ == "__main__":
+    app()
