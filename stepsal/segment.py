@@ -61,7 +61,7 @@ FORMATS: dict[str, Format] = {
         None,
         {
             None: {"<|channel|>analysis<|message|>": "thinking", "<|channel|>final<|message|>": "summary"},
-            "thinking": {"<|end|>": None},
+            "thinking": {"<|end|>": None, "<|channel|>final<|message|>": "summary"},
             "summary": {"<|end|>": None, "<|return|>": None},
         },
     ),
@@ -78,6 +78,7 @@ class Span(NamedTuple):
 
 
 _CLOSERS = "\"'”’»)]}*_`"
+_WIDE_CLOSERS = "」』）】》"
 _WIDE_END = "。！？"  # need no white space after them
 _BULLETS = "-*•#"
 _ABBREVIATIONS = frozenset("e.g i.e cf vs fig figs eq eqs dr mr mrs ms prof approx resp sec ch viz ca al".split())
@@ -85,6 +86,7 @@ _LIST_NUMBER = re.compile(r"(\d{1,3}|[A-Za-z])[.)]")
 # what must not be cut, by its opening; a blank line ends math that was never closed, as it does in LaTeX
 _ENCLOSURES = {"```": "```", "$$": "$$", "\\[": "\\]", "\\(": "\\)", "\\begin{": "\\end{"}
 _TAIL = 48  # characters of the step that a sentence decision looks back on
+_MATCH_TAIL = 256  # and that a regular expression sees, so that a long step costs no more per character
 
 
 class Segmenter:
@@ -93,9 +95,9 @@ class Segmenter:
     Args:
         format: the model's format.
         split: where steps end within a section. "sentence", "paragraph" (blank lines), "line"; a regular expression: a
-            step ends where a match ends at its last non-space character or in the white space after it; or a callable
-            `f(step_so_far, next_char) -> bool`, asked whether a new step begins at `next_char`, the next non-space
-            character (the step so far includes white space at its end).
+            step ends where a match ends at its last non-space character or in the white space after it (it
+            sees the last 256 characters); or a callable `f(step_so_far, next_char) -> bool`, asked whether a new step
+            begins at `next_char`, the next non-space character (the step so far includes white space at its end).
         min_chars: a shorter step does not end: the next piece is merged into it. The last of a section may be shorter.
         template: further texts that are in no step, such as end-of-sequence tokens.
 
@@ -111,6 +113,9 @@ class Segmenter:
         self.format = format
         self.min_chars = min_chars
         self._ends = _boundary_rule(split)
+        self._look_back = _MATCH_TAIL if isinstance(split, (str, re.Pattern)) else None  # a callable sees all
+        if split == "sentence":
+            self._look_back = _TAIL
         self._whole_step = not isinstance(split, str) or split not in ("sentence", "paragraph", "line")
         # per section: markers, longest first, with the section they lead to
         self._markers: dict[Role | None, list[tuple[str, Role | None]]] = {}
@@ -198,6 +203,11 @@ class Segmenter:
         return self.spans
 
     @property
+    def holds_back(self) -> bool:
+        """Whether the last characters may be the beginning of a marker, so that their step is provisional."""
+        return bool(self._held)
+
+    @property
     def in_step(self) -> bool:
         """Whether a step is open: white space that follows counts to it."""
         return self._open
@@ -234,9 +244,13 @@ class Segmenter:
             self._closing = None
         if len(self._step) < self.min_chars:
             return False
-        if not self._gap and not self._whole_step and self._step[-1] not in _WIDE_END:
+        if (
+            not self._gap
+            and not self._whole_step
+            and (char in _WIDE_END + _CLOSERS + _WIDE_CLOSERS or self._step[-1] not in _WIDE_END + _WIDE_CLOSERS)
+        ):
             return False
-        kept = self._step if self._whole_step else self._step[-_TAIL:]
+        kept = self._step if self._look_back is None else self._step[-self._look_back :]
         line_start = max(0, self._line_start - (len(self._step) - len(kept)))
         return self._ends("".join(kept), self._gap, char, line_start)
 
@@ -277,7 +291,7 @@ def _sentence_ends(step: str, gap: str, char: str, line_start: int) -> bool:
     breaks = gap.count("\n")
     if breaks >= 2:
         return True
-    body = step.rstrip(_CLOSERS) or step
+    body = step.rstrip(_CLOSERS + _WIDE_CLOSERS) or step
     mark = body[-1]
     if mark in _WIDE_END:
         return True
@@ -320,9 +334,11 @@ class StepTracker:
     def push(self, token_text: str) -> int:
         """Read one token and return its step, counted from the first step of the response; -1 for template."""
         before, in_step = self.segmenter.n_chars, self.segmenter.in_step
+        if self.segmenter.holds_back and self.segmenter.role:
+            in_step = True  # white space shows the held-back text to be no marker: it opened a step
         self.segmenter.push(token_text)
         seen = self.segmenter
-        if seen._held:  # not yet known to be a marker: for now it is what it would be as text
+        if seen.holds_back:  # not yet known to be a marker: for now it is what it would be as text
             seen = seen.copy()
             seen.flush()
         offset = len(token_text) - len(token_text.lstrip())

@@ -140,12 +140,8 @@ class Trace:
         if not 0 < n_prompt < len(ids):
             raise ValueError(f"n_prompt={n_prompt} must lie in 1..{len(ids) - 1}, within the {len(ids)} tokens")
         text, offsets = _decode(tokenizer, ids)
-        prompt_text = text[: offsets[n_prompt - 1][1]]
-        start = prompt_text.rfind(question)
-        if start < 0:
-            raise ValueError(f"token/text mismatch: the prompt's tokens do not spell the question {question[:60]!r}")
-        prompt = Prompt(prompt_text, start, start + len(question))
-        return cls._build(question, text, prompt, ids, offsets, tokenizer, n_ctx, format, split, min_chars)
+        prompt = _locate_question(tokenizer, text[: offsets[n_prompt - 1][1]], question)
+        return cls._build(question, text, prompt, ids, offsets, tokenizer, n_ctx, format, split, min_chars, n_prompt)
 
     @classmethod
     def _build(
@@ -160,6 +156,7 @@ class Trace:
         format: str | Format,
         split: Split,
         min_chars: int,
+        n_prompt: int | None = None,
     ) -> Trace:
         if n_ctx is not None and len(ids) > n_ctx:
             raise ValueError(
@@ -195,7 +192,7 @@ class Trace:
             offsets=torch.tensor(offsets).reshape(-1, 2),
             steps=tuple(steps),
             format=chosen.name,
-            n_prompt=sum(start < shift for start, _ in offsets),
+            n_prompt=sum(start < shift for start, _ in offsets) if n_prompt is None else n_prompt,
         )
 
     def __len__(self) -> int:
@@ -253,22 +250,34 @@ def render_prompt(tokenizer: Any, question: str, system: str | None = None) -> P
         ValueError: an empty question, or a template that alters it.
     """
     _require_text("question", question)
-    if getattr(tokenizer, "chat_template", None):
-        messages = [{"role": "system", "content": system}] if system else []
-        messages.append({"role": "user", "content": question})
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    else:
-        text = "".join((tokenizer.bos_token or "", f"{system}\n\n" if system else "", question, "\n"))
-    start, asked = text.rfind(question), question
-    if start < 0:  # many templates strip what the user said
-        asked = question.strip()
-        start = text.rfind(asked)
+    text, stand_in = _render(tokenizer, question, system), "\ue000question\ue001"
+    # where a stand-in would stand: the question's own text may occur elsewhere too ("user", "assistant")
+    start = _render(tokenizer, stand_in, system).find(stand_in)
+    for asked in (question, question.strip()):  # many templates strip what the user said
+        if start >= 0 and text.startswith(asked, start):
+            return Prompt(text, start, start + len(asked))
+    raise ValueError(
+        f"the chat template altered the question {question[:60]!r}, so that it can't be found in the prompt: "
+        "set tokenizer.chat_template to one that keeps it"
+    )
+
+
+def _render(tokenizer: Any, question: str, system: str | None) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        return "".join((tokenizer.bos_token or "", f"{system}\n\n" if system else "", question, "\n"))
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": question})
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def _locate_question(tokenizer: Any, prompt: str, question: str) -> Prompt:
+    """Find the question in a prompt that is given, by the template text after it where that is there."""
+    asked = question.strip()
+    tail = _render(tokenizer, "\ue000", None).rpartition("\ue000")[2]
+    start = len(prompt) - len(asked + tail) if prompt.endswith(asked + tail) else prompt.rfind(asked)
     if start < 0:
-        raise ValueError(
-            f"the chat template altered the question {question[:60]!r}, so that it can't be found in the prompt: "
-            "set tokenizer.chat_template to one that keeps it"
-        )
-    return Prompt(text, start, start + len(asked))
+        raise ValueError(f"token/text mismatch: the prompt's tokens do not spell the question {question[:60]!r}")
+    return Prompt(prompt, start, start + len(asked))
 
 
 def _choose_format(format: str | Format, prompt: str, response: str) -> Format:
@@ -294,8 +303,7 @@ def _choose_format(format: str | Format, prompt: str, response: str) -> Format:
 
 def _tokenizer_of(model_or_tokenizer: Any) -> tuple[Any, int | None]:
     """The fast tokenizer, and the context length where there is a model to tell it."""
-    is_model = hasattr(model_or_tokenizer, "cfg")
-    tokenizer = model_or_tokenizer.tokenizer if is_model else model_or_tokenizer
+    tokenizer = getattr(model_or_tokenizer, "tokenizer", model_or_tokenizer)
     if tokenizer is None:
         raise ValueError("the model has no tokenizer: pass one to stepsal.load(..., tokenizer=...)")
     if not getattr(tokenizer, "is_fast", False):
@@ -303,7 +311,7 @@ def _tokenizer_of(model_or_tokenizer: Any) -> tuple[Any, int | None]:
             f"{type(tokenizer).__name__} gives no character offsets: load the fast tokenizer, e.g. "
             "AutoTokenizer.from_pretrained(..., use_fast=True)"
         )
-    return tokenizer, model_or_tokenizer.cfg.n_ctx if is_model else None
+    return tokenizer, getattr(getattr(model_or_tokenizer, "cfg", None), "n_ctx", None)
 
 
 def _require_text(name: str, text: str) -> None:

@@ -82,7 +82,7 @@ def test_finds_question_thinking_and_summary(tokenizer: PreTrainedTokenizerFast)
     ends = [step.end for step in trace.steps]
     assert all(a <= step.start for a, step in zip(ends, trace.steps[1:], strict=False))
     for token, i in zip(trace.token_texts, trace.step_ids.tolist(), strict=True):
-        assert i >= 0 or not token.strip() or any(token.strip() in t for t in ("<User><Assistant>", trace.text))
+        assert i >= 0 or not token.strip() or token not in RESPONSE.removeprefix("<think>").split("</think>")[0].split()
     marker = trace.text.index("</think>")
     inside = (trace.offsets[:, 0] >= marker) & (trace.offsets[:, 1] <= marker + len("</think>"))
     assert inside.any()
@@ -184,6 +184,34 @@ def test_token_by_token_equals_the_whole_text(response: str, kind: str) -> None:
 _CACHE: dict[str, PreTrainedTokenizerFast] = {}
 
 
+@pytest.mark.parametrize("question", ["assistant", "user", "a", "im_start"])
+def test_the_question_is_not_mistaken_for_template_text(question: str) -> None:
+    tokenizer = make_tokenizer("chatml")
+    prompt = render_prompt(tokenizer, question, system=f"Now {question}.")
+    assert prompt.start == prompt.text.index("<|im_start|>user\n") + len("<|im_start|>user\n")
+    trace = Trace.from_text(question, "Let me think it over.\n\nIt is three.", tokenizer)
+    again = Trace.from_tokens(trace.tokens, trace.n_prompt, tokenizer, question=question)
+    assert again.steps[0] == trace.steps[0]
+
+
+def test_a_question_that_the_template_trims() -> None:
+    tokenizer = make_tokenizer("byte_level")
+    prompt = tokenizer(render_prompt(tokenizer, " How? \n").text, add_special_tokens=False)["input_ids"]
+    new = tokenizer("Let me think now.</think>Three.", add_special_tokens=False)["input_ids"]
+    trace = Trace.from_tokens(torch.tensor(prompt + new), len(prompt), tokenizer, question=" How? \n")
+    assert trace.step_text(0) == "How?"
+    assert trace.n_prompt == len(prompt)
+
+
+def test_the_prompt_may_end_within_a_character() -> None:
+    tokenizer = make_tokenizer("byte_level")
+    prompt = tokenizer(render_prompt(tokenizer, "How?").text, add_special_tokens=False)["input_ids"]
+    new = tokenizer("🎉 Now we think.</think>Yes.", add_special_tokens=False)["input_ids"]
+    for n in range(len(prompt), len(prompt) + 4):
+        trace = Trace.from_tokens(torch.tensor(prompt + new), n, tokenizer, question="How?")
+        assert trace.n_prompt == n
+
+
 class TestErrors:
     @pytest.fixture(scope="class")
     def chat(self) -> PreTrainedTokenizerFast:
@@ -238,7 +266,7 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"n_prompt=0 must lie in 1\.\."):
             Trace.from_tokens(trace.tokens, 0, chat, question=QUESTION)
 
-    def test_offsets_that_do_not_fit_the_text(self, chat: PreTrainedTokenizerFast, monkeypatch) -> None:
+    def test_offsets_that_do_not_fit_the_text(self, chat: PreTrainedTokenizerFast) -> None:
         from stepsal import trace as module
 
         with pytest.raises(ValueError, match=r"token/text mismatch: token 1 \('b'\) claims characters 2..9 of 4"):
