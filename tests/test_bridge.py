@@ -1,0 +1,112 @@
+"""Loading: names, presets, and the models that are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import tiny_hf_model
+from transformer_lens.model_bridge import TransformerBridge
+
+import stepsal
+from stepsal.bridge import attention_hooks, check_model, preset
+
+MINI = Path(__file__).parents[1] / "data" / "mini"
+
+
+def test_mini_is_what_it_says(mini: TransformerBridge) -> None:
+    assert mini.cfg.architecture == "Qwen2ForCausalLM"
+    assert mini.cfg.n_layers >= 8
+    assert sum(p.numel() for p in mini.parameters()) <= 3_000_000
+    assert sum(f.stat().st_size for f in MINI.iterdir()) <= 8_000_000
+    assert {f.suffix for f in MINI.iterdir()} <= {".safetensors", ".json", ".jinja", ".md", ".csv"}
+    assert not mini.training
+
+
+def test_the_bridge_computes_what_the_model_computes(mini: TransformerBridge) -> None:
+    reference = transformers.AutoModelForCausalLM.from_pretrained(MINI).eval()
+    tokens = torch.arange(5, 45)[None]
+    with torch.no_grad():
+        assert torch.allclose(mini(tokens), reference(tokens).logits, atol=1e-4)
+
+
+def test_the_tokenizer_is_the_one_in_the_folder(mini: TransformerBridge) -> None:
+    tokens = mini.tokenizer.tokenize(" Hugo is 4 plus 13.")
+    assert [t.replace("Ġ", " ") for t in tokens] == [" Hugo", " is", " 4", " plus", " 13", "."]
+    assert "add_bos_token" not in mini.tokenizer.init_kwargs
+
+
+def test_a_folder_loads_like_a_name(tmp_path: Path, mini: TransformerBridge) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for file in MINI.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    model = stepsal.load(str(folder), dtype=torch.bfloat16)
+    assert next(model.parameters()).dtype == torch.bfloat16
+    assert model.tokenizer.get_vocab() == mini.tokenizer.get_vocab()
+
+
+def test_smollm2_answers(smollm2: TransformerBridge) -> None:
+    trace = stepsal.generate(smollm2, "What is the capital of France?", max_new_tokens=24)
+    assert "Paris" in trace.response
+    assert "<|im_start|>system" in trace.text  # its chat template
+    assert trace.format == "plain"
+
+
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", "think"),
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-14B", "think"),
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", "think"),
+        ("Qwen/QwQ-32B", "think"),
+        ("openai/gpt-oss-20b", "harmony"),
+        ("Qwen/Qwen3-8B", "think"),
+        ("smollm2", "plain"),
+        ("mini", "think"),
+    ],
+)
+def test_presets_know_the_formats(name: str, format: str) -> None:
+    assert preset(name).format == format
+
+
+def test_presets_fall_back_to_the_architecture(tiny: TransformerBridge) -> None:
+    found = preset(tiny)
+    expected = {"GptOssForCausalLM": "harmony", "Qwen3ForCausalLM": "think"}.get(tiny.cfg.architecture)
+    assert (found.format if found else None) == expected
+
+
+def test_every_supported_architecture_passes_the_check(tiny: TransformerBridge) -> None:
+    check_model(tiny)
+    for names in map(attention_hooks, range(tiny.cfg.n_layers)):
+        assert set(names.values()) <= set(tiny.hook_dict)
+
+
+class TestRefusals:
+    def test_unsupported_architecture(self) -> None:
+        config = transformers.BertConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=60
+        )
+        with pytest.raises(ValueError, match=r"'bert'.*BertModel"):
+            stepsal.load("bert", hf_model=transformers.BertModel(config))
+
+    def test_pattern_that_is_reported_after_the_fact(self) -> None:
+        config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=60, n_positions=64)
+        with pytest.raises(ValueError, match=r"'gpt2' \(GPT2LMHeadModel\) is not supported: layer 0: "):
+            stepsal.load("gpt2", hf_model=transformers.GPT2LMHeadModel(config))
+
+    def test_gated_attention(self) -> None:
+        model = stepsal.load("tiny", hf_model=tiny_hf_model("Llama"))
+        gate = lambda z, hook: z * 0.5  # noqa: E731
+        with (
+            model.hooks(fwd_hooks=[("blocks.1.attn.o.hook_in", gate)]),
+            pytest.raises(ValueError, match=r"layer 1: the attention output is not hook_pattern times the values"),
+        ):
+            check_model(model)
+        assert all(not point.fwd_hooks for point in model.hook_dict.values())
+
+    def test_a_folder_that_is_none(self, tmp_path: Path) -> None:
+        with pytest.raises((OSError, ValueError), match=str(tmp_path.name)):
+            stepsal.load(str(tmp_path))

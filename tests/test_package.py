@@ -1,0 +1,85 @@
+"""The house: imports go downwards only, pictures need no model, and what the README shows runs."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = [
+    {"segment"},
+    {"trace", "bridge"},
+    {"maps"},
+    {"saliency", "generate"},
+    {"tasks"},
+    {"plots", "figures"},
+    {"cli"},
+]
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Top-level modules of stepsal that a file imports when it is loaded, type-checking blocks left out."""
+    found = set()
+    nodes: list[ast.AST] = list(ast.parse(path.read_text()).body)
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "stepsal":
+            parts = node.module.split(".")[1:]
+            found |= {parts[0]} if parts else {alias.name for alias in node.names}
+        nodes += list(ast.iter_child_nodes(node))
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "stepsal").rglob("*.py")), ids=lambda p: p.stem)
+def test_imports_go_downwards(path: Path) -> None:
+    module = path.relative_to(ROOT / "stepsal").parts[0].removesuffix(".py")
+    if module == "__init__":
+        return
+    assert module in FLOOR, f"say on which floor {module} is"
+    for imported in imports_of(path) - {module}:
+        assert FLOOR[imported] <= FLOOR[module], f"{module} imports {imported} from above"
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+
+
+@pytest.mark.parametrize("module", ["stepsal", "stepsal.plots", "stepsal.figures", "stepsal.maps", "stepsal.cli"])
+def test_imports_no_model_code(module: str) -> None:
+    heavy = ("transformer_lens", "transformers")
+    assert run(f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])").strip() == "[]"
+
+
+def test_public_names_resolve_in_any_order() -> None:
+    names = ["generate", "Trace", "load", "step_saliency", "generate_batch", "StepSaliency", "Step"]
+    for order in (names, names[::-1]):
+        lines = "; ".join(f"assert callable(stepsal.{name})" for name in order)
+        run(f"import stepsal; {lines}; import stepsal.generate; {lines}")
+
+
+def test_the_example_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    assert blocks
+    assert len(blocks[0].strip().splitlines()) <= 12
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+    assert list(tmp_path.glob("*.png"))
+
+
+def test_links_and_pictures_of_the_readme_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", (ROOT / "README.md").read_text()):
+        path = "".join(target)
+        if not path.startswith("http"):
+            assert (ROOT / path).exists(), path
