@@ -1,4 +1,4 @@
-"""Measure the embedded reasoner: greedy accuracy and first errors by chain length, into data/mini/README.md.
+"""Measure the embedded reasoner: greedy accuracy and first errors by difficulty, into data/mini/README.md.
 
     python scripts/measure_mini.py            # about ten minutes on two cores
 
@@ -21,17 +21,18 @@ from stepsal.tasks import chain
 FOLDER = Path(__file__).parents[1] / "data" / "mini"
 BATCH = 100
 FIRST_SEED = 500_000
+TRAINED_LENGTH = 8  # the longest
 
 
-def measure(lengths: list[int], n: int) -> pd.DataFrame:
-    """One row per chain length: how many of n problems are solved greedily, and the first errors of the others."""
+def measure(cells: list[tuple[int, int | None]], n: int) -> pd.DataFrame:
+    """One row per (chain length, distractors): how many of n problems are solved greedily, and the others' errors."""
     model = stepsal.load("mini")
     rows = []
-    for length in tqdm(lengths, desc="chain length"):
+    for length, distractors in tqdm(cells, desc="difficulty"):
         verdicts = []
         for start in range(FIRST_SEED, FIRST_SEED + n, BATCH):
             seeds = range(start, min(start + BATCH, FIRST_SEED + n))
-            problems = [chain.sample(seed, length=length) for seed in seeds]
+            problems = [chain.sample(seed, length, distractors) for seed in seeds]
             traces = stepsal.generate_batch(model, [p.question for p in problems], max_new_tokens=60 + 30 * length)
             verdicts += [p.grade(t) for p, t in zip(problems, traces, strict=True)]
         correct = sum(v.correct for v in verdicts)
@@ -40,6 +41,7 @@ def measure(lengths: list[int], n: int) -> pd.DataFrame:
         rows.append(
             {
                 "length": length,
+                "distractors": "drawn" if distractors is None else distractors,
                 "n": n,
                 "correct": correct,
                 "accuracy": correct / n,
@@ -54,12 +56,12 @@ def measure(lengths: list[int], n: int) -> pd.DataFrame:
 
 def table(results: pd.DataFrame) -> str:
     lines = [
-        "| chain length | solved | accuracy [95 % interval] | answer right | first errors |",
-        "|---:|---:|---|---:|---|",
+        "| chain length | distractors | solved | accuracy [95 % interval] | answer right | first errors |",
+        "|---:|---:|---:|---|---:|---|",
     ]
     for r in results.itertuples():
         lines.append(
-            f"| {r.length} | {r.correct}/{r.n} | {r.accuracy:.1%} [{r.low:.1%}, {r.high:.1%}] "
+            f"| {r.length} | {r.distractors} | {r.correct}/{r.n} | {r.accuracy:.1%} [{r.low:.1%}, {r.high:.1%}] "
             f"| {r.answer_accuracy:.1%} | {r.first_errors or 'none'} |"
         )
     return "\n".join(lines)
@@ -67,19 +69,31 @@ def table(results: pd.DataFrame) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=list(range(1, chain.MAX_LENGTH + 1)))
-    parser.add_argument("-n", type=int, default=300, help="problems per length")
+    parser.add_argument("-n", type=int, default=300, help="problems per cell")
     args = parser.parse_args()
-    results = measure(args.lengths, args.n)
-    results.to_csv(FOLDER / "accuracy.csv", index=False, float_format="%.6g")
     readme = FOLDER / "README.md"
     head, mark, _ = readme.read_text().partition("<!-- measured -->")
     if not mark:
         raise SystemExit(f"{readme} has no line '<!-- measured -->' to write below")
+    by_length = [(length, None) for length in range(1, chain.MAX_LENGTH + 1)]
+    by_distractors = [(TRAINED_LENGTH, distractors) for distractors in (0, 6, 10, 14)]
+    results = measure([*by_length, *by_distractors], args.n)
+    results.to_csv(FOLDER / "accuracy.csv", index=False, float_format="%.6g")
     seeds = f"seeds {FIRST_SEED}..{FIRST_SEED + args.n - 1}"
-    text = f"\n\nGreedy decoding, {args.n} problems per length ({seeds}), Wilson intervals.\n\n"
-    readme.write_text(head + mark + text + table(results) + "\n")
-    print(table(results))
+    drawn = results["distractors"] == "drawn"
+    text = f"""
+
+Greedy decoding, {args.n} problems per line ({seeds}), Wilson intervals. By chain length, with the number of distractors
+drawn as in training:
+
+{table(results[drawn])}
+
+And by the number of distractors at the longest trained length (training had at most {TRAINED_LENGTH // 2 + 2}):
+
+{table(results[~drawn])}
+"""
+    readme.write_text(head + mark + text)
+    print(text)
 
 
 if __name__ == "__main__":
