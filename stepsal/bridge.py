@@ -23,6 +23,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import cached_file
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,15 @@ def attention_hooks(layer: int) -> dict[str, str]:
     }
 
 
+def sliding_window(model: TransformerBridge, layer: int) -> int | None:
+    """How many keys a query of this layer sees at most, itself included; None for all of them."""
+    attention = model.blocks[layer].attn.original_component
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window or None
+    config = attention.config  # Mistral keeps one window for all layers there
+    return None if getattr(config, "layer_types", None) else getattr(config, "sliding_window", None)
+
+
 def check_model(model: TransformerBridge) -> None:
     """Refuse a model whose attention can't be read and edited through hook points.
 
@@ -197,6 +207,7 @@ def _taken_as_it_is(tokenizer: PreTrainedTokenizerBase | None) -> Iterator[None]
         return
     before = tokenizer.init_kwargs.copy()
     tokenizer.init_kwargs["add_bos_token"] = True
+    tokenizer.init_kwargs.setdefault("name_or_path", "")  # TransformerLens takes it out, there or not
     try:
         yield
     finally:
@@ -220,10 +231,15 @@ def _from_folder(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     options = {k: v for k, v in options.items() if v}
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
-    if Path(source, "tokenizer.json").is_file():
+    if has_file(source, "tokenizer.json", revision):
         # exactly the tokenizer in the file; a class chosen by model type may replace its pre-tokenizer
-        return model, PreTrainedTokenizerFast.from_pretrained(source)
+        return model, PreTrainedTokenizerFast.from_pretrained(source, **options)
     return model, transformers.AutoTokenizer.from_pretrained(source, **options)
+
+
+def has_file(source: str | Path, name: str, revision: str | None = None) -> bool:
+    """Whether a folder or a hub repository (or its cached copy) has a file."""
+    return cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False) is not None
 
 
 def _smollm2(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

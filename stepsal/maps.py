@@ -488,7 +488,9 @@ def average(saliencies: Sequence[StepSaliency]) -> StepSaliency:
         raise ValueError("there is nothing to average: saliencies is empty")
     first = saliencies[0]
     for i, other in enumerate(saliencies):
-        for name in ("model", "layers", "target", "reduce", "roles"):
+        if other.metadata.get("row_normalised") != first.metadata.get("row_normalised"):
+            raise ValueError(f"saliencies[{i}] and the first differ in row_normalised(): apply it to all or to none")
+        for name in ("model", "n_layers", "layers", "target", "reduce", "roles"):
             if getattr(other, name) != getattr(first, name):
                 raise ValueError(
                     f"saliencies[{i}] has {name}={getattr(other, name)!r} but the first has {getattr(first, name)!r}; "

@@ -16,7 +16,7 @@ import copy
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 Role = Literal["question", "thinking", "summary"]
@@ -46,6 +46,19 @@ class Format:
         if not marker.strip():
             raise ValueError(f"marker={marker!r} is empty: give the text that stands between thinking and summary")
         return Format(f"marker {marker!r}", "thinking", {"thinking": {marker: "summary"}})
+
+    def after(self, prompt: str) -> Format:
+        """The same format for a response to this prompt: it begins in the section that the prompt's end has opened."""
+        end = prompt.rstrip()
+        for ends in self.markers.values():
+            for marker, section in ends.items():
+                if end.endswith(marker):
+                    return replace(self, start=section)
+        return self
+
+    def opened_by(self, prompt: str) -> bool:
+        """Whether the prompt ends with a marker of this format."""
+        return any(prompt.rstrip().endswith(marker) for marker in self.all_markers)
 
     @property
     def all_markers(self) -> tuple[str, ...]:
@@ -82,6 +95,8 @@ _WIDE_CLOSERS = "」』）】》"
 _WIDE_END = "。！？"  # need no white space after them
 _BULLETS = "-*•#"
 _ABBREVIATIONS = frozenset("e.g i.e cf vs fig figs eq eqs dr mr mrs ms prof approx resp sec ch viz ca al".split())
+_OPENERS = "\"'“‘«‹„([{*_`$\\"  # what a sentence may begin with, besides letters and digits
+_INLINE_LIST = re.compile(r":\s+\(?[1aAiI][.)]$")  # "We do two things: 1. ..."
 _LIST_NUMBER = re.compile(r"(\d{1,3}|[A-Za-z])[.)]")
 # what must not be cut, by its opening; a blank line ends math that was never closed, as it does in LaTeX
 _ENCLOSURES = {"```": "```", "$$": "$$", "\\[": "\\]", "\\(": "\\)", "\\begin{": "\\end{"}
@@ -136,6 +151,7 @@ class Segmenter:
         self._gap = ""  # white space since the last other character
         self._line_start = 0  # index in _step at which the current line begins
         self._closing: str | None = None  # end of the enclosure we are in
+        self._depth = 0  # how many LaTeX environments are open
 
     @property
     def spans(self) -> tuple[Span, ...]:
@@ -160,7 +176,7 @@ class Segmenter:
         return twin
 
     def push(self, text: str) -> None:
-        """Read more of the response; constant work per character."""
+        """Read more of the response; constant work per character, except for a callable `split`, which is given all."""
         self._push(text, final=False)
 
     def flush(self) -> None:
@@ -255,12 +271,16 @@ class Segmenter:
         return self._ends("".join(kept), self._gap, char, line_start)
 
     def _track_enclosure(self) -> None:
+        tail = "".join(self._step[-7:])
         if self._closing is not None:
-            if "".join(self._step[-len(self._closing) :]) == self._closing:
-                self._closing = None
+            self._depth += tail.endswith("\\begin{")
+            if tail.endswith(self._closing):
+                self._depth -= 1
+                if self._depth <= 0:
+                    self._closing = None
         elif self._step[-1] in "`$[({":
-            tail = "".join(self._step[-7:])
             self._closing = next((end for start, end in _ENCLOSURES.items() if tail.endswith(start)), None)
+            self._depth = 1
 
 
 _Rule = Callable[[str, str, str, int], bool]
@@ -276,14 +296,17 @@ def _boundary_rule(split: Split) -> _Rule:
         return lambda step, gap, char, line: "\n" in gap
     if callable(split):
         return lambda step, gap, char, line: bool(split(step + gap, char))
-    source, flags = (split, 0) if isinstance(split, str) else (split.pattern, split.flags)
+    if isinstance(split, str) and split.removesuffix("s") in ("sentence", "paragraph", "line"):
+        raise ValueError(f"split={split!r} is unknown; use {split.removesuffix('s')!r}")
     try:
-        pattern = re.compile(f"(?:{source})\\s*\\Z", flags)
+        pattern = re.compile(split)
     except re.error as error:
         raise ValueError(
             f"split={split!r} is neither 'sentence', 'paragraph', 'line' nor a regular expression: {error}"
         ) from error
-    return lambda step, gap, char, line: pattern.search(step + gap) is not None
+    return lambda step, gap, char, line: any(
+        match.end() >= len(step) and match.start() < len(step) for match in pattern.finditer(step + gap)
+    )
 
 
 def _sentence_ends(step: str, gap: str, char: str, line_start: int) -> bool:
@@ -301,14 +324,15 @@ def _sentence_ends(step: str, gap: str, char: str, line_start: int) -> bool:
         return True
     if mark not in ".!?…":
         return False
+    begins = char in _OPENERS or (char.isalnum() and not char.islower())
     if mark != "." or body.endswith(".."):
-        return not char.islower()  # "Wait... maybe", "Why?" she asked
-    if _LIST_NUMBER.fullmatch(step[line_start:].strip()):
+        return begins  # not in "Wait... maybe", "5! = 120", "1 + 2 + ... + n"
+    if _LIST_NUMBER.fullmatch(step[line_start:].strip()) or _INLINE_LIST.search(step):
         return False
     words = body[:-1].split()
     word = words[-1].lstrip("([\"'“‘*_").lower() if words else ""
     if word == "etc":
-        return not char.islower()
+        return begins
     return word not in _ABBREVIATIONS
 
 
@@ -330,6 +354,7 @@ class StepTracker:
 
     def __init__(self, segmenter: Segmenter) -> None:
         self.segmenter = segmenter
+        self.role: Role | None = None  # of the last token's step; None for template
 
     def push(self, token_text: str) -> int:
         """Read one token and return its step, counted from the first step of the response; -1 for template."""
@@ -343,8 +368,11 @@ class StepTracker:
             seen.flush()
         offset = len(token_text) - len(token_text.lstrip())
         if offset == len(token_text):
-            return len(seen._spans) - 1 if in_step and seen.in_step else -1
-        return _step_at(seen._spans, before + offset)
+            step = len(seen._spans) - 1 if in_step and seen.in_step else -1
+        else:
+            step = _step_at(seen._spans, before + offset)
+        self.role = seen._spans[step].role if step >= 0 else None
+        return step
 
 
 def step_ids(

@@ -7,10 +7,12 @@ template, section markers) is template, -1.
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import jinja2
 import torch
 from jaxtyping import Int
 from tokenizers.decoders import DecodeStream
@@ -19,6 +21,9 @@ from torch import Tensor
 from stepsal.segment import FORMATS, Format, Role, Segmenter, Span, Split, step_ids
 
 __all__ = ["Prompt", "Role", "Step", "Trace", "render_prompt"]
+
+
+_STAND_IN = "\ue000question\ue001"  # private-use characters: in no real text
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class Trace:
         steps: question first, then thinking, then summary.
         format: name of the format in which the sections were found.
         n_prompt: tokens that belong to the prompt; one that straddles its end counts.
+        truncated: the answer was cut off, by a token budget or by the end of the context.
     """
 
     question: str
@@ -61,6 +67,7 @@ class Trace:
     steps: tuple[Step, ...]
     format: str
     n_prompt: int
+    truncated: bool = False
 
     @classmethod
     def from_text(
@@ -115,6 +122,7 @@ class Trace:
         model_or_tokenizer: Any,
         *,
         question: str,
+        truncated: bool = False,
         format: str | Format = "auto",
         split: Split = "sentence",
         min_chars: int = 15,
@@ -130,9 +138,10 @@ class Trace:
             n_prompt: number of prompt tokens.
             model_or_tokenizer, format, split, min_chars: as for `from_text`.
             question: as asked; it must stand in the prompt.
+            truncated: whether the answer was cut off.
 
         Raises:
-            ValueError: as `from_text`, or `n_prompt` out of range.
+            ValueError: as `from_text`, or `n_prompt` out of range; but a response without steps or markers is a trace.
         """
         tokenizer, n_ctx = _tokenizer_of(model_or_tokenizer)
         _require_text("question", question)
@@ -141,7 +150,18 @@ class Trace:
             raise ValueError(f"n_prompt={n_prompt} must lie in 1..{len(ids) - 1}, within the {len(ids)} tokens")
         text, offsets = _decode(tokenizer, ids)
         prompt = _locate_question(tokenizer, text[: offsets[n_prompt - 1][1]], question)
-        return cls._build(question, text, prompt, ids, offsets, tokenizer, n_ctx, format, split, min_chars, n_prompt)
+        return cls._build(
+            question, text, prompt, ids, offsets, tokenizer, n_ctx, format, split, min_chars, n_prompt, truncated
+        )
+
+    @staticmethod
+    def check_segmentation(format: str | Format = "auto", split: Split = "sentence", min_chars: int = 15) -> None:
+        """Complain about settings that `from_tokens` would refuse, before there are tokens.
+
+        Raises:
+            ValueError: an unknown format or split, or negative `min_chars`.
+        """
+        Segmenter(_choose_format(format, "", "", written_by_model=True), split=split, min_chars=min_chars)
 
     @classmethod
     def _build(
@@ -157,6 +177,7 @@ class Trace:
         split: Split,
         min_chars: int,
         n_prompt: int | None = None,
+        truncated: bool = False,
     ) -> Trace:
         if n_ctx is not None and len(ids) > n_ctx:
             raise ValueError(
@@ -164,7 +185,7 @@ class Trace:
                 "the model with a longer context"
             )
         response = text[len(prompt.text) :]
-        chosen = _choose_format(format, prompt.text, response)
+        chosen = _choose_format(format, prompt.text, response, written_by_model=n_prompt is not None)
         segmenter = Segmenter(chosen, split=split, min_chars=min_chars, template=tokenizer.all_special_tokens)
         segmenter.push(response)
         shift = len(prompt.text)
@@ -182,7 +203,7 @@ class Trace:
                 steps.append(Step(spans[i].role, position, position + 1))
             elif i >= 0:
                 steps[kept[i]] = Step(spans[i].role, steps[kept[i]].start, position + 1)
-        if not any(step.role != "question" for step in steps):
+        if n_prompt is None and not any(step.role != "question" for step in steps):
             raise ValueError(f"the response {response[:60]!r} holds no step: it is all markers and white space")
         return cls(
             question=question,
@@ -193,6 +214,7 @@ class Trace:
             steps=tuple(steps),
             format=chosen.name,
             n_prompt=sum(start < shift for start, _ in offsets) if n_prompt is None else n_prompt,
+            truncated=truncated,
         )
 
     def __len__(self) -> int:
@@ -237,10 +259,16 @@ class Trace:
         return self._section("summary") or None
 
     def _section(self, role: Role) -> str:
-        steps = [step for step in self.steps if step.role == role]
-        if not steps:
-            return ""
-        return self.text[int(self.offsets[steps[0].start, 0]) : int(self.offsets[steps[-1].end - 1, 1])].strip()
+        parts: list[tuple[int, int]] = []  # runs of steps without template between them, as characters
+        for step, previous in zip(self.steps, (None, *self.steps), strict=False):
+            if step.role != role:
+                continue
+            start, end = int(self.offsets[step.start, 0]), int(self.offsets[step.end - 1, 1])
+            if parts and previous is not None and previous.end == step.start:
+                parts[-1] = (parts[-1][0], end)
+            else:
+                parts.append((start, end))
+        return "\n".join(self.text[start:end].strip() for start, end in parts)
 
 
 def render_prompt(tokenizer: Any, question: str, system: str | None = None) -> Prompt:
@@ -250,9 +278,9 @@ def render_prompt(tokenizer: Any, question: str, system: str | None = None) -> P
         ValueError: an empty question, or a template that alters it.
     """
     _require_text("question", question)
-    text, stand_in = _render(tokenizer, question, system), "\ue000question\ue001"
+    text = _render(tokenizer, question, system)
     # where a stand-in would stand: the question's own text may occur elsewhere too ("user", "assistant")
-    start = _render(tokenizer, stand_in, system).find(stand_in)
+    start = _render(tokenizer, _STAND_IN, system).find(_STAND_IN)
     for asked in (question, question.strip()):  # many templates strip what the user said
         if start >= 0 and text.startswith(asked, start):
             return Prompt(text, start, start + len(asked))
@@ -270,35 +298,50 @@ def _render(tokenizer: Any, question: str, system: str | None) -> str:
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
+def template_around(tokenizer: Any, system: str | None = None) -> tuple[str, str]:
+    """The chat template's text before and after a question.
+
+    A template without a place for a system prompt is rendered without one.
+    """
+    try:
+        text = _render(tokenizer, _STAND_IN, system)
+    except jinja2.TemplateError:  # raised by templates that refuse the role
+        text = _render(tokenizer, _STAND_IN, None)
+    head, _, tail = text.partition(_STAND_IN)
+    return head, tail
+
+
 def _locate_question(tokenizer: Any, prompt: str, question: str) -> Prompt:
     """Find the question in a prompt that is given, by the template text after it where that is there."""
-    asked = question.strip()
-    tail = _render(tokenizer, "\ue000", None).rpartition("\ue000")[2]
-    start = len(prompt) - len(asked + tail) if prompt.endswith(asked + tail) else prompt.rfind(asked)
-    if start < 0:
-        raise ValueError(f"token/text mismatch: the prompt's tokens do not spell the question {question[:60]!r}")
-    return Prompt(prompt, start, start + len(asked))
+    tail = template_around(tokenizer)[1]
+    for form in (None, "NFC", "NFKC"):  # what the tokenizer's normaliser may have made of it
+        asked = question.strip() if form is None else unicodedata.normalize(form, question.strip())
+        start = len(prompt) - len(asked + tail) if prompt.endswith(asked + tail) else prompt.rfind(asked)
+        if start >= 0:
+            return Prompt(prompt, start, start + len(asked))
+    raise ValueError(f"token/text mismatch: the prompt's tokens do not spell the question {question[:60]!r}")
 
 
-def _choose_format(format: str | Format, prompt: str, response: str) -> Format:
+def _choose_format(format: str | Format, prompt: str, response: str, written_by_model: bool) -> Format:
+    """The format, begun in the section that the prompt opens; a model may leave out markers, a given text may not."""
     if format == "auto":
-        if "<|channel|>" in response:
-            return FORMATS["harmony"]
-        if "</think>" in response or "<think>" in response or prompt.rstrip().endswith("<think>"):
-            return FORMATS["think"]
+        if "<|channel|>" in response or FORMATS["harmony"].opened_by(prompt):
+            return FORMATS["harmony"].after(prompt)
+        if "</think>" in response or "<think>" in response or FORMATS["think"].opened_by(prompt):
+            return FORMATS["think"].after(prompt)
         return FORMATS["plain"]
     if isinstance(format, str):
         if format not in FORMATS:
             known = ", ".join(map(repr, ("auto", *FORMATS)))
             raise ValueError(f"format={format!r} is unknown; use {known}, or Format.with_marker({format!r})")
         format = FORMATS[format]
-    opened = any(prompt.rstrip().endswith(marker) for marker in format.all_markers)
-    if format.all_markers and not opened and not any(marker in response for marker in format.all_markers):
+    told = written_by_model or not format.all_markers or format.opened_by(prompt)
+    if not told and not any(marker in response for marker in format.all_markers):
         raise ValueError(
             f"marker not found: the response has none of {', '.join(map(repr, format.all_markers))} (format "
             f"{format.name!r}); use format='auto' or 'plain', or Format.with_marker(...) with a text that is there"
         )
-    return format
+    return format.after(prompt)
 
 
 def _tokenizer_of(model_or_tokenizer: Any) -> tuple[Any, int | None]:

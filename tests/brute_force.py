@@ -10,6 +10,11 @@ from transformer_lens.model_bridge import TransformerBridge
 
 def token_saliency(model: TransformerBridge, tokens: Tensor, target: str) -> Tensor:
     """|A * dL/dA| averaged over heads, [layer, query_pos, key_pos], by plain autograd on the patterns."""
+    return head_saliency(model, tokens, target).mean(1)
+
+
+def head_saliency(model: TransformerBridge, tokens: Tensor, target: str) -> Tensor:
+    """|A * dL/dA|, [layer, head, query_pos, key_pos]."""
     patterns: dict[str, Tensor] = {}
 
     def keep(pattern: Tensor, hook: object) -> Tensor:
@@ -24,12 +29,12 @@ def token_saliency(model: TransformerBridge, tokens: Tensor, target: str) -> Ten
     a = [patterns[name] for name in names]
     if target == "sequence":
         gradients = torch.autograd.grad(losses.sum(), a)
-        return torch.stack([(x * g).abs()[0].mean(0).detach() for x, g in zip(a, gradients, strict=True)])
-    result = torch.zeros(len(names), len(tokens), len(tokens))
+        return torch.stack([(x * g).abs()[0].detach() for x, g in zip(a, gradients, strict=True)])
+    result = torch.zeros(len(names), model.cfg.n_heads, len(tokens), len(tokens))
     for t in range(len(losses)):
         gradients = torch.autograd.grad(losses[t], a, retain_graph=True)
         for layer, (x, g) in enumerate(zip(a, gradients, strict=True)):
-            result[layer, t] = (x * g).abs()[0].mean(0)[t].detach()
+            result[layer, :, t] = (x * g).abs()[0, :, t].detach()
     return result
 
 

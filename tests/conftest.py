@@ -5,13 +5,17 @@ from __future__ import annotations
 import importlib.util
 import os
 
+import hypothesis
 import pytest
+import tokenizers
 import torch
 import transformers
 from transformer_lens.model_bridge import TransformerBridge
 
 import stepsal
 
+hypothesis.settings.register_profile("stepsal", deadline=None)  # times say nothing on a busy machine
+hypothesis.settings.load_profile("stepsal")
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(2)
 
@@ -51,6 +55,34 @@ def tiny_hf_model(architecture: str, **overrides: object) -> transformers.PreTra
             if p.ndim >= 2 or parameter_name.endswith(("bias", "sinks")):
                 p.normal_(std=0.25)
     return model.eval()
+
+
+def char_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """One token per ASCII character, and a reasoning model's chat template; fits the vocabulary of the tiny models."""
+    special = ["<bos>", "<eos>", "<user>", "<assistant>", "<think>", "</think>"]
+    characters = [*special, "\n", *(chr(i) for i in range(32, 127))]
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(characters)}, []))
+    backend.decoder = tokenizers.decoders.Fuse()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<eos>",
+        additional_special_tokens=special[2:], clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    tokenizer.chat_template = (
+        "<bos>{% for m in messages %}{% if m.role == 'user' %}<user>{{ m.content }}{% else %}{{ m.content }}\n"
+        "{% endif %}{% endfor %}<assistant><think>"
+    )
+    return tokenizer
+
+
+def tiny_chat(architecture: str, **overrides: object) -> TransformerBridge:
+    """A random model with a tokenizer."""
+    hf_model = tiny_hf_model(architecture, max_position_embeddings=512, **overrides)
+    return stepsal.load(f"tiny-{architecture}", hf_model=hf_model, tokenizer=char_tokenizer())
+
+
+@pytest.fixture(scope="session", params=ARCHITECTURES)
+def tiny_with_text(request: pytest.FixtureRequest) -> TransformerBridge:
+    return tiny_chat(request.param)
 
 
 @pytest.fixture(scope="session", params=ARCHITECTURES)

@@ -36,12 +36,9 @@ def test_any_changed_word_is_caught_in_its_sentence(seed: int, length: int, data
     if changed == solution:
         return
     verdict = problem.grade(changed)
-    pending = problem.by_name.get(other)
-    if not verdict.correct:
-        assert verdict.error_sentence >= solution[: word.start()].count(".")
-        assert verdict.error is not None
-    else:  # the only free choice is which pending definition comes first
-        assert pending is not None
+    assert not verdict.correct
+    assert verdict.error is not None
+    assert verdict.error_sentence >= solution[: word.start()].count(".")
 
 
 PROBLEM = chain.Problem(
@@ -108,3 +105,18 @@ def test_length_out_of_range(length: int) -> None:
         chain.sample(0, length=length)
     with pytest.raises(ValueError, match=r"distractors=15 is outside 0\.\.14"):
         chain.sample(0, distractors=15)
+
+
+@pytest.mark.parametrize(
+    ("ending", "correct"),
+    [
+        ("The answer is Anna = 16.", True),
+        ("The answer is Anna = 16.<|endoftext|>", True),
+        ("The answer is Anna = 16. The answer is Hugo = 7.", False),
+        ("The answer is Anna = 16.5.", False),
+        ("The answer is Anna = 016.", False),
+    ],
+)
+def test_the_summary_counts_whole(ending: str, correct: bool) -> None:
+    verdict = PROBLEM.grade(RIGHT.partition("</think>")[0] + "</think> " + ending)
+    assert verdict.correct == verdict.answer_correct == correct

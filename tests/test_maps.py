@@ -6,7 +6,7 @@ import json
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stepsal import maps
@@ -50,7 +50,6 @@ def double_loop(token_map, step_ids, n_steps, has_target, causal=True):
 
 
 @given(segmented(), st.integers(1, 30))
-@settings(deadline=None)
 def test_pooling_agrees_with_a_double_loop(case, rows_per_block):
     token_map, step_ids, n_steps, has_target = case
     sums, counts = double_loop(token_map, step_ids, n_steps, has_target)
@@ -62,7 +61,6 @@ def test_pooling_agrees_with_a_double_loop(case, rows_per_block):
 
 
 @given(segmented())
-@settings(deadline=None)
 def test_mean_times_pairs_is_sum_times_rows(case):
     token_map, step_ids, n_steps, has_target = case
     sums = pool_steps(token_map.double(), step_ids, n_steps, has_target)
@@ -74,7 +72,6 @@ def test_mean_times_pairs_is_sum_times_rows(case):
 
 
 @given(segmented())
-@settings(deadline=None)
 def test_uniform_token_map_pools_to_uniform_step_map(case):
     _, step_ids, n_steps, has_target = case
     uniform = torch.ones(len(step_ids), len(step_ids), dtype=torch.float64)

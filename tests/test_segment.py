@@ -58,7 +58,7 @@ def test_steps_are_ordered_disjoint_trimmed_and_cover_the_text(text: str, format
         assert "".join(inside.split()) == "".join(outside.split())
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(TEXTS, st.sampled_from(["think", "harmony"]), st.lists(st.integers(0, 5), min_size=1).filter(any))
 def test_the_step_of_a_token_is_known_when_it_arrives(text: str, format: str, sizes: list[int]) -> None:
     offsets: list[tuple[int, int]] = []
@@ -211,3 +211,48 @@ def test_errors(options: dict, message: str) -> None:
         Segmenter(FORMATS["think"], **options)
     with pytest.raises(ValueError, match="marker=' ' is empty"):
         Format.with_marker(" ")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The number of ways is 5! = 120 in all",
+        "We know that 1 + 2 + 3 + ... + n is a triangular number",
+        "The list 1, 2, 3, ... , n has n members",
+        "We do two things: 1. Take the sum of all",
+        "Look \\begin{align}\\begin{cases} A. B\\end{cases} B. C\\end{align} here",
+    ],
+)
+def test_mathematics_is_not_cut(text: str) -> None:
+    assert len(segment(text, FORMATS["think"], min_chars=0)) == 1
+
+
+def test_nested_environments_end() -> None:
+    text = "\\begin{align}\\begin{cases} A. B\\end{cases}\\end{align} is it. And so on."
+    assert [text[s.start : s.end] for s in segment(text, FORMATS["think"], min_chars=0)][-1] == "And so on."
+
+
+def test_a_regular_expression_keeps_its_flags() -> None:
+    text = "We know x. THEREFORE we know y and also z"
+    for pattern in ("(?i)therefore", re.compile("therefore  # a comment", re.I | re.X)):
+        assert [text[s.start : s.end] for s in segment(text, FORMATS["think"], split=pattern, min_chars=0)] == [
+            "We know x. THEREFORE", "we know y and also z",
+        ]  # fmt: skip
+
+
+def test_a_name_that_is_almost_right() -> None:
+    with pytest.raises(ValueError, match="split='paragraphs' is unknown; use 'paragraph'"):
+        segment("text", FORMATS["think"], split="paragraphs")
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "role"),
+    [
+        ("think", "<a><think>\n", "thinking"),
+        ("think", "<a><think>\n\n</think>\n\n", "summary"),
+        ("harmony", "<|start|>assistant<|channel|>analysis<|message|>", "thinking"),
+        ("harmony", "<|start|>assistant", None),
+    ],
+)
+def test_a_response_begins_in_the_section_that_the_prompt_opens(name: str, prompt: str, role: str | None) -> None:
+    assert FORMATS[name].after(prompt).start == role

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -160,7 +162,7 @@ def test_characters_over_several_tokens() -> None:
     assert [text for _, text in texts(again)] == [text for _, text in texts(trace)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(TEXTS, st.sampled_from(["byte_level", "no_think_tokens", "harmony"]))
 def test_token_by_token_equals_the_whole_text(response: str, kind: str) -> None:
     tokenizer = _CACHE.setdefault(kind, make_tokenizer(kind))
@@ -273,3 +275,24 @@ class TestErrors:
             module._check_offsets([(0, 2), (2, 9)], "abcd", ["a", "b"])
         with pytest.raises(ValueError, match=r"token 1 .*after 2"):
             module._check_offsets([(2, 3), (0, 1)], "abcd", ["a", "b"])
+
+
+@pytest.mark.parametrize("question", ["Was ist cafe\u0301?", "How many \u2126 is it?"])
+def test_a_question_that_the_tokenizer_normalises(question: str) -> None:
+    tokenizer = make_tokenizer("byte_level", normalizers.NFC())
+    ids = tokenizer(render_prompt(tokenizer, question).text)["input_ids"]
+    new = tokenizer("First we look.</think>Then we know.")["input_ids"]
+    trace = Trace.from_tokens(torch.tensor(ids + new), len(ids), tokenizer, question=question)
+    assert trace.roles == ("question", "thinking", "summary")
+    assert trace.step_text(0) == unicodedata.normalize("NFC", question)
+
+
+def test_template_between_thinking_blocks_is_not_thinking() -> None:
+    response = (
+        "<|channel|>analysis<|message|>We think once.<|end|><|start|>assistant<|channel|>commentary<|message|>aside"
+        "<|end|><|start|>assistant<|channel|>analysis<|message|>We think twice.<|end|><|start|>assistant"
+        "<|channel|>final<|message|>Done.<|return|>"
+    )
+    trace = Trace.from_text("How?", response, make_tokenizer("harmony"))
+    assert trace.thinking == "We think once.\nWe think twice."
+    assert trace.summary == "Done."

@@ -222,8 +222,8 @@ def _listing(names: tuple[str, ...]) -> str:
 
 
 _NEEDS = re.compile(r"(\w+) needs (\w+(?: and \w+)?)")
-_IS = re.compile(r"(\w+) is (\w+) (plus|minus) (\w+), (\d+) (plus|minus) (\d+), so (\w+) = (\d+)")
-_SUMMARY = re.compile(r"\s*The answer is (\w+) = (\d+)\.")
+_IS = re.compile(r"(\w+) is (\w+) (plus|minus) (\w+), (\d+) (plus|minus) (\d+), so (\w+) = (0|[1-9]\d*)")
+_SUMMARY = re.compile(r"\s*The answer is (\w+) = (0|[1-9]\d*)\.\s*(<\|endoftext\|>)?\s*")
 
 
 class _StepError(Exception):
@@ -293,7 +293,7 @@ class _Checker:
 
 def _grade(problem: Problem, response: str) -> Verdict:
     thinking, end_mark, rest = response.partition("</think>")
-    summary = _SUMMARY.match(rest)
+    summary = _SUMMARY.fullmatch(rest)
     answer = int(summary[2]) if summary else None
     answer_correct = summary is not None and summary[1] == problem.goal and summary[2] == problem.reference
 
