@@ -7,31 +7,44 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stepsal.bridge import load
-    from stepsal.generate import generate, generate_batch
+    from stepsal.generation import generate, generate_batch
+    from stepsal.intervention import StepFlowConfig, stepflow
     from stepsal.maps import StepSaliency
     from stepsal.saliency import step_saliency
     from stepsal.trace import Step, Trace
 
 __version__ = "0.1.0"
-__all__ = ["Step", "StepSaliency", "Trace", "generate", "generate_batch", "load", "step_saliency"]
+__all__ = [
+    "Step",
+    "StepFlowConfig",
+    "StepSaliency",
+    "Trace",
+    "generate",
+    "generate_batch",
+    "load",
+    "step_saliency",
+    "stepflow",
+]
 
 # Imported on first use, so that looking at saved maps does not load TransformerLens.
 _HOME = {
     "load": "stepsal.bridge",
-    "generate": "stepsal.generate",
-    "generate_batch": "stepsal.generate",
+    "generate": "stepsal.generation",
+    "generate_batch": "stepsal.generation",
+    "StepFlowConfig": "stepsal.intervention",
+    "stepflow": "stepsal.intervention",
     "StepSaliency": "stepsal.maps",
     "step_saliency": "stepsal.saliency",
     "Step": "stepsal.trace",
     "Trace": "stepsal.trace",
 }
-_MODULES = ("figures", "maps", "plots", "segment", "tasks")
+_MODULES = ("figures", "intervention", "maps", "plots", "segment", "tasks")
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         value = getattr(import_module(_HOME[name]), name)
-        globals()[name] = value  # importing stepsal.generate binds the module's name here; the function wins
+        globals()[name] = value
         return value
     if name in _MODULES:
         return import_module(f"stepsal.{name}")

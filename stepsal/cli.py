@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -17,6 +17,8 @@ app = typer.Typer(
 )
 console = Console()
 
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
 ROLE_STYLES = {"question": "bold blue", "thinking": "default", "summary": "bold green"}
 
 
@@ -25,9 +27,11 @@ def trace(
     question: Annotated[str, typer.Argument(help="What to ask the model.")],
     model: Annotated[str, typer.Option(help="**mini**, **smollm2**, a hub id or a local folder.")] = "mini",
     out: Annotated[Path, typer.Option(help="Where to write: OUT.safetensors (the maps), OUT.png.")] = Path("trace"),
-    target: Annotated[str, typer.Option(help="**token** (each row's own loss) or **sequence** (the summed loss).")] = (
-        "token"
-    ),
+    target: Annotated[
+        Literal["token", "sequence"],
+        typer.Option(help="**token**: loss of each row; **sequence**: summed loss."),
+    ] = "token",
+    stepflow: Annotated[bool, typer.Option("--stepflow", help="Answer, and map, under StepFlow.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Limit of the answer, in tokens.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 decodes greedily.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
@@ -43,25 +47,28 @@ def trace(
 
     if not out.resolve().parent.is_dir():
         raise typer.BadParameter(f"the folder {out.resolve().parent} does not exist", param_hint="--out")
+    config = stepsal.StepFlowConfig() if stepflow else None
     try:
         with console.status(f"loading {model} ..."):
             bridge = stepsal.load(model)
         with console.status("thinking ..."):
             answer = stepsal.generate(
-                bridge, question, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+                bridge, question, stepflow=config, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
             )
         for i, step in enumerate(answer.steps):
             label = Text(f"{i:3d} {step.role:9s}", style="dim")
             console.print(label, Text(" ".join(answer.step_text(i).split()), style=ROLE_STYLES[step.role]))
+        if answer.truncated:
+            console.print(Text(f"cut off after {len(answer) - answer.n_prompt} tokens", style="yellow"))
         with console.status("computing maps ..."):
-            saliency = stepsal.step_saliency(bridge, answer, target=target)  # type: ignore[arg-type]
+            saliency = stepsal.step_saliency(bridge, answer, target=target, stepflow=config)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         console.print(Text(f"error: {error}", style="bold red"))
         raise typer.Exit(1) from error
     maps = saliency.save(out)
     picture = out.with_name(out.name + ".png")
     _draw(saliency, picture)
-    console.print(f"[dim]{len(answer)} tokens, {len(answer.steps)} steps; wrote[/] {maps} [dim]and[/] {picture}")
+    console.print(Text(f"{len(answer)} tokens, {len(answer.steps)} steps; wrote {maps} and {picture}", style="dim"))
 
 
 def _draw(saliency: object, path: Path) -> None:
@@ -92,9 +99,13 @@ def figures(
 
     Examples: `stepsal figures`, `stepsal figures 01 02_shallow_deep_flow`
     """
-    import nbformat
-    from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError
+    try:
+        import nbformat
+        from nbclient import NotebookClient
+        from nbclient.exceptions import CellExecutionError
+    except ImportError as error:
+        console.print(Text("error: running notebooks needs pip install 'stepsal[notebooks]'", style="bold red"))
+        raise typer.Exit(1) from error
 
     found = sorted(notebooks.glob("*.ipynb"))
     chosen = [p for p in found if not names or any(p.stem == n or p.stem.split("_")[0] == n for n in names)]
@@ -112,6 +123,11 @@ def figures(
                 console.print(Text(f"{path.stem} failed:\n{error}", style="red"))
                 raise typer.Exit(1) from error
         if inplace:
+            notebook.metadata.pop("widgets", None)
+            for cell in notebook.cells:  # times of day and progress bars: noise in the history
+                cell.metadata.pop("execution", None)
+                shown = [o for o in cell.get("outputs", []) if WIDGET not in o.get("data", {})]
+                cell.update({"outputs": [o for o in shown if o.get("name") != "stderr"]} if "outputs" in cell else {})
             nbformat.write(notebook, path)
         console.print(f"[green]done[/] {path.stem}")
 

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
-from typing import Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
+from stepsal.intervention import StepFlowConfig, active_flow
+from stepsal.intervention import stepflow as open_stepflow
 from stepsal.trace import Trace, render_prompt
+
+if TYPE_CHECKING:
+    from transformers import Cache
 
 
 def generate(
     model: TransformerBridge,
     question: str,
     *,
+    stepflow: StepFlowConfig | None = None,
     max_new_tokens: int = 512,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -25,8 +36,8 @@ def generate(
 ) -> Trace:
     """Answer one question; see `generate_batch`, of which this is the batch of one."""
     return generate_batch(
-        model, [question], max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
-        system=system, progress=progress, **segmentation,
+        model, [question], stepflow=stepflow, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+        seed=seed, system=system, progress=progress, **segmentation,
     )[0]  # fmt: skip
 
 
@@ -34,72 +45,155 @@ def generate_batch(
     model: TransformerBridge,
     questions: Sequence[str],
     *,
+    stepflow: StepFlowConfig | None = None,
     max_new_tokens: int = 512,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     system: str | None = None,
     progress: bool = False,
     **segmentation: Any,
 ) -> list[Trace]:
     """Answer several questions at once: left-padded, one forward pass per new token.
 
+    A row ends at the end-of-sequence token, after `max_new_tokens`, or at the end of the model's context; the others
+    go on without it.
+
     Args:
         model: from `stepsal.load`, with a tokenizer.
         questions: what the user asks; the chat template of the tokenizer is put around each.
-        max_new_tokens: limit per answer. An answer cut off by it gives a trace without its end.
+        stepflow: decode under StepFlow with these settings. A `stepsal.stepflow` context around the call does the same.
+        max_new_tokens: limit per answer.
         temperature: 0 decodes greedily.
         top_p: nucleus of the sampling distribution.
-        seed: of the sampling; the same call gives the same answers. The global random state is left alone.
+        seed: of the sampling, one for each row; a single one means seed, seed + 1, ... A row's tokens depend on its own
+            seed only, so that it is sampled the same in any batch (up to rounding in the logits).
         system: a system prompt; None keeps what the chat template does by itself.
         progress: show a bar over tokens.
         **segmentation: `format`, `split`, `min_chars` of `Trace.from_tokens`.
 
     Returns:
         One trace per question, with exactly the tokens the model wrote, the end-of-sequence token included.
+        `truncated` tells the answers that did not end by themselves.
 
     Raises:
-        ValueError: no or empty question, numbers out of range, or a prompt that leaves no room in the context.
+        ValueError: no or empty question, numbers out of range, or a prompt that fills the context.
     """
-    if not questions:
-        raise ValueError("questions is empty: give at least one")
+    if not questions or isinstance(questions, str):
+        raise ValueError(f"questions={questions!r} must be a list of at least one; for a single one there is generate")
+    Trace.check_segmentation(**segmentation)
     if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(
             f"max_new_tokens={max_new_tokens} must be >= 1, temperature={temperature} >= 0, top_p={top_p} in (0, 1]"
         )
-    tokenizer = model.tokenizer
+    seeds = [seed + row for row in range(len(questions))] if isinstance(seed, int) else list(seed)
+    if len(seeds) != len(questions):
+        raise ValueError(f"{len(seeds)} seeds for {len(questions)} questions: give one for each, or a single one")
+    tokenizer, n_ctx = model.tokenizer, model.cfg.n_ctx
     if tokenizer is None:
         raise ValueError(f"{model.cfg.model_name!r} has no tokenizer: pass one to stepsal.load(..., tokenizer=...)")
     prompts = [render_prompt(tokenizer, question, system).text for question in questions]
     prompt_ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-    width = max(map(len, prompt_ids))
-    if width + max_new_tokens > model.cfg.n_ctx:
+    longest = max(map(len, prompt_ids))
+    if longest >= n_ctx:
         raise ValueError(
-            f"a prompt of {width} tokens and max_new_tokens={max_new_tokens} exceed the context of {model.cfg.n_ctx} "
-            f"tokens of {model.cfg.model_name!r}: lower max_new_tokens to {model.cfg.n_ctx - width} or less"
+            f"a prompt of {longest} tokens leaves no room in the context of {n_ctx} tokens of "
+            f"{model.cfg.model_name!r}: shorten the question"
         )
+    limits = [min(max_new_tokens, n_ctx - len(ids)) for ids in prompt_ids]
+    uniforms = None
+    if temperature > 0:
+        generators = [torch.Generator().manual_seed(s) for s in seeds]
+        uniforms = torch.stack([torch.rand(max(limits), generator=g, dtype=torch.float64) for g in generators])
 
+    with open_stepflow(model, stepflow) if stepflow is not None else nullcontext():
+        answers = _decode(model, prompt_ids, limits, uniforms, temperature, top_p, progress)
+    traces = []
+    for question, ids, new in zip(questions, prompt_ids, answers, strict=True):
+        trace = Trace.from_tokens(
+            torch.tensor(ids + new), len(ids), model, question=question,
+            truncated=new[-1] not in _end_tokens(model), **segmentation,
+        )  # fmt: skip
+        traces.append(trace)
+    return traces
+
+
+@torch.no_grad()
+def _decode(
+    model: TransformerBridge,
+    prompt_ids: list[list[int]],
+    limits: list[int],
+    uniforms: Float[Tensor, "row new_token"] | None,
+    temperature: float,
+    top_p: float,
+    progress: bool,
+) -> list[list[int]]:
+    """The new tokens of each row."""
     device = next(model.parameters()).device
-    eos = tokenizer.eos_token_id
-    tokens = torch.full((len(prompts), width), eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
-    mask = torch.zeros_like(tokens)
+    ends = torch.tensor(sorted(_end_tokens(model)))
+    n_rows, width = len(prompt_ids), max(map(len, prompt_ids))
+    tokens = torch.zeros(n_rows, width, dtype=torch.long)
+    mask = torch.zeros(n_rows, width, dtype=torch.long)
     for row, ids in enumerate(prompt_ids):
         tokens[row, width - len(ids) :] = torch.tensor(ids)
         mask[row, width - len(ids) :] = 1
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": None if top_p == 1 else top_p}
-    with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        output: Any = model.generate(
-            tokens.to(device), attention_mask=mask.to(device), max_new_tokens=max_new_tokens, return_type="tokens",
-            verbose=progress, **sampling,
-        )  # fmt: skip
+    tokens, mask = tokens.to(device), mask.to(device)
+    options: dict[str, Any] = {"use_cache": True}
+    if "logits_to_keep" in inspect.signature(model.original_model.forward).parameters:
+        options["logits_to_keep"] = 1  # [batch, 1, d_vocab] instead of [batch, pos, d_vocab] after a long prompt
+    flow = active_flow(model)
+    cache: Cache | None = None
+    running = list(range(n_rows))
+    answers: list[list[int]] = [[] for _ in prompt_ids]
+    with tqdm(total=max(limits), desc="tokens", disable=not progress) as bar:
+        for n_new in range(1, max(limits) + 1):
+            logits, cache = model(
+                tokens, attention_mask=mask, past_key_values=cache, return_type="logits_and_cache", **options
+            )
+            draws = None if uniforms is None else uniforms[running, n_new - 1]
+            chosen = _choose(logits[:, -1], draws, temperature, top_p)  # [row]
+            on_host = chosen.cpu()
+            ended = torch.isin(on_host, ends)
+            going = []
+            for i, (row, token) in enumerate(zip(running, on_host.tolist(), strict=True)):
+                answers[row].append(token)
+                if not ended[i] and n_new < limits[row]:
+                    going.append(i)
+            bar.update()
+            if not going:
+                break
+            if len(going) < len(running):  # a row that is done stops costing
+                index = torch.tensor(going, device=device)
+                cache.batch_select_indices(index)  # type: ignore[union-attr]
+                chosen, mask = chosen[index], mask[index]
+                if flow is not None:
+                    flow.select(going)
+                running = [running[i] for i in going]
+            tokens = chosen[:, None]
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+    return answers
 
-    traces = []
-    for row, (question, ids) in enumerate(zip(questions, prompt_ids, strict=True)):
-        new = output[row, width:].tolist()
-        if eos in new:
-            new = new[: new.index(eos) + 1]
-        traces.append(Trace.from_tokens(torch.tensor(ids + new), len(ids), model, question=question, **segmentation))
-    return traces
+
+def _choose(
+    logits: Float[Tensor, "row d_vocab"], draws: Float[Tensor, " row"] | None, temperature: float, top_p: float
+) -> Int[Tensor, " row"]:
+    """The most likely token of each row, or the one at quantile `draws` of its sampling distribution."""
+    if draws is None:
+        return logits.argmax(-1)
+    p = torch.softmax(logits.double() / temperature, dim=-1)
+    if top_p < 1:
+        ordered, order = p.sort(dim=-1, descending=True)
+        outside = ordered.cumsum(-1) - ordered >= top_p  # what comes before is enough already
+        p = p.scatter(-1, order, ordered.masked_fill(outside, 0.0))
+    cumulative = p.cumsum(-1)  # [row, d_vocab]
+    quantile = draws.to(p.device)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, quantile, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+
+def _end_tokens(model: TransformerBridge) -> set[int]:
+    """End-of-sequence tokens: the tokenizer's, and those of the model's generation settings."""
+    ends = {model.tokenizer.eos_token_id}
+    config = getattr(model.original_model, "generation_config", None)
+    named = getattr(config, "eos_token_id", None)
+    ends |= set(named if isinstance(named, list) else [named])
+    return {int(token) for token in ends if token is not None}

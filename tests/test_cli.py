@@ -41,9 +41,8 @@ def test_trace_prints_steps_and_writes_maps_and_a_picture(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--max-new-tokens", "5000"], "lower max_new_tokens"),
+        (["--max-new-tokens", "0"], "max_new_tokens=0"),
         (["--model", "no/such-model"], "error: "),
-        (["--target", "tokens"], "target='tokens' is unknown"),
     ],
 )
 def test_errors_are_one_line_and_write_nothing(tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -51,6 +50,16 @@ def test_errors_are_one_line_and_write_nothing(tmp_path: Path, arguments: list[s
     assert message in output
     assert "Traceback" not in output
     assert not list(tmp_path.iterdir())
+
+
+def test_the_target_is_checked_before_any_work(tmp_path: Path) -> None:
+    assert "tokens" in invoke("trace", QUESTION, "--out", str(tmp_path / "run"), "--target", "tokens", code=2)
+
+
+def test_under_stepflow(tmp_path: Path) -> None:
+    output = invoke("trace", QUESTION, "--out", str(tmp_path / "run"), "--stepflow", "--max-new-tokens", "20")
+    assert "cut off after 20 tokens" in output
+    assert StepSaliency.load(tmp_path / "run").metadata["stepflow"]["tau_max"] == 0.15
 
 
 def test_out_must_lie_in_a_folder_that_exists(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 import stepsal
+from stepsal.generation import _choose
 from stepsal.tasks import chain
 
 PROBLEMS = [chain.sample(seed, length=length) for seed, length in ((1, 1), (2, 3), (3, 2))]
@@ -48,6 +49,77 @@ def test_a_cut_off_answer_has_no_summary(mini: TransformerBridge) -> None:
     trace = stepsal.generate(mini, PROBLEMS[1].question, max_new_tokens=10)
     assert len(trace.tokens) == trace.n_prompt + 10
     assert trace.summary is None
+    assert trace.truncated
+    assert not stepsal.generate(mini, PROBLEMS[0].question).truncated
+
+
+def test_the_end_of_the_context_ends_a_row(mini: TransformerBridge, monkeypatch: pytest.MonkeyPatch) -> None:
+    questions = [p.question for p in PROBLEMS]
+    whole = stepsal.generate_batch(mini, questions, max_new_tokens=200)
+    n_ctx = whole[1].n_prompt + 30  # of the longest
+    monkeypatch.setattr(mini.cfg, "n_ctx", n_ctx)
+    batch = stepsal.generate_batch(mini, questions, max_new_tokens=200)
+    for trace, complete in zip(batch, whole, strict=True):
+        assert len(trace) <= n_ctx
+        assert torch.equal(trace.tokens, complete.tokens[: len(trace)])
+        assert trace.truncated == (len(complete) > n_ctx)
+    assert batch[1].truncated
+    monkeypatch.setattr(mini.cfg, "n_ctx", whole[1].n_prompt)
+    with pytest.raises(
+        ValueError, match=r"a prompt of \d+ tokens leaves no room in the context of \d+ tokens of 'mini'"
+    ):
+        stepsal.generate_batch(mini, questions)
+
+
+def test_a_rows_sample_depends_on_its_own_seed_only(mini: TransformerBridge) -> None:
+    options = {"temperature": 1.5, "top_p": 0.9, "max_new_tokens": 60}
+    questions = [p.question for p in PROBLEMS]
+    batch = stepsal.generate_batch(mini, questions, seed=5, **options)
+    for row, (question, trace) in enumerate(zip(questions, batch, strict=True)):
+        assert torch.equal(stepsal.generate(mini, question, seed=5 + row, **options).tokens, trace.tokens)
+    turned = stepsal.generate_batch(mini, questions[::-1], seed=[7, 6, 5], **options)
+    for a, b in zip(batch, turned[::-1], strict=True):
+        assert torch.equal(a.tokens, b.tokens)
+    same_question = stepsal.generate_batch(mini, questions[1:2] * 4, seed=0, **(options | {"temperature": 3.0}))
+    assert len({trace.response for trace in same_question}) > 1
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_all_end_tokens_end_a_row(monkeypatch: pytest.MonkeyPatch, mini: TransformerBridge, as_list: bool) -> None:
+    whole = stepsal.generate(mini, PROBLEMS[1].question)
+    stop = int(whole.tokens[whole.n_prompt + 9])
+    ends = [stop, mini.tokenizer.eos_token_id] if as_list else stop
+    monkeypatch.setattr(mini.original_model.generation_config, "eos_token_id", ends)
+    batch = stepsal.generate_batch(mini, [p.question for p in PROBLEMS])
+    first = (whole.tokens[whole.n_prompt :] == stop).nonzero()[0, 0]
+    assert torch.equal(batch[1].tokens, whole.tokens[: whole.n_prompt + int(first) + 1])
+    for trace in batch:
+        assert not trace.truncated
+        assert not torch.isin(
+            trace.tokens[trace.n_prompt : -1], torch.tensor([stop, mini.tokenizer.eos_token_id])
+        ).any()
+
+
+def test_an_answer_of_nothing_does_not_lose_the_batch(mini: TransformerBridge, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = stepsal.generate(mini, PROBLEMS[1].question)
+    first = int(whole.tokens[whole.n_prompt])
+    monkeypatch.setattr(mini.original_model.generation_config, "eos_token_id", first)
+    monkeypatch.setattr(type(mini.tokenizer), "all_special_tokens", [mini.tokenizer.decode([first]), "<|endoftext|>"])
+    batch = stepsal.generate_batch(mini, [p.question for p in PROBLEMS], format="harmony")
+    assert [trace.roles for trace in batch] == [("question",)] * 3
+    assert batch[1].thinking == ""
+    assert PROBLEMS[1].grade(batch[1]).error == "truncated"
+
+
+def test_samples_follow_the_distribution() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(4000, -1)
+    draws = torch.rand(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.8)):
+        p = torch.softmax(logits[0] / temperature, 0)
+        kept = p * (p.cumsum(0) - p < top_p)
+        counts = torch.bincount(_choose(logits, draws, temperature, top_p), minlength=4)
+        torch.testing.assert_close(counts / 4000, kept / kept.sum(), atol=0.03, rtol=0)
+    assert _choose(logits[:1], draws[:1] * 0 + 1 - 1e-16, 1.0, 0.8).item() <= 1  # never outside the nucleus
 
 
 @pytest.mark.parametrize(
@@ -56,8 +128,9 @@ def test_a_cut_off_answer_has_no_summary(mini: TransformerBridge) -> None:
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"temperature": -1}, "temperature=-1"),
         ({"top_p": 0}, "top_p=0"),
-        ({"max_new_tokens": 2000}, r"prompt of \d+ tokens and max_new_tokens=2000 exceed the context of 1024"),
-        ({"format": "harmony"}, "marker not found"),
+        ({"seed": [1, 2]}, "2 seeds for 1 questions"),
+        ({"format": "harmonies"}, "format='harmonies' is unknown"),
+        ({"split": "sentences"}, "split='sentences' is unknown; use 'sentence'"),
     ],
 )
 def test_errors(mini: TransformerBridge, options: dict, message: str) -> None:
@@ -66,5 +139,7 @@ def test_errors(mini: TransformerBridge, options: dict, message: str) -> None:
 
 
 def test_no_question(mini: TransformerBridge) -> None:
-    with pytest.raises(ValueError, match="questions is empty"):
+    with pytest.raises(ValueError, match=r"questions=\[\] must be a list"):
         stepsal.generate_batch(mini, [])
+    with pytest.raises(ValueError, match="must be a list"):
+        stepsal.generate_batch(mini, PROBLEMS[0].question)

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 
+import stepsal
+
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"segment"},
     {"trace", "bridge"},
-    {"maps"},
-    {"saliency", "generate"},
+    {"maps", "tracking"},
+    {"intervention"},
+    {"saliency", "generation"},
     {"tasks"},
     {"plots", "figures"},
     {"cli"},
@@ -34,6 +37,8 @@ def imports_of(path: Path) -> set[str]:
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "stepsal":
             parts = node.module.split(".")[1:]
             found |= {parts[0]} if parts else {alias.name for alias in node.names}
+        if isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("stepsal.")}
         nodes += list(ast.iter_child_nodes(node))
     return found
 
@@ -59,10 +64,12 @@ def test_imports_no_model_code(module: str) -> None:
 
 
 def test_public_names_resolve_in_any_order() -> None:
-    names = ["generate", "Trace", "load", "step_saliency", "generate_batch", "StepSaliency", "Step"]
+    names = sorted(stepsal.__all__)
     for order in (names, names[::-1]):
         lines = "; ".join(f"assert callable(stepsal.{name})" for name in order)
-        run(f"import stepsal; {lines}; import stepsal.generate; {lines}")
+        run(f"import stepsal; {lines}; import stepsal.generation, stepsal.intervention; {lines}")
+    modules = {path.stem for path in (ROOT / "stepsal").iterdir()}
+    assert not modules & set(names)  # importing a module of the same name would hide the function
 
 
 def test_the_example_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

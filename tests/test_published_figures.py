@@ -16,6 +16,7 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+REGENERATED: set[str] = set()
 RELATIVE, OF_THE_LARGEST = 0.01, 0.001
 
 
@@ -45,6 +46,7 @@ def test_notebooks_regenerate_the_published_numbers(path: Path, tmp_path: Path) 
     NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(path.parent)}}).execute()
     made = sorted((tmp_path / "data").glob("*.csv"))
     assert made
+    REGENERATED.update(file.stem for file in made)
     for file in made:
         new, published = pd.read_csv(file), pd.read_csv(ROOT / "figures" / "data" / file.name)
         numbers = published.select_dtypes("number").columns
@@ -58,3 +60,9 @@ def test_notebooks_regenerate_the_published_numbers(path: Path, tmp_path: Path) 
                 atol=OF_THE_LARGEST * scale,
                 err_msg=f"{file.stem} {column}",
             )
+
+
+def test_no_figure_is_left_that_no_notebook_makes() -> None:
+    if not REGENERATED:
+        pytest.skip("the notebooks were not run before this test")
+    assert {p.stem for p in (ROOT / "figures" / "data").glob("*.csv")} == REGENERATED

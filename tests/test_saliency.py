@@ -91,6 +91,25 @@ def test_a_subset_of_layers_and_heads_gives_the_same_maps(
     assert torch.allclose(full.head_values.mean(1), full.values, rtol=1e-5, atol=1e-10)
 
 
+def test_heads_stand_in_their_places(mini: TransformerBridge, chain_trace: Trace) -> None:
+    saliency = stepsal.step_saliency(mini, chain_trace, keep_heads=True, layers="deep")
+    expected = brute_force.head_saliency(mini, chain_trace.tokens, "token")
+    n = len(chain_trace.steps)
+    assert saliency.layers == (6, 7)
+    for i, layer in enumerate(saliency.layers):
+        for head in range(mini.cfg.n_heads):
+            pooled = brute_force.pool(expected[layer, head], chain_trace.step_ids, n, "mean")
+            assert relative_error(saliency.head_values[i, head], pooled) <= 1e-5
+
+
+def test_a_trace_made_in_inference_mode(mini: TransformerBridge, chain_trace: Trace) -> None:
+    expected = stepsal.step_saliency(mini, chain_trace).values
+    with torch.inference_mode():
+        trace = Trace.from_text(chain_trace.question, chain_trace.response, mini)
+        assert torch.equal(stepsal.step_saliency(mini, trace).values, expected)
+    assert torch.equal(stepsal.step_saliency(mini, trace).values, expected)
+
+
 def test_sum_and_mean_agree_through_the_number_of_pairs(mini: TransformerBridge, chain_trace: Trace) -> None:
     mean = stepsal.step_saliency(mini, chain_trace, reduce="mean").values
     mass = stepsal.step_saliency(mini, chain_trace, reduce="sum").values

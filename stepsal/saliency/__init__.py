@@ -12,11 +12,14 @@ every target by itself.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Literal
 
 from transformer_lens.model_bridge import TransformerBridge
 
-from stepsal.maps import StepSaliency, pair_counts, reduce_blocks, row_counts
+from stepsal.intervention import StepFlowConfig, active_flow
+from stepsal.intervention import stepflow as open_stepflow
+from stepsal.maps import Band, StepSaliency, band_layers, pair_counts, reduce_blocks, row_counts
 from stepsal.saliency.pattern import pattern_maps
 
 if TYPE_CHECKING:
@@ -31,8 +34,9 @@ def step_saliency(
     *,
     target: Literal["token", "sequence"] = "token",
     engine: Literal["auto", "pattern"] = "auto",
-    layers: Iterable[int] | None = None,
+    layers: Iterable[int] | int | Band | None = None,
     reduce: Literal["mean", "sum"] = "mean",
+    stepflow: StepFlowConfig | None = None,
     keep_heads: bool = False,
     keep_tokens: bool = False,
 ) -> StepSaliency:
@@ -48,10 +52,12 @@ def step_saliency(
             token t + 1 alone; "sequence", the loss summed over all targets, which adds what row t does for later
             tokens through later layers, and is what back-propagating a sequence loss gives.
         engine: "pattern" keeps the patterns of all requested layers, O(layers * heads * pos^2) memory; "auto" chooses.
-        layers: layer indices (negative ones count from the last); None for all. Layers below the lowest one
-            cost no backward pass.
+        layers: one layer or several (negative ones count from the last), a band ("shallow", "middle", "deep"), or
+            None for all. Layers below the lowest one cost no backward pass.
         reduce: "mean", mean over the pairs of a block that exist (saliency density, the paper's map); "sum", sum over
             keys, mean over query rows (saliency mass per query token).
+        stepflow: read the trace under StepFlow with these settings: A is then the edited pattern, and the gradient goes
+            through the edits. A `stepsal.stepflow` context around the call does the same.
         keep_heads: also keep the map of every head.
         keep_tokens: also keep the token map of every layer, [query_pos, key_pos]; for short traces.
 
@@ -79,10 +85,17 @@ def step_saliency(
         )
 
     step_ids, n_steps = trace.step_ids, len(trace.steps)
-    maps = pattern_maps(
-        model, trace.tokens, step_ids, n_steps, layers=chosen, target=target, keep_heads=keep_heads,
-        keep_tokens=keep_tokens,
-    )  # fmt: skip
+    metadata: dict[str, Any] = {
+        "engine": "pattern",
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+    }
+    with open_stepflow(model, stepflow) if stepflow is not None else nullcontext():
+        if flow := active_flow(model):
+            metadata["stepflow"] = flow.config.to_dict()
+        maps = pattern_maps(
+            model, trace.tokens, step_ids, n_steps, layers=chosen, target=target, keep_heads=keep_heads,
+            keep_tokens=keep_tokens,
+        )  # fmt: skip
     counts, rows = pair_counts(step_ids, n_steps), row_counts(step_ids, n_steps)
     values = reduce_blocks(maps.sums, counts, rows, reduce)
     return StepSaliency(
@@ -99,7 +112,7 @@ def step_saliency(
         token_texts=trace.token_texts,
         head_values=None if maps.head_sums is None else reduce_blocks(maps.head_sums, counts, rows, reduce),
         token_values=maps.tokens,
-        metadata={"engine": "pattern", "dtype": str(next(model.parameters()).dtype).removeprefix("torch.")},
+        metadata=metadata,
     )
 
 
@@ -108,11 +121,13 @@ def _one_of(what: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{what}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}")
 
 
-def _layer_indices(layers: Iterable[int] | None, n_layers: int) -> tuple[int, ...]:
+def _layer_indices(layers: Iterable[int] | int | Band | None, n_layers: int) -> tuple[int, ...]:
     """Sorted, distinct, non-negative indices."""
     if layers is None:
         return tuple(range(n_layers))
-    asked = list(layers)
+    if isinstance(layers, str):
+        return band_layers(layers, n_layers)
+    asked = [layers] if isinstance(layers, int) else list(layers)
     bad = [layer for layer in asked if not -n_layers <= layer < n_layers]
     if bad or not asked:
         raise ValueError(f"layers={asked} must name layers in {-n_layers}..{n_layers - 1}")

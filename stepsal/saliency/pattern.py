@@ -91,8 +91,8 @@ def pattern_maps(
         if layer in layers:
             fwd_hooks.append((attention_hooks(layer)["pattern"], capture(layer)))
 
-    inputs = tokens.to(device)[None]
     with _differentiable(model), model.hooks(fwd_hooks=fwd_hooks):
+        inputs = tokens.to(device)[None].clone()  # a copy made here is no inference tensor
         logits = model(inputs, attention_mask=torch.ones_like(inputs), return_type="logits")
         loss = F.cross_entropy(logits[0, :-1].float(), inputs[0, 1:], reduction="sum")
         loss.backward()

@@ -1,0 +1,351 @@
+"""StepFlow as hook-point edits that follow any forward pass by themselves.
+
+Before each forward pass a `StepFlow` reads the token ids, the attention mask and the length of the cache (one copy of
+the new ids to the host: the only synchronisation), advances one `SequenceTracker` per row, and lays out what this
+pass needs: for OEB which keys are bridge and segment of each query row, for SMI where a step begins and which tokens
+the step before it had. The hooks of the layers then only do tensor algebra:
+
+    attn.hook_pattern     OEB: rescale bridge and segment
+    attn.v.hook_out       SMI: remember the values of the running step
+    attn.o.hook_in        SMI: inject their mean where a step begins
+
+A pass in which no row needs an edit costs the bookkeeping and nothing in the layers. A whole text in one pass and the
+same text in portions, cached, lay out the same edits, because the tracker decides about each token when it comes in.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint, LensHandle
+from transformer_lens.model_bridge import TransformerBridge
+
+from stepsal.bridge import attention_hooks, check_model, preset, sliding_window
+from stepsal.intervention.config import StepFlowConfig
+from stepsal.intervention.log import FlowLog
+from stepsal.intervention.oeb import bridge_ceiling, odds_equal_bridge
+from stepsal.intervention.smi import Injections, inject, previous_step_means
+from stepsal.segment import Format
+from stepsal.tracking import PromptFrame, Section, SequenceTracker, response_format
+
+_NOWHERE = -1  # a section that no key is in
+_BRIDGE_OF = np.array([_NOWHERE, _NOWHERE, Section.QUESTION, Section.THINKING], dtype=np.int8)  # by section of the row
+_SEGMENT_OF = np.array([_NOWHERE, _NOWHERE, Section.THINKING, Section.SUMMARY], dtype=np.int8)
+
+_active: weakref.WeakKeyDictionary[TransformerBridge, StepFlow] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def stepflow(model: TransformerBridge, config: StepFlowConfig | None = None) -> Iterator[FlowLog]:
+    """Run every forward pass of `model` inside the context under StepFlow.
+
+    `model(tokens)`, `model.generate`, `stepsal.generate` and `stepsal.step_saliency` all work: prompts, prompts with
+    part of the thinking, whole texts, and cached decoding, alone or in batches (padding is told by the attention mask).
+    A new sequence begins with each pass that has no cache to continue.
+
+    Args:
+        model: from `stepsal.load`, with a tokenizer.
+        config: settings; None is the paper's.
+
+    Yields:
+        The log of what was edited.
+
+    Raises:
+        ValueError: the model has no tokenizer, its attention can't be edited, `config` names a layer that it does not
+            have, or a context is open on it already. Inside: a pass that continues a cache that the context has not
+            seen from its beginning, or that gives embeddings instead of tokens.
+    """
+    flow = StepFlow(model, config or StepFlowConfig())
+    with flow.applied():
+        yield flow.log
+
+
+def active_flow(model: TransformerBridge) -> StepFlow | None:
+    """The StepFlow that is open on a model, for a decoding loop that drops finished rows."""
+    return _active.get(model)
+
+
+class _Bridging(NamedTuple):
+    """OEB in one pass: sections that are bridge and segment of each query row, and the ceiling for each window."""
+
+    bridge: Tensor  # bool [batch, query_pos, key_pos]
+    segment: Tensor  # bool [batch, query_pos, key_pos]
+    ceilings: dict[int | None, Tensor]  # window of a layer -> [batch, query_pos]
+    eligible: dict[int | None, Tensor]  # ceiling > 0
+
+
+class StepFlow:
+    """The state of one context: a tracker per row, and what the current pass needs; see `stepflow`."""
+
+    _trackers: list[SequenceTracker]
+    _columns: list[list[int]]  # key position of each token of a row
+    _sections: NDArray[np.int8]  # of each key position, on the host [batch, capacity]
+    _on_device: Tensor  # the same on the model's device, int8 [batch, capacity]
+    _n_columns: int  # key positions so far
+    _first: int  # key position of the first query of this pass
+    _needed: int  # the first key position whose values a later injection may need
+    _values: dict[int, list[tuple[int, Tensor]]]  # layer -> (first key position, values), contiguous
+    _new_values: dict[int, Tensor]
+    _bridging: _Bridging | None
+    _injections: Injections | None
+
+    def __init__(self, model: TransformerBridge, config: StepFlowConfig) -> None:
+        if model.tokenizer is None:
+            raise ValueError(
+                f"{model.cfg.model_name!r} has no tokenizer, which finding steps needs: pass one to "
+                "stepsal.load(..., tokenizer=...)"
+            )
+        self.model, self.config = model, config
+        self.oeb_layers, self.smi_layers = config.resolve(model.cfg.n_layers)
+        check_model(model)
+        self.log = FlowLog(self.oeb_layers, self.smi_layers)
+        self._windows = {layer: sliding_window(model, layer) for layer in self.oeb_layers}
+        self._frame = PromptFrame.of(model.tokenizer)
+        self._format = self._format_of(config.format)
+        self._listeners: dict[int, tuple[HookPoint, LensHandle]] = {}
+        self._start(np.ones((0, 0), dtype=bool))
+
+    def _format_of(self, format: str | Format) -> Format:
+        if isinstance(format, Format):
+            return format.after(self._frame.tail)
+        found = preset(self.model) if format == "auto" else None
+        name = found.format if found else None if format == "auto" else format
+        return response_format(self.model.tokenizer, self._frame, name)
+
+    # ------------------------------------------------------------------------------------------- the context
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        if self.model in _active:
+            raise ValueError(f"stepflow is open on {self.model.cfg.model_name!r} already: leave that context first")
+        hooks: list[tuple[str, Callable[..., Tensor | None]]] = []
+        for layer in self.oeb_layers:
+            hooks.append((attention_hooks(layer)["pattern"], self._bridge_hook(layer)))
+        for layer in self.smi_layers:
+            hooks.append((attention_hooks(layer)["z"], self._inject_hook(layer)))
+        _active[self.model] = self
+        try:
+            with self.model.hooks(fwd_hooks=hooks):
+                clock = self.model.original_model.register_forward_pre_hook(self._before_pass, with_kwargs=True)
+                try:
+                    yield
+                finally:
+                    clock.remove()
+                    for layer in list(self._listeners):
+                        self._stop_listening(layer)
+        finally:
+            del _active[self.model]
+            self._end_sequences()
+            self._start(np.ones((0, 0), dtype=bool))  # lets go of the values it holds
+        if self.log.without_question:
+            warnings.warn(
+                f"stepflow found no question in {self.log.without_question} of {self.log.sequences} sequences, and "
+                "left them alone: put the tokenizer's chat template around prompts (stepsal.trace.render_prompt)",
+                stacklevel=4,
+            )
+
+    def select(self, rows: list[int]) -> None:
+        """Keep only these batch rows, as a decoding loop does whose other rows have finished."""
+        index = torch.tensor(rows)
+        dropped = [tracker for row, tracker in enumerate(self._trackers) if row not in rows]
+        self.log.without_question += sum(tracker.in_prompt for tracker in dropped)
+        self._trackers = [self._trackers[row] for row in rows]
+        self._columns = [self._columns[row] for row in rows]
+        self._sections = self._sections[rows]
+        self._on_device = self._on_device[index.to(self._on_device.device)]
+        for chunks in self._values.values():
+            chunks[:] = [(first, v[index.to(v.device)]) for first, v in chunks]
+
+    # -------------------------------------------------------------------------------------- before each pass
+
+    def _before_pass(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is None:
+            raise ValueError("StepFlow needs token ids to find steps, but this pass was given embeddings")
+        cache = kwargs.get("past_key_values")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        host: NDArray[np.int64] = ids.detach().cpu().numpy()  # [batch, query_pos]; the one synchronisation
+        batch, n_new = host.shape
+        if past == 0:
+            mask = kwargs.get("attention_mask")
+            real = np.ones(host.shape, dtype=bool)
+            if isinstance(mask, Tensor) and mask.ndim == 2:
+                real = mask.cpu().numpy()[:, :n_new].astype(bool)
+            self._end_sequences()
+            self._start(real)
+        elif past != self._n_columns or batch != len(self._trackers):
+            raise ValueError(
+                f"this pass continues a cache of {past} tokens in {batch} rows, but StepFlow has followed "
+                f"{self._n_columns} tokens in {len(self._trackers)} rows: read prompts inside the context"
+            )
+        else:
+            real = np.ones(host.shape, dtype=bool)
+        for layer in self.smi_layers:
+            self._listen_last(layer)
+        self._advance(host, real)
+
+    def _start(self, real: NDArray[np.bool_]) -> None:
+        """Begin new sequences."""
+        batch = len(real)
+        self.log.sequences += batch
+        self._trackers = [
+            SequenceTracker(
+                self.model.tokenizer, self._frame, self._format, split=self.config.split,  # type: ignore[arg-type]
+                min_chars=self.config.min_chars, whole_prompt=self.config.bridge == "prompt",
+            )
+            for _ in range(batch)
+        ]  # fmt: skip
+        self._columns = [[] for _ in range(batch)]
+        self._sections = np.zeros((batch, 256), dtype=np.int8)
+        device = next(self.model.parameters()).device
+        self._on_device = torch.zeros((batch, 256), dtype=torch.int8, device=device)
+        self._n_columns = 0
+        self._values = {layer: [] for layer in self.smi_layers}
+        self._new_values = {}
+        self._bridging, self._injections = None, None
+
+    def _end_sequences(self) -> None:
+        self.log.without_question += sum(tracker.in_prompt for tracker in self._trackers)
+        self._trackers = []
+
+    def _advance(self, ids: NDArray[np.int64], real: NDArray[np.bool_]) -> None:
+        """Read the new tokens of all rows and lay out the edits of this pass."""
+        first, stop = self._n_columns, self._n_columns + ids.shape[1]
+        self._n_columns = stop
+        self._grow(stop)
+        changed = first  # the first column whose section is new or was revised
+        places: list[tuple[int, int]] = []
+        members: list[list[int]] = []
+        for row, tracker in enumerate(self._trackers):
+            columns = self._columns[row]
+            columns += (first + np.flatnonzero(real[row])).tolist()
+            was_in_prompt = tracker.in_prompt
+            starts = tracker.push(ids[row, real[row]].tolist())
+            if was_in_prompt and not tracker.in_prompt:  # the question is known now, all of it
+                changed = 0
+                self._sections[row, columns] = tracker.sections
+            else:
+                new = columns[len(columns) - int(real[row].sum()) :]
+                self._sections[row, new] = tracker.sections[len(columns) - len(new) :]
+            for start in starts:
+                wanted = start.section is Section.THINKING or (
+                    self.config.into_summary and start.section is Section.SUMMARY
+                )
+                if wanted and start.previous_section is Section.THINKING:
+                    places.append((row, columns[start.position] - first))
+                    members.append([columns[k] for k in start.previous[-(self.config.window or 0) :]])
+        device = self._on_device.device
+        fresh = torch.from_numpy(self._sections[:, changed:stop].copy())
+        self._on_device[:, changed:stop] = fresh.to(device, non_blocking=True)
+        self._needed = min(
+            (c[t.oldest_needed] if t.oldest_needed < len(c) else stop)
+            for c, t in zip(self._columns, self._trackers, strict=True)
+        )
+        self._bridging = self._lay_out_bridges(first, stop) if self.oeb_layers else None
+        self._injections = None
+        if places and self.smi_layers and self.config.alpha > 0:
+            self._injections = Injections.of(places, members, device)
+        self._first = first
+
+    def _grow(self, n_columns: int) -> None:
+        capacity = self._sections.shape[1]
+        if n_columns > capacity:
+            more = max(n_columns - capacity, capacity)
+            self._sections = np.pad(self._sections, ((0, 0), (0, more)))
+            self._on_device = torch.nn.functional.pad(self._on_device, (0, more))
+
+    def _lay_out_bridges(self, first: int, stop: int) -> _Bridging | None:
+        rows = self._sections[:, first:stop]  # section of each query row [batch, query_pos]
+        bridge_of, segment_of = _BRIDGE_OF[rows], _SEGMENT_OF[rows]
+        if (bridge_of == _NOWHERE).all():
+            return None
+        ceilings, eligible, device = {}, {}, self._on_device.device
+        for window in set(self._windows.values()):
+            n_bridge = torch.from_numpy(self._visible(bridge_of, first, window))
+            n_segment = torch.from_numpy(self._visible(segment_of, first, window))
+            ceiling = bridge_ceiling(n_bridge, n_segment, self.config.tau_max)  # [batch, query_pos]
+            ceilings[window], eligible[window] = (x.to(device, non_blocking=True) for x in (ceiling, ceiling > 0))
+        keys = self._on_device[:, None, :stop]
+        return _Bridging(
+            keys == torch.from_numpy(bridge_of).to(device, non_blocking=True)[:, :, None],
+            keys == torch.from_numpy(segment_of).to(device, non_blocking=True)[:, :, None],
+            ceilings,
+            eligible,
+        )
+
+    def _visible(self, wanted: NDArray[np.int8], first: int, window: int | None) -> NDArray[np.int64]:
+        """How many keys of the wanted section each query row sees; [batch, query_pos]."""
+        batch, n_rows = wanted.shape
+        low = 0 if window is None else max(0, first + 1 - window)
+        keys = self._sections[:, low : first + n_rows]
+        counts = np.zeros(wanted.shape, dtype=np.int64)
+        until = np.arange(first, first + n_rows) + 1 - low  # a row sees the keys before `until`, itself included
+        since = np.zeros_like(until) if window is None else np.maximum(0, until - window)
+        for section in np.unique(wanted[wanted != _NOWHERE]):
+            running = np.zeros((batch, keys.shape[1] + 1), dtype=np.int64)
+            np.cumsum(keys == section, axis=1, out=running[:, 1:])
+            counts = np.where(wanted == section, running[:, until] - running[:, since], counts)
+        return counts
+
+    # ------------------------------------------------------------------------------------------ in the layers
+
+    def _bridge_hook(self, layer: int) -> Callable[..., Tensor | None]:
+        def hook(pattern: Tensor, hook: HookPoint) -> Tensor | None:  # [batch, head, query_pos, key_pos]
+            if self._bridging is None:
+                return None
+            bridging, window, n_keys = self._bridging, self._windows[layer], pattern.shape[-1]
+            bridged = odds_equal_bridge(
+                pattern,
+                bridging.bridge[..., -n_keys:],  # a sliding window's cache keeps only the last keys
+                bridging.segment[..., -n_keys:],
+                bridging.ceilings[window],
+            )
+            self.log.add_bridged(layer, bridged.before, bridged.after, bridging.eligible[window])
+            return bridged.pattern
+
+        return hook
+
+    def _listen_last(self, layer: int) -> None:
+        """Take the values after all other hooks: as the model uses them, or as another hook cut their gradient."""
+        point = self.model.hook_dict[attention_hooks(layer)["v"]]
+        if layer in self._listeners:
+            if point.fwd_hooks[-1] is self._listeners[layer][1]:
+                return
+            self._stop_listening(layer)
+
+        def hook(v: Tensor, hook: HookPoint) -> None:  # [batch, pos, kv_head, d_head]
+            self._new_values[layer] = v
+
+        self._listeners[layer] = point, point.add_hook(hook)  # type: ignore[arg-type]
+
+    def _stop_listening(self, layer: int) -> None:
+        point, handle = self._listeners.pop(layer)
+        handle.hook.remove()
+        point.fwd_hooks[:] = [other for other in point.fwd_hooks if other is not handle]
+
+    def _inject_hook(self, layer: int) -> Callable[..., Tensor | None]:
+        def hook(z: Tensor, hook: HookPoint) -> Tensor | None:  # [batch, pos, head, d_head]
+            chunks, v, edited = self._values[layer], self._new_values.pop(layer), None
+            if self._injections is not None:
+                kept_from = chunks[0][0] if chunks else self._first
+                kept = torch.cat([*(chunk for _, chunk in chunks), v], dim=1)
+                injections = self._injections._replace(member_pos=self._injections.member_pos - kept_from)
+                means = previous_step_means(kept, injections)  # [injection, kv_head, d_head]
+                edited = inject(z, means, injections, self.config.alpha)
+                per_head = z.shape[2] // means.shape[1]
+                self.log.add_injected(layer, self.config.alpha * per_head**0.5 * means.flatten(1).norm(dim=1))
+            while chunks and chunks[0][0] + chunks[0][1].shape[1] <= self._needed:
+                chunks.pop(0)
+            if (skip := max(0, self._needed - self._first)) < v.shape[1]:
+                chunks.append((self._first + skip, v.detach()[:, skip:].clone() if skip else v.detach()))
+            return edited
+
+        return hook

@@ -1,0 +1,85 @@
+"""Odds-Equal Bridge: give the bridge its share of attention, and no more than that (arXiv 2604.06695, Eq. 5-8).
+
+The visible keys of a query row fall into the bridge B (the question while thinking, the thinking while writing the
+summary), the current segment S (thinking so far, summary so far) and the rest O (template, BOS, an attention sink).
+With p the attention of one head,
+
+    p(g)  = sum_{k in g} p[k]                                         (Eq. 5)
+    tau_B = min( sqrt(|B| / (|B| + |S|)), tau_max ),                  (Eq. 6)
+    tau_S = p(S) + p(B) - tau_B                                       (Eq. 6, since 1 - p(O) = p(S) + p(B))
+
+and, only where p(B) < tau_B, the logits of B and S are raised by log(tau_g / p(g)) (Eq. 7-8). After the softmax that is
+
+    q[k] = p[k] * tau_g / p(g)   for k in g, g in {B, S};    q[k] = p[k]   for k in O,
+
+the KL projection of p onto {q: q(O) = p(O), q(B) = tau_B}. The paper leaves two cases open. tau_S can come out
+negative, so here tau_B is at most (p(S) + p(B)) / 2: the bridge never outweighs the segment. And a row without visible
+keys in B or in S, or without any mass on B, is left as it is.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+# Below the smallest normal number the quotient tau / p would overflow: such a mass counts as none.
+_NO_MASS = torch.finfo(torch.float32).tiny
+
+
+class Bridged(NamedTuple):
+    """The new pattern, and p(B) before and after; `after > before` where the bridge was raised."""
+
+    pattern: Float[Tensor, "batch head query_pos key_pos"]
+    before: Float[Tensor, "batch head query_pos"]
+    after: Float[Tensor, "batch head query_pos"]
+
+
+def bridge_ceiling(n_bridge: Int[Tensor, ...], n_segment: Int[Tensor, ...], tau_max: float) -> Float[Tensor, ...]:
+    """The part of tau_B that does not depend on attention, min(sqrt(|B| / (|B| + |S|)), tau_max) (Eq. 6).
+
+    Args:
+        n_bridge, n_segment: number of keys of B and of S that each row can see.
+        tau_max: the largest share that the bridge is ever given.
+
+    Returns:
+        Ceilings in [0, tau_max], float32; 0 (the row is left alone) where B or S has no visible key.
+    """
+    share = torch.sqrt(n_bridge.float() / (n_bridge + n_segment).clamp(min=1))
+    return torch.where((n_bridge > 0) & (n_segment > 0), share.clamp(max=tau_max), 0.0)
+
+
+def odds_equal_bridge(
+    pattern: Float[Tensor, "batch head query_pos key_pos"],
+    bridge: Bool[Tensor, "batch query_pos key_pos"],
+    segment: Bool[Tensor, "batch query_pos key_pos"],
+    ceiling: Float[Tensor, "batch query_pos"],
+) -> Bridged:
+    """Raise the mass of B to tau_B at the expense of S, in every row where it is smaller (Eq. 5-8).
+
+    Args:
+        pattern: attention after the softmax. Rows need not sum to one: a sink keeps the rest, as part of O.
+        bridge, segment: keys of B and of S for each row, disjoint. Keys that a row can't see may be marked: they have
+            no mass.
+        ceiling: from `bridge_ceiling`.
+
+    Returns:
+        A pattern of the same dtype, whose row sums and whose entries outside B and S are those of `pattern`.
+    """
+    p = pattern.to(torch.promote_types(pattern.dtype, torch.float32))
+    bridge, segment = bridge.unsqueeze(1), segment.unsqueeze(1)  # [batch, 1, query_pos, key_pos]
+    p_bridge = (p * bridge).sum(-1)  # [batch, head, query_pos]
+    p_segment = (p * segment).sum(-1)
+    both = p_bridge + p_segment
+    tau = torch.minimum(ceiling.unsqueeze(1), both / 2)
+    # p(B) < tau implies p(S) > p(B), so that neither quotient below can divide by nothing
+    fires = (p_bridge < tau) & (p_bridge >= _NO_MASS)
+    # lambda_g = log(tau_g) - log(p(g)) (Eq. 8): exactly 0 in rows that stay; and where p(g) is tiny its gradient is
+    # still finite, unlike that of the quotient, which goes through 1 / p(g)^2
+    lambda_bridge = torch.where(fires, tau, 1.0).log() - torch.where(fires, p_bridge, 1.0).log()
+    lambda_segment = torch.where(fires, both - tau, 1.0).log() - torch.where(fires, p_segment, 1.0).log()
+    scale_bridge, scale_segment = lambda_bridge.exp().unsqueeze(-1), lambda_segment.exp().unsqueeze(-1)
+    scale = torch.where(bridge, scale_bridge, torch.where(segment, scale_segment, 1.0))
+    return Bridged((p * scale).to(pattern.dtype), p_bridge, torch.where(fires, tau, p_bridge))
