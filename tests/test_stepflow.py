@@ -339,8 +339,9 @@ class TestNothingIsLeftBehind:
 
 class TestErrors:
     def test_nesting(self, mini: TransformerBridge) -> None:
-        with stepsal.stepflow(mini), pytest.raises(ValueError, match="stepflow is open on 'mini' already"):
+        with stepsal.stepflow(mini) as log, pytest.raises(ValueError, match="stepflow is open on 'mini' already"):
             stepsal.generate(mini, "Anna is 1 plus 1. What is Anna?", stepflow=StepFlowConfig())
+        assert log.sequences == 0
         with stepsal.stepflow(mini):  # the failed try has not closed or blocked anything
             pass
 

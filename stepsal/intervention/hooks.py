@@ -98,6 +98,8 @@ class StepFlow:
     _injections: Injections | None
 
     def __init__(self, model: TransformerBridge, config: StepFlowConfig) -> None:
+        if model in _active:  # before any pass, which the open context would take for a sequence
+            raise ValueError(f"stepflow is open on {model.cfg.model_name!r} already: leave that context first")
         if model.tokenizer is None:
             raise ValueError(
                 f"{model.cfg.model_name!r} has no tokenizer, which finding steps needs: pass one to "
@@ -124,8 +126,6 @@ class StepFlow:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        if self.model in _active:
-            raise ValueError(f"stepflow is open on {self.model.cfg.model_name!r} already: leave that context first")
         hooks: list[tuple[str, Callable[..., Tensor | None]]] = []
         for layer in self.oeb_layers:
             hooks.append((attention_hooks(layer)["pattern"], self._bridge_hook(layer)))
