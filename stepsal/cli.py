@@ -126,8 +126,9 @@ def figures(
             notebook.metadata.pop("widgets", None)
             for cell in notebook.cells:  # times of day and progress bars: noise in the history
                 cell.metadata.pop("execution", None)
-                shown = [o for o in cell.get("outputs", []) if WIDGET not in o.get("data", {})]
-                cell.update({"outputs": [o for o in shown if o.get("name") != "stderr"]} if "outputs" in cell else {})
+                if cell.cell_type == "code":
+                    shown = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
+                    cell.outputs = [o for o in shown if o.get("name") != "stderr"]
             nbformat.write(notebook, path)
         console.print(f"[green]done[/] {path.stem}")
 

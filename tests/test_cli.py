@@ -81,6 +81,15 @@ class TestFigures:
         assert "done 00_good" in invoke("figures", "00", "--notebooks", str(notebooks))
         assert (notebooks / "made").exists()
 
+    def test_keeps_outputs_without_noise(self, tmp_path: Path) -> None:
+        source = "import sys; print('kept'); print('bar', file=sys.stderr)"
+        cells = [nbformat.v4.new_markdown_cell("# title"), nbformat.v4.new_code_cell(source)]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "00_noisy.ipynb")
+        invoke("figures", "--notebooks", str(tmp_path), "--inplace")
+        cell = nbformat.read(tmp_path / "00_noisy.ipynb", as_version=4).cells[1]
+        assert [o.text for o in cell.outputs] == ["kept\n"]
+        assert "execution" not in cell.metadata
+
     def test_reports_a_notebook_that_fails(self, notebooks: Path) -> None:
         output = invoke("figures", "--notebooks", str(notebooks), code=1)
         assert "01_bad failed" in output
