@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from stepsal.bridge import PRESETS
+from stepsal.maps import band_layers
 from stepsal.segment import FORMATS, Format, Segmenter, Split
 
 LayerBand = Literal["bottom-quarter", "top-quarter", "bottom-half", "top-half", "all"]
@@ -133,7 +134,8 @@ def _indices(name: str, layers: Layers, n_layers: int) -> tuple[int, ...]:
     if layers is None:
         return ()
     if isinstance(layers, str):
-        part = n_layers if layers == "all" else max(1, n_layers // (4 if "quarter" in layers else 2))
+        sizes = {"quarter": len(band_layers("shallow", n_layers)), "half": max(1, n_layers // 2), "all": n_layers}
+        part = sizes[layers.rpartition("-")[2]]
         return tuple(range(n_layers - part, n_layers) if layers.startswith("top") else range(part))
     if isinstance(layers[0], float):
         first, stop = (int(fraction * n_layers) for fraction in layers)

@@ -88,7 +88,8 @@ class StepFlow:
     _trackers: list[SequenceTracker]
     _columns: list[list[int]]  # key position of each token of a row
     _sections: NDArray[np.int8]  # of each key position, on the host [batch, capacity]
-    _on_device: Tensor  # the same on the model's device, int8 [batch, capacity]
+    _before: NDArray[np.int32]  # keys of each section before a key position [batch, capacity + 1, section]
+    _on_device: Tensor  # `_sections` on the model's device, int8 [batch, capacity]
     _n_columns: int  # key positions so far
     _first: int  # key position of the first query of this pass
     _needed: int  # the first key position whose values a later injection may need
@@ -159,7 +160,7 @@ class StepFlow:
         self.log.without_question += sum(tracker.in_prompt for tracker in dropped)
         self._trackers = [self._trackers[row] for row in rows]
         self._columns = [self._columns[row] for row in rows]
-        self._sections = self._sections[rows]
+        self._sections, self._before = self._sections[rows], self._before[rows]
         self._on_device = self._on_device[index.to(self._on_device.device)]
         for chunks in self._values.values():
             chunks[:] = [(first, v[index.to(v.device)]) for first, v in chunks]
@@ -205,6 +206,7 @@ class StepFlow:
         ]  # fmt: skip
         self._columns = [[] for _ in range(batch)]
         self._sections = np.zeros((batch, 256), dtype=np.int8)
+        self._before = np.zeros((batch, 257, len(Section)), dtype=np.int32)
         device = next(self.model.parameters()).device
         self._on_device = torch.zeros((batch, 256), dtype=torch.int8, device=device)
         self._n_columns = 0
@@ -242,6 +244,8 @@ class StepFlow:
                 if wanted and start.previous_section is Section.THINKING:
                     places.append((row, columns[start.position] - first))
                     members.append([columns[k] for k in start.previous[-(self.config.window or 0) :]])
+        is_section = self._sections[:, changed:stop, None] == np.arange(len(Section))
+        self._before[:, changed + 1 : stop + 1] = self._before[:, changed, None] + is_section.cumsum(1)
         device = self._on_device.device
         fresh = torch.from_numpy(self._sections[:, changed:stop].copy())
         self._on_device[:, changed:stop] = fresh.to(device, non_blocking=True)
@@ -260,6 +264,7 @@ class StepFlow:
         if n_columns > capacity:
             more = max(n_columns - capacity, capacity)
             self._sections = np.pad(self._sections, ((0, 0), (0, more)))
+            self._before = np.pad(self._before, ((0, 0), (0, more), (0, 0)))
             self._on_device = torch.nn.functional.pad(self._on_device, (0, more))
 
     def _lay_out_bridges(self, first: int, stop: int) -> _Bridging | None:
@@ -281,19 +286,13 @@ class StepFlow:
             eligible,
         )
 
-    def _visible(self, wanted: NDArray[np.int8], first: int, window: int | None) -> NDArray[np.int64]:
-        """How many keys of the wanted section each query row sees; [batch, query_pos]."""
-        batch, n_rows = wanted.shape
-        low = 0 if window is None else max(0, first + 1 - window)
-        keys = self._sections[:, low : first + n_rows]
-        counts = np.zeros(wanted.shape, dtype=np.int64)
-        until = np.arange(first, first + n_rows) + 1 - low  # a row sees the keys before `until`, itself included
+    def _visible(self, wanted: NDArray[np.int8], first: int, window: int | None) -> NDArray[np.int32]:
+        """How many keys of the wanted section each query row sees, itself included; [batch, query_pos]."""
+        until = np.arange(first, first + wanted.shape[1]) + 1
         since = np.zeros_like(until) if window is None else np.maximum(0, until - window)
-        for section in np.unique(wanted[wanted != _NOWHERE]):
-            running = np.zeros((batch, keys.shape[1] + 1), dtype=np.int64)
-            np.cumsum(keys == section, axis=1, out=running[:, 1:])
-            counts = np.where(wanted == section, running[:, until] - running[:, since], counts)
-        return counts
+        rows, sections = np.arange(len(wanted))[:, None], np.maximum(wanted, 0)
+        counts = self._before[rows, until, sections] - self._before[rows, since, sections]
+        return np.where(wanted == _NOWHERE, 0, counts)
 
     # ------------------------------------------------------------------------------------------ in the layers
 
