@@ -9,6 +9,7 @@ short forward pass, and refuses with the reason.
 from __future__ import annotations
 
 import importlib.util
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ class Preset:
 
 
 _THINK = Preset("think")
-#: Model families by a lower-case part of their name, most specific first.
+#: Model families by a lower-case part of their name, most specific first; the embedded reasoner by its whole name.
 PRESETS: dict[str, Preset] = {
     "mini": _THINK,
     "smollm2": Preset("plain"),
@@ -56,11 +57,14 @@ def preset(model: TransformerBridge | str, architecture: str | None = None) -> P
     if not isinstance(model, str):
         architecture = architecture or model.cfg.architecture
         model = model.cfg.model_name
-    name = model.lower()
-    for part, found in PRESETS.items():
-        if part in name:
-            return found
-    return _ARCHITECTURE_PRESETS.get(architecture or "")
+    known = family(model)
+    return PRESETS[known] if known else _ARCHITECTURE_PRESETS.get(architecture or "")
+
+
+def family(name: str) -> str | None:
+    """The key of `PRESETS` that fits the name of a model."""
+    name = name.lower()
+    return next((part for part in PRESETS if (name == part if part == "mini" else part in name)), None)
 
 
 def load(
@@ -144,8 +148,11 @@ def sliding_window(model: TransformerBridge, layer: int) -> int | None:
     return None if getattr(config, "layer_types", None) else getattr(config, "sliding_window", None)
 
 
+_checked: weakref.WeakSet[TransformerBridge] = weakref.WeakSet()
+
+
 def check_model(model: TransformerBridge) -> None:
-    """Refuse a model whose attention can't be read and edited through hook points.
+    """Refuse a model whose attention can't be read and edited through hook points; a model is tried out once.
 
     One forward pass over four tokens with every pattern replaced by the identity: all hook points must fire in every
     layer, and each z must come out as v itself. It does not where the adapter reports the pattern after the fact, or
@@ -154,6 +161,9 @@ def check_model(model: TransformerBridge) -> None:
     Raises:
         ValueError: naming the model, the layer and the reason.
     """
+
+    if model in _checked:  # again, it could only find out what hooks of the user's do to the model
+        return
 
     def refuse(layer: int, why: str) -> ValueError:
         return ValueError(
@@ -193,6 +203,7 @@ def check_model(model: TransformerBridge) -> None:
                 "the attention output is not hook_pattern times the values: edits of the pattern have no effect, or a "
                 "gate or a norm lies between it and W_O",
             )
+    _checked.add(model)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import torch
 import transformers
 from conftest import tiny_hf_model
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 import stepsal
 from stepsal.bridge import attention_hooks, check_model, preset
@@ -72,6 +73,10 @@ def test_presets_know_the_formats(name: str, format: str) -> None:
     assert preset(name).format == format
 
 
+def test_the_embedded_reasoners_preset_is_its_own() -> None:
+    assert preset("microsoft/Phi-3.5-mini-instruct") is None
+
+
 def test_presets_fall_back_to_the_architecture(tiny: TransformerBridge) -> None:
     found = preset(tiny)
     expected = {"GptOssForCausalLM": "harmony", "Qwen3ForCausalLM": "think"}.get(tiny.cfg.architecture)
@@ -98,7 +103,10 @@ class TestRefusals:
             stepsal.load("gpt2", hf_model=transformers.GPT2LMHeadModel(config))
 
     def test_gated_attention(self) -> None:
-        model = stepsal.load("tiny", hf_model=tiny_hf_model("Llama"))
+        hf_model = tiny_hf_model("Llama")
+        model = build_bridge_from_module(
+            hf_model, "LlamaForCausalLM", hf_config=hf_model.config, tokenizer=None, model_name="tiny"
+        )
         gate = lambda z, hook: z * 0.5  # noqa: E731
         with (
             model.hooks(fwd_hooks=[("blocks.1.attn.o.hook_in", gate)]),

@@ -57,7 +57,10 @@ def test_oeb_is_the_kl_projection(drawn: tuple) -> None:
 
 
 def numeric_projection(p: np.ndarray, groups: np.ndarray, target: dict[int, float]) -> np.ndarray:
-    """The q with mass target[g] in each group that minimises KL(q || p), by BFGS over q = target[g] softmax(x)."""
+    """The q with mass target[g] in each group that minimises KL(q || p), by BFGS over q = target[g] softmax(x).
+
+    From several starts: a line search that runs into the flat end of a softmax stays there.
+    """
     there = p > 0
 
     def q_of(x: np.ndarray) -> np.ndarray:
@@ -81,7 +84,9 @@ def numeric_projection(p: np.ndarray, groups: np.ndarray, target: dict[int, floa
                 gradient[member] = q[member] * (log_ratio[member] - mean)
         return float((q * log_ratio).sum()), gradient
 
-    return q_of(minimize(kl_and_gradient, np.zeros_like(p), jac=True, method="BFGS", options={"gtol": 1e-9}).x)
+    starts = np.vstack([np.zeros_like(p), np.random.default_rng(0).normal(size=(4, len(p)))])
+    found = [minimize(kl_and_gradient, x, jac=True, method="BFGS", options={"gtol": 1e-9}) for x in starts]
+    return q_of(min(found, key=lambda result: result.fun).x)
 
 
 @given(rows(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
@@ -172,6 +177,10 @@ class TestConfig:
             ("all", tuple(range(8))),
             ((0.25, 0.5), (2, 3)),
             ((0.0, 0.01), (0,)),
+            ((0, 0.5), (0, 1, 2, 3)),
+            ((0.5, 1), (4, 5, 6, 7)),
+            ((0, 1), (0, 1)),
+            (np.arange(2), (0, 1)),
             ([-1, 0, 3], (0, 3, 7)),
             (range(2), (0, 1)),
             (None, ()),
@@ -188,6 +197,8 @@ class TestConfig:
             ({"tau_max": 1.0}, "tau_max=1.0"),
             ({"alpha": -0.1}, "alpha=-0.1 must be a number >= 0"),
             ({"alpha": float("nan")}, "alpha=nan"),
+            ({"tau_max": "0.1"}, "tau_max='0.1' must be a number"),
+            ({"window": True}, "window=True"),
             ({"window": 0}, "window=0"),
             ({"window": 2.5}, "window=2.5"),
             ({"bridge": "all"}, "bridge='all'.*'question' or 'prompt'"),
@@ -202,6 +213,10 @@ class TestConfig:
     def test_bad_values(self, values: dict, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             StepFlowConfig(**values)
+
+    def test_fractions_are_not_cut_short_by_rounding(self) -> None:
+        assert 0.29 * 100 < 29
+        assert StepFlowConfig(oeb_layers=(0.29, 0.57)).resolve(100)[0] == tuple(range(29, 57))
 
     def test_layers_that_do_not_exist(self) -> None:
         with pytest.raises(ValueError, match=r"smi_layers=\[3, 8\]: the model has no layer 8, only 0..7"):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import brute_force
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_chat, tiny_hf_model
+from conftest import ARCHITECTURES, char_tokenizer, tiny_chat, tiny_hf_model
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 import stepsal
 from stepsal import StepFlowConfig
@@ -98,6 +99,71 @@ class TestEquivalence:
             step_by_step = decoded(smollm2, trace.tokens[None], trace.n_prompt)
         assert (step_by_step - full).abs().max() <= 1e-4
         assert log.oeb["fired"].sum() > 0
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "<bos><user>How many?<assistant><think>"
+            + RESPONSE
+            + " It is said:\n<user>And why?<assistant><think>"
+            + RESPONSE,
+            "<bos><user>How many?<assistant><think>" + RESPONSE + "<user> and no more",
+            "<bos><user>How many?<assistant>Two.\n<user>And why is that?<assistant><think>" + RESPONSE,
+        ],
+        ids=["two turns", "an opening in the response", "a history without thinking"],
+    )
+    @pytest.mark.parametrize("architecture", ["Qwen2", "Gemma2"])
+    def test_conversations(self, architecture: str, text: str) -> None:
+        model = tiny_chat(architecture)
+        tokens = torch.tensor(model.tokenizer(text)["input_ids"])[None]
+        with stepsal.stepflow(model, STRONG) as log:
+            full = logits_of(model, tokens)
+            fired = log.oeb["fired"].sum()
+            for n_first in (1, 60, 200):
+                assert (decoded(model, tokens, n_first) - full).abs().max() <= 1e-4
+        assert fired > 0
+        assert (full - logits_of(model, tokens)).abs().max() > 0.05
+
+    def test_the_last_turn_alone_has_the_question(self) -> None:
+        """What a turn is edited by does not depend on the words of the turns before it."""
+        model = tiny_chat("Qwen2")
+        seen: list[tuple] = []
+
+        def look(pattern: Tensor, hook: object) -> None:
+            seen.append(tuple(active_flow(model)._bridging[:2]))
+
+        turn = "<user>And why is that?<assistant><think>" + RESPONSE
+        for history in ("<bos><user>How many?<assistant><think>Two of them are here.</think>Two.\n", "<bos>"):
+            with stepsal.stepflow(model, STRONG), model.hooks(fwd_hooks=[("blocks.0.attn.hook_pattern", look)]):
+                logits_of(model, torch.tensor(model.tokenizer(history + turn)["input_ids"])[None])
+        n = len(model.tokenizer(turn)["input_ids"])
+        for after, alone in zip(*seen, strict=True):
+            assert torch.equal(after[:, -n:, -n:], alone[:, -n:, -n:])
+            assert not after[:, -n:, :-n].any()
+
+    def test_a_padded_second_portion(self) -> None:
+        """The mask tells padding in every pass, not only in the first one."""
+        model = tiny_chat("Qwen2")
+        traces = [Trace.from_text("How many?", r, model) for r in (RESPONSE, RESPONSE[:90])]
+        n_first, n_second = traces[0].n_prompt, len(traces[0]) - traces[0].n_prompt
+        tokens = torch.full((2, n_first + n_second), model.tokenizer.pad_token_id)
+        mask = torch.zeros_like(tokens)
+        for row, trace in enumerate(traces):
+            n = len(trace) - n_first
+            for part in (tokens, mask):
+                part[row, :n_first] = trace.tokens[:n_first] if part is tokens else 1
+                part[row, n_first + n_second - n :] = trace.tokens[n_first:] if part is tokens else 1
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        options: dict = {"return_type": "logits_and_cache", "use_cache": True}
+        with torch.no_grad(), stepsal.stepflow(model, STRONG):
+            _, cache = model(tokens[:, :n_first], attention_mask=mask[:, :n_first], **options)
+            logits, _ = model(
+                tokens[:, n_first:], attention_mask=mask, position_ids=positions[:, n_first:], past_key_values=cache,
+                **options,
+            )  # fmt: skip
+            alone = logits_of(model, traces[1].tokens[None])[0]
+        n = len(traces[1]) - n_first
+        assert (logits[1, -n:] - alone[n_first:]).abs().max() <= 1e-4
 
     def test_rows_of_a_left_padded_batch_equal_the_same_rows_alone(self, tiny_with_text: TransformerBridge) -> None:
         model = tiny_with_text
@@ -329,7 +395,23 @@ class TestNothingIsLeftBehind:
                 logits_of(model, tokens)
         assert self.state(model) == before
         assert torch.equal(logits_of(model, tokens), plain)
-        assert len(calls) == 4  # plain twice, once inside, and once for the check that patterns can be edited
+        assert len(calls) == 3  # plain twice, and once inside
+
+    def test_a_hook_of_the_users_that_changes_the_model(self) -> None:
+        model = tiny_chat("Qwen2")
+        tokens = Trace.from_text("How many?", RESPONSE, model).tokens[None]
+
+        def ablate(z: Tensor, hook: object) -> Tensor:
+            return z.index_fill(2, torch.tensor([1]), 0.0)
+
+        with stepsal.stepflow(model, STRONG):
+            edited = logits_of(model, tokens)
+        with model.hooks(fwd_hooks=[("blocks.1.attn.o.hook_in", ablate)]):
+            ablated = logits_of(model, tokens)
+            with stepsal.stepflow(model, STRONG):
+                both = logits_of(model, tokens)
+        for other in (edited, ablated):
+            assert (both - other).abs().max() > 0.01
 
     def test_two_models_at_once(self) -> None:
         first, second = tiny_chat("Qwen2"), tiny_chat("Llama")
@@ -356,7 +438,11 @@ class TestErrors:
             stepsal.generate(mini, "Anna is 1 plus 1. What is Anna?", stepflow=config)
 
     def test_a_pattern_that_cannot_be_edited(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        model = tiny_chat("Qwen2")
+        hf_model = tiny_hf_model("Qwen2", max_position_embeddings=512)
+        model = build_bridge_from_module(  # not by stepsal.load, which has tried the model out already
+            hf_model, "Qwen2ForCausalLM", hf_config=hf_model.config, tokenizer=None, model_name="tiny"
+        )
+        model.tokenizer = char_tokenizer()
         monkeypatch.setattr(model.blocks[1].attn, "_pre_output_projection", lambda z: 2 * z)  # as a norm there would
         with pytest.raises(ValueError, match="not supported: layer 1"), stepsal.stepflow(model):
             pass
@@ -369,9 +455,39 @@ class TestErrors:
             with stepsal.stepflow(mini), pytest.raises(ValueError, match=r"a cache of 5 tokens in 1 rows.*followed 0"):
                 mini(tokens[:, 5:], past_key_values=cache, return_type="logits_and_cache")
 
+    def test_another_cache_of_the_same_length(self, mini: TransformerBridge) -> None:
+        trace = Trace.from_text("Anna is 1 plus 1. What is Anna?", " Anna needs nothing. So she is 2.", mini)
+        tokens, n = trace.tokens[None], trace.n_prompt
+        options: dict = {"return_type": "logits_and_cache", "use_cache": True}
+        with torch.no_grad(), stepsal.stepflow(mini):
+            _, first = mini(tokens[:, :n], **options)
+            mini(tokens[:, :n], **options)
+            with pytest.raises(ValueError, match="continues another cache"):
+                mini(tokens[:, n:], past_key_values=first, **options)
+
+    def test_hooks_removed_inside(self, mini: TransformerBridge) -> None:
+        with stepsal.stepflow(mini):
+            mini.reset_hooks()
+            with pytest.raises(ValueError, match="hooks of stepflow were removed"):
+                logits_of(mini, torch.tensor([[5, 6, 7]]))
+
+    def test_no_chat_template(self) -> None:
+        tokenizer = char_tokenizer()
+        tokenizer.chat_template = None
+        model = stepsal.load("tiny", hf_model=tiny_hf_model("Llama"), tokenizer=tokenizer)
+        with pytest.raises(ValueError, match=r"set tokenizer\.chat_template"), stepsal.stepflow(model):
+            pass
+
     def test_embeddings_instead_of_tokens(self, mini: TransformerBridge) -> None:
         with stepsal.stepflow(mini), pytest.raises(ValueError, match="given embeddings"):
             mini.original_model(inputs_embeds=torch.zeros(1, 3, mini.cfg.d_model))
+
+    def test_a_layer_without_rows_has_no_means(self, tiny_with_text: TransformerBridge) -> None:
+        trace = Trace.from_text("How many?", "</think>Two", tiny_with_text, format="think")
+        with stepsal.stepflow(tiny_with_text, STRONG) as log:
+            logits_of(tiny_with_text, trace.tokens[None])
+        assert (log.oeb["rows"] == 0).all()
+        assert log.oeb[["fired_share", "bridge_before", "bridge_after"]].isna().all(axis=None)
 
     def test_a_text_without_a_question_is_reported(self, mini: TransformerBridge) -> None:
         with pytest.warns(UserWarning, match="no question in 1 of 1 sequences"), stepsal.stepflow(mini) as log:

@@ -18,6 +18,7 @@ SECTIONS = {"question": Section.QUESTION, "thinking": Section.THINKING, "summary
 PIECES = [
     "The value is 3.5 here", ". ", ".\n", "\n\n", " ", "Then we add e.g. four", "</think>", "<", "</th", "Wait... so",
     "1. first", "$$x = 1.", "$$", "A long enough sentence.", "?", "```", "<eos>",
+    "<user>", "<user>And why?<assistant><think>",
 ]  # fmt: skip
 
 
@@ -39,8 +40,9 @@ def test_portions_do_not_matter(pieces: list[str], portions: list[int]) -> None:
     whole, starts = follow(TOKENIZER, ids, FORMATS["think"], [])
     parts, same = follow(TOKENIZER, ids, FORMATS["think"], portions)
     assert parts.sections == whole.sections
+    assert (parts.origin, parts.in_prompt) == (whole.origin, whole.in_prompt)
     assert same == starts
-    assert not whole.in_prompt
+    assert whole.found_question
 
 
 @settings(max_examples=150)
@@ -95,13 +97,63 @@ def test_a_whole_prompt_as_question() -> None:
     assert Section.QUESTION not in tracker.sections[trace.n_prompt :]
 
 
+@pytest.mark.parametrize("marker", ["</think>", "Final answer:"])
+@pytest.mark.parametrize(
+    "thinking", ["Count them all first. Then more of them.", "So it is four and", "x < y, and y <"]
+)
+def test_a_marker_of_several_tokens(marker: str, thinking: str) -> None:
+    """Its first tokens begin no step, and the summary does begin one."""
+    if marker == "</think>":  # spelt out, one token per character
+        ids = TOKENIZER(render_prompt(TOKENIZER, "How many?").text)["input_ids"]
+        ids += [i for c in f"{thinking}</think>Two." for i in TOKENIZER(c)["input_ids"]]
+        format = FORMATS["think"]
+    else:
+        format = Format.with_marker(marker)
+        ids = TOKENIZER(render_prompt(TOKENIZER, "How many?").text + f"{thinking} {marker} Two.")["input_ids"]
+    tracker, starts = follow(TOKENIZER, ids, format, [])
+    assert starts[-1].section is Section.SUMMARY
+    assert starts[-1].previous_section is Section.THINKING
+    assert TOKENIZER.decode(ids[starts[-1].position :]) in ("Two.", " Two.")
+    assert [s.section for s in starts[:-1]] == [Section.THINKING] * (". Then" in thinking)
+    assert tracker.sections[-1] is Section.SUMMARY
+
+
+def test_several_turns() -> None:
+    text = "<bos><user>How many?<assistant>Two.\n<user> And why is\nthat?<assistant><think>So it was said. So it is."
+    ids = TOKENIZER(text)["input_ids"]
+    tracker, starts = follow(TOKENIZER, ids, FORMATS["think"], [])
+    asked = [i for i, s in enumerate(tracker.sections) if s is Section.QUESTION]
+    # the first turn's prompt has no <think> behind it: the tokens up to there are one prompt, its question the last one
+    assert TOKENIZER.decode([ids[i] for i in asked]) == "And why is\nthat?"
+    ids += TOKENIZER("</think>Done.\n<user>What?<assistant><think>Now then.")["input_ids"]
+    tracker, starts = follow(TOKENIZER, ids, FORMATS["think"], [])
+    asked = [i for i, s in enumerate(tracker.sections) if s is Section.QUESTION and i >= tracker.origin]
+    assert TOKENIZER.decode([ids[i] for i in asked]) == "What?"
+    assert TOKENIZER.decode([ids[tracker.origin]]) == "<user>"
+    assert all(start.position < tracker.origin for start in starts)  # a turn's first step follows no step
+
+
+@pytest.mark.parametrize("system", [None, "Be kind.", "Answer in French", "End with \\boxed{}"])
+def test_a_template_with_a_system_prompt_of_its_own(system: str | None) -> None:
+    tokenizer = char_tokenizer()
+    tokenizer.chat_template = (
+        "<bos>{% if messages[0].role != 'system' %}You are a helper.<eos>\n{% endif %}{% for m in messages %}"
+        "{% if m.role == 'user' %}<user>user\n{{ m.content }}<eos>\n{% else %}{{ m.content }}<eos>\n{% endif %}"
+        "{% endfor %}<assistant>\n"
+    )
+    trace = Trace.from_text(
+        "How many\n\nlegs?", "Count them all first. Then more.</think>Two.", tokenizer, system=system
+    )
+    tracker, _ = follow(tokenizer, trace.tokens.tolist(), FORMATS["think"].after("<think>"), [])
+    asked = [i for i, s in enumerate(tracker.sections) if s is Section.QUESTION]
+    assert asked == list(range(trace.steps[0].start, trace.steps[0].end))
+
+
 def test_no_chat_template() -> None:
     tokenizer = char_tokenizer()
     tokenizer.chat_template = None
-    trace = Trace.from_text("How many?", "Count them all first.\n\nTwo.", tokenizer)
-    tracker, _ = follow(tokenizer, trace.tokens.tolist(), FORMATS["plain"], [])
-    asked = [i for i, s in enumerate(tracker.sections) if s is Section.QUESTION]
-    assert asked == list(range(trace.steps[0].start, trace.steps[0].end))
+    with pytest.raises(ValueError, match="no chat template that marks the end of a question"):
+        PromptFrame.of(tokenizer)
 
 
 def test_text_without_a_prompt_stays_outside() -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Any, Literal
 
-from stepsal.bridge import PRESETS
+from stepsal.bridge import PRESETS, family
 from stepsal.maps import band_layers
 from stepsal.segment import FORMATS, Format, Segmenter, Split
 
@@ -53,11 +54,14 @@ class StepFlowConfig:
     def __post_init__(self) -> None:
         for name in ("oeb_layers", "smi_layers"):
             object.__setattr__(self, name, _checked_layers(name, getattr(self, name)))
+        for name in ("tau_max", "alpha"):
+            if not isinstance(getattr(self, name), Real):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a number")
         if not 0 < self.tau_max < 1:
             raise ValueError(f"tau_max={self.tau_max} must lie in (0, 1); switch the bridge off with oeb_layers=None")
         if not (self.alpha >= 0 and math.isfinite(self.alpha)):
             raise ValueError(f"alpha={self.alpha} must be a number >= 0")
-        if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
+        if self.window is not None and (not _is_index(self.window) or self.window < 1):
             raise ValueError(f"window={self.window!r} must be a number of tokens >= 1, or None for the whole step")
         if self.bridge not in ("question", "prompt"):
             raise ValueError(f"bridge={self.bridge!r} is unknown; use 'question' or 'prompt'")
@@ -82,11 +86,11 @@ class StepFlowConfig:
             return cls(**changes)
         if name == "authors-code":
             return cls(**{"window": 4, "bridge": "prompt", **changes})
-        family = next((family for family in PRESETS if family in name.lower()), None)
-        if family is None:
+        known_family = family(name)
+        if known_family is None:
             known = ", ".join(map(repr, ("paper", "authors-code", *PRESETS)))
             raise ValueError(f"there is no preset {name!r}; known are {known}")
-        found = PRESETS[family]
+        found = PRESETS[known_family]
         return cls(**{"format": found.format, "min_chars": found.min_chars, **changes})
 
     def but(self, **changes: Any) -> StepFlowConfig:
@@ -121,13 +125,17 @@ def _checked_layers(name: str, layers: Layers) -> str | tuple[int | float, ...] 
     if isinstance(layers, str) or not hasattr(layers, "__iter__"):
         raise wrong
     chosen = tuple(layers)
-    if len(chosen) == 2 and all(isinstance(x, float) for x in chosen):
+    if len(chosen) == 2 and any(isinstance(x, float) for x in chosen) and all(isinstance(x, Real) for x in chosen):
         if not 0 <= chosen[0] < chosen[1] <= 1:
             raise ValueError(f"{name}={chosen} must be two fractions with 0 <= from < to <= 1")
-        return chosen
-    if not chosen or not all(isinstance(x, int) and not isinstance(x, bool) for x in chosen):
+        return tuple(map(float, chosen))
+    if not chosen or not all(map(_is_index, chosen)):
         raise wrong
-    return chosen
+    return tuple(map(int, chosen))
+
+
+def _is_index(x: object) -> bool:
+    return isinstance(x, Integral) and not isinstance(x, bool)
 
 
 def _indices(name: str, layers: Layers, n_layers: int) -> tuple[int, ...]:
@@ -138,7 +146,7 @@ def _indices(name: str, layers: Layers, n_layers: int) -> tuple[int, ...]:
         part = sizes[layers.rpartition("-")[2]]
         return tuple(range(n_layers - part, n_layers) if layers.startswith("top") else range(part))
     if isinstance(layers[0], float):
-        first, stop = (int(fraction * n_layers) for fraction in layers)
+        first, stop = (int(round(fraction * n_layers, 6)) for fraction in layers)  # 0.29 * 100 is 28.999...
         return tuple(range(first, max(first + 1, stop)))
     missing = [layer for layer in layers if not -n_layers <= layer < n_layers]
     if missing:

@@ -49,7 +49,8 @@ def stepflow(model: TransformerBridge, config: StepFlowConfig | None = None) -> 
 
     `model(tokens)`, `model.generate`, `stepsal.generate` and `stepsal.step_saliency` all work: prompts, prompts with
     part of the thinking, whole texts, and cached decoding, alone or in batches (padding is told by the attention mask).
-    A new sequence begins with each pass that has no cache to continue.
+    A new sequence begins with each pass that has no cache to continue. Not for beam search, whose reordering of the
+    cache's rows can't be seen from here.
 
     Args:
         model: from `stepsal.load`, with a tokenizer.
@@ -59,9 +60,10 @@ def stepflow(model: TransformerBridge, config: StepFlowConfig | None = None) -> 
         The log of what was edited.
 
     Raises:
-        ValueError: the model has no tokenizer, its attention can't be edited, `config` names a layer that it does not
-            have, or a context is open on it already. Inside: a pass that continues a cache that the context has not
-            seen from its beginning, or that gives embeddings instead of tokens.
+        ValueError: the model has no fast tokenizer with a chat template, its attention can't be edited, `config` names
+            a layer that it does not have, or a context is open on it already. Inside: a pass that continues another
+            cache than that of the last pass, that gives embeddings instead of tokens, or after the context's hooks
+            have been removed.
     """
     flow = StepFlow(model, config or StepFlowConfig())
     with flow.applied():
@@ -89,7 +91,9 @@ class StepFlow:
     _columns: list[list[int]]  # key position of each token of a row
     _sections: NDArray[np.int8]  # of each key position, on the host [batch, capacity]
     _before: NDArray[np.int32]  # keys of each section before a key position [batch, capacity + 1, section]
+    _origins: NDArray[np.int32]  # where the turn of each key position begins [batch, capacity]
     _on_device: Tensor  # `_sections` on the model's device, int8 [batch, capacity]
+    _cache: Callable[[], Any]  # a weak reference to the cache of the last pass
     _n_columns: int  # key positions so far
     _first: int  # key position of the first query of this pass
     _needed: int  # the first key position whose values a later injection may need
@@ -101,10 +105,10 @@ class StepFlow:
     def __init__(self, model: TransformerBridge, config: StepFlowConfig) -> None:
         if model in _active:  # before any pass, which the open context would take for a sequence
             raise ValueError(f"stepflow is open on {model.cfg.model_name!r} already: leave that context first")
-        if model.tokenizer is None:
+        if getattr(model.tokenizer, "backend_tokenizer", None) is None:
             raise ValueError(
-                f"{model.cfg.model_name!r} has no tokenizer, which finding steps needs: pass one to "
-                "stepsal.load(..., tokenizer=...)"
+                f"{model.cfg.model_name!r} has no {'fast ' if model.tokenizer else ''}tokenizer, which finding steps "
+                "needs: pass one to stepsal.load(..., tokenizer=...)"
             )
         self.model, self.config = model, config
         self.oeb_layers, self.smi_layers = config.resolve(model.cfg.n_layers)
@@ -113,8 +117,9 @@ class StepFlow:
         self._windows = {layer: sliding_window(model, layer) for layer in self.oeb_layers}
         self._frame = PromptFrame.of(model.tokenizer)
         self._format = self._format_of(config.format)
+        self._editors: list[tuple[HookPoint, LensHandle]] = []
         self._listeners: dict[int, tuple[HookPoint, LensHandle]] = {}
-        self._start(np.ones((0, 0), dtype=bool))
+        self._start(0)
 
     def _format_of(self, format: str | Format) -> Format:
         if isinstance(format, Format):
@@ -135,17 +140,23 @@ class StepFlow:
         _active[self.model] = self
         try:
             with self.model.hooks(fwd_hooks=hooks):
-                clock = self.model.original_model.register_forward_pre_hook(self._before_pass, with_kwargs=True)
+                points = [self.model.hook_dict[name] for name, _ in hooks]
+                self._editors = [(point, point.fwd_hooks[-1]) for point in points]
+                clocks = [
+                    self.model.original_model.register_forward_pre_hook(self._before_pass, with_kwargs=True),
+                    self.model.original_model.register_forward_hook(self._after_pass),
+                ]
                 try:
                     yield
                 finally:
-                    clock.remove()
+                    for clock in clocks:
+                        clock.remove()
                     for layer in list(self._listeners):
                         self._stop_listening(layer)
         finally:
             del _active[self.model]
             self._end_sequences()
-            self._start(np.ones((0, 0), dtype=bool))  # lets go of the values it holds
+            self._start(0)  # lets go of the values it holds
         if self.log.without_question:
             warnings.warn(
                 f"stepflow found no question in {self.log.without_question} of {self.log.sequences} sequences, and "
@@ -157,10 +168,10 @@ class StepFlow:
         """Keep only these batch rows, as a decoding loop does whose other rows have finished."""
         index = torch.tensor(rows)
         dropped = [tracker for row, tracker in enumerate(self._trackers) if row not in rows]
-        self.log.without_question += sum(tracker.in_prompt for tracker in dropped)
+        self.log.without_question += sum(not tracker.found_question for tracker in dropped)
         self._trackers = [self._trackers[row] for row in rows]
         self._columns = [self._columns[row] for row in rows]
-        self._sections, self._before = self._sections[rows], self._before[rows]
+        self._sections, self._before, self._origins = self._sections[rows], self._before[rows], self._origins[rows]
         self._on_device = self._on_device[index.to(self._on_device.device)]
         for chunks in self._values.values():
             chunks[:] = [(first, v[index.to(v.device)]) for first, v in chunks]
@@ -168,34 +179,40 @@ class StepFlow:
     # -------------------------------------------------------------------------------------- before each pass
 
     def _before_pass(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if any(handle not in point.fwd_hooks for point, handle in self._editors):
+            raise ValueError(
+                "the hooks of stepflow were removed inside its context: leave it before model.reset_hooks()"
+            )
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None:
             raise ValueError("StepFlow needs token ids to find steps, but this pass was given embeddings")
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
-        host: NDArray[np.int64] = ids.detach().cpu().numpy()  # [batch, query_pos]; the one synchronisation
-        batch, n_new = host.shape
+        host, real = _on_host(ids.detach(), kwargs.get("attention_mask"), past)  # the one synchronisation
+        batch = len(host)
         if past == 0:
-            mask = kwargs.get("attention_mask")
-            real = np.ones(host.shape, dtype=bool)
-            if isinstance(mask, Tensor) and mask.ndim == 2:
-                real = mask.cpu().numpy()[:, :n_new].astype(bool)
             self._end_sequences()
-            self._start(real)
+            self._start(batch)
         elif past != self._n_columns or batch != len(self._trackers):
             raise ValueError(
                 f"this pass continues a cache of {past} tokens in {batch} rows, but StepFlow has followed "
                 f"{self._n_columns} tokens in {len(self._trackers)} rows: read prompts inside the context"
             )
-        else:
-            real = np.ones(host.shape, dtype=bool)
+        elif cache is not self._cache():
+            raise ValueError(
+                "this pass continues another cache than that of the last pass, and StepFlow follows one at a time: "
+                "read prompt and answer in turn, and don't copy caches"
+            )
         for layer in self.smi_layers:
             self._listen_last(layer)
         self._advance(host, real)
 
-    def _start(self, real: NDArray[np.bool_]) -> None:
+    def _after_pass(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        cache = getattr(output, "past_key_values", None)
+        self._cache = _no_cache if cache is None else weakref.ref(cache)
+
+    def _start(self, batch: int) -> None:
         """Begin new sequences."""
-        batch = len(real)
         self.log.sequences += batch
         self._trackers = [
             SequenceTracker(
@@ -209,13 +226,15 @@ class StepFlow:
         self._before = np.zeros((batch, 257, len(Section)), dtype=np.int32)
         device = next(self.model.parameters()).device
         self._on_device = torch.zeros((batch, 256), dtype=torch.int8, device=device)
+        self._origins = np.zeros((batch, 256), dtype=np.int32)
         self._n_columns = 0
+        self._cache = _no_cache
         self._values = {layer: [] for layer in self.smi_layers}
         self._new_values = {}
         self._bridging, self._injections = None, None
 
     def _end_sequences(self) -> None:
-        self.log.without_question += sum(tracker.in_prompt for tracker in self._trackers)
+        self.log.without_question += sum(not tracker.found_question for tracker in self._trackers)
         self._trackers = []
 
     def _advance(self, ids: NDArray[np.int64], real: NDArray[np.bool_]) -> None:
@@ -227,16 +246,18 @@ class StepFlow:
         places: list[tuple[int, int]] = []
         members: list[list[int]] = []
         for row, tracker in enumerate(self._trackers):
-            columns = self._columns[row]
+            columns, n_known = self._columns[row], len(self._columns[row])
             columns += (first + np.flatnonzero(real[row])).tolist()
-            was_in_prompt = tracker.in_prompt
-            starts = tracker.push(ids[row, real[row]].tolist())
-            if was_in_prompt and not tracker.in_prompt:  # the question is known now, all of it
-                changed = 0
-                self._sections[row, columns] = tracker.sections
-            else:
-                new = columns[len(columns) - int(real[row].sum()) :]
-                self._sections[row, new] = tracker.sections[len(columns) - len(new) :]
+            starts, revised = [], n_known
+            for column, token in zip(columns[n_known:], ids[row, real[row]].tolist(), strict=True):
+                in_prompt = tracker.in_prompt
+                starts += tracker.push([token])
+                if in_prompt and not tracker.in_prompt:  # the question is known now, all of it
+                    revised = min(revised, tracker.origin)
+                self._origins[row, column] = columns[tracker.origin]
+            self._sections[row, columns[revised:]] = tracker.sections[revised:]
+            if revised < n_known:
+                changed = min(changed, columns[revised])
             for start in starts:
                 wanted = start.section is Section.THINKING or (
                     self.config.into_summary and start.section is Section.SUMMARY
@@ -264,6 +285,7 @@ class StepFlow:
         if n_columns > capacity:
             more = max(n_columns - capacity, capacity)
             self._sections = np.pad(self._sections, ((0, 0), (0, more)))
+            self._origins = np.pad(self._origins, ((0, 0), (0, more)))
             self._before = np.pad(self._before, ((0, 0), (0, more), (0, 0)))
             self._on_device = torch.nn.functional.pad(self._on_device, (0, more))
 
@@ -279,17 +301,21 @@ class StepFlow:
             ceiling = bridge_ceiling(n_bridge, n_segment, self.config.tau_max)  # [batch, query_pos]
             ceilings[window], eligible[window] = (x.to(device, non_blocking=True) for x in (ceiling, ceiling > 0))
         keys = self._on_device[:, None, :stop]
-        return _Bridging(
-            keys == torch.from_numpy(bridge_of).to(device, non_blocking=True)[:, :, None],
-            keys == torch.from_numpy(segment_of).to(device, non_blocking=True)[:, :, None],
-            ceilings,
-            eligible,
+        bridge, segment = (
+            keys == torch.from_numpy(section).to(device, non_blocking=True)[:, :, None]  # [batch, query_pos, key_pos]
+            for section in (bridge_of, segment_of)
         )
+        if any(tracker.origin > 0 for tracker in self._trackers):  # keys of earlier turns are in neither
+            this_turn = torch.arange(stop) >= torch.from_numpy(self._origins[:, first:stop])[:, :, None]
+            bridge, segment = bridge & this_turn.to(device), segment & this_turn.to(device)
+        return _Bridging(bridge, segment, ceilings, eligible)
 
     def _visible(self, wanted: NDArray[np.int8], first: int, window: int | None) -> NDArray[np.int32]:
         """How many keys of the wanted section each query row sees, itself included; [batch, query_pos]."""
         until = np.arange(first, first + wanted.shape[1]) + 1
-        since = np.zeros_like(until) if window is None else np.maximum(0, until - window)
+        since = self._origins[:, first : first + wanted.shape[1]]  # [batch, query_pos]
+        if window is not None:
+            since = np.maximum(since, until - window)
         rows, sections = np.arange(len(wanted))[:, None], np.maximum(wanted, 0)
         counts = self._before[rows, until, sections] - self._before[rows, since, sections]
         return np.where(wanted == _NOWHERE, 0, counts)
@@ -301,6 +327,8 @@ class StepFlow:
             if self._bridging is None:
                 return None
             bridging, window, n_keys = self._bridging, self._windows[layer], pattern.shape[-1]
+            if n_keys > bridging.bridge.shape[-1]:
+                raise ValueError(f"a cache of fixed size ({n_keys} keys) is not supported: use a DynamicCache")
             bridged = odds_equal_bridge(
                 pattern,
                 bridging.bridge[..., -n_keys:],  # a sliding window's cache keeps only the last keys
@@ -348,3 +376,17 @@ class StepFlow:
             return edited
 
         return hook
+
+
+def _no_cache() -> None:
+    return None
+
+
+def _on_host(ids: Tensor, mask: Any, past: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Ids and which of them are no padding, [batch, query_pos], in one copy."""
+    n_new = ids.shape[1]
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < past + n_new:
+        host = ids.cpu().numpy()
+        return host, np.ones(host.shape, dtype=bool)
+    both = torch.stack((ids, mask[:, past : past + n_new].to(ids))).cpu().numpy()
+    return both[0], both[1].astype(bool)

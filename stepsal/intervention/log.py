@@ -19,7 +19,7 @@ class FlowLog:
     Nothing is moved to the host, summed or rounded until a property is read; reading in the middle of a run is allowed.
 
     Attributes:
-        sequences: sequences that were read from their beginning.
+        sequences: sequences that were read from their beginning. Decoding without a cache reads one for each token.
         without_question: those of them in which no question was found, so that nothing was edited.
         oeb_layers, smi_layers: the layers that are edited.
     """
@@ -56,8 +56,9 @@ class FlowLog:
         """One row per layer and head.
 
         Columns: layer, head; rows (query rows with visible keys in B and S); fired (of those, the rows whose
-        bridge was raised), fired_share; bridge_before, bridge_after (mean p(B) over rows).
+        bridge was raised), fired_share; bridge_before, bridge_after (mean p(B) over rows). NaN without rows.
         """
+        import numpy as np
         import pandas as pd
 
         frames = []
@@ -66,6 +67,7 @@ class FlowLog:
             if layer not in self._sums:
                 continue
             rows, fired, before, after = self._sums[layer].cpu().numpy()
+            per_row = np.divide(1.0, rows, out=np.full_like(rows, np.nan), where=rows > 0)
             frames.append(
                 pd.DataFrame(
                     {
@@ -73,9 +75,9 @@ class FlowLog:
                         "head": range(len(rows)),
                         "rows": rows.astype(int),
                         "fired": fired.astype(int),
-                        "fired_share": fired / rows,
-                        "bridge_before": before / rows,
-                        "bridge_after": after / rows,
+                        "fired_share": fired * per_row,
+                        "bridge_before": before * per_row,
+                        "bridge_after": after * per_row,
                     }
                 )
             )
