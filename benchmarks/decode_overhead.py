@@ -76,8 +76,8 @@ def measure(
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in tqdm(range(turns + 1), desc=f"batch {batch}, {n_prompt + n_before} tokens before"):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            taken = seconds(model, tokens, n_new, VARIANTS[name])
-            if turn:  # the first turn warms up
+            taken = seconds(model, tokens, n_new if turn else 10, VARIANTS[name])
+            if turn:  # the first one warms up
                 times[name].append(taken)
     rows = []
     for name, taken in times.items():
