@@ -1,18 +1,4 @@
-"""Step maps: pool token-level saliency into steps, and carry the labelled result.
-
-Pooling is two sums and a division. A token map I[t <- k] is summed over the blocks (query step x key step), which is
-a product with the one-hot membership matrix M[pos, step] on either side,
-
-    sums[i, j] = sum_{t, k <= t} M[t, i] * I[t <- k] * M[k, j],
-
-and the sums are divided by the number of pairs ("mean": the density of saliency, the paper's map) or by the number of
-query rows ("sum": the saliency mass that a token of step i puts on step j). Only pairs that exist are counted: k <= t,
-rows t that have a target, and no template token (step id -1). A uniform causal token map thus pools to a uniform step
-map under "mean".
-
-The pooling functions run inside a backward pass, on any device: they go through a map in blocks of rows and never
-build a second [query_pos, key_pos] tensor.
-"""
+"""The labelled result: step maps of every layer with their roles, texts and token spans, in and out of files."""
 
 from __future__ import annotations
 
@@ -27,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import safetensors
 import safetensors.torch
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from stepsal.pooling import Reduce, normalise_rows
 from stepsal.segment import Role
 
 if TYPE_CHECKING:
@@ -37,7 +24,6 @@ if TYPE_CHECKING:
     import xarray as xr
 
 Target = Literal["token", "sequence"]
-Reduce = Literal["mean", "sum"]
 Band = Literal["shallow", "middle", "deep"]
 Layers = int | Sequence[int] | Band
 """One layer (negative counts from the last), several layers, or a band of layers."""
@@ -45,144 +31,6 @@ Layers = int | Sequence[int] | Band
 FORMAT = "stepsal.StepSaliency"
 FORMAT_VERSION = 1
 SUFFIX = ".safetensors"
-ROWS_PER_BLOCK = 256  # query rows pooled at a time: the only temporary of pooling is [ROWS_PER_BLOCK, key_pos]
-
-
-# ---------------------------------------------------------------------------------------------------- pooling
-
-
-def pool_steps(
-    token_map: Float[Tensor, "*batch query_pos key_pos"],
-    step_ids: Int[Tensor, " pos"],
-    n_steps: int,
-    has_target: Bool[Tensor, " pos"] | None = None,
-) -> Float[Tensor, "*batch query_step key_step"]:
-    """Sum a token map over the blocks query step x key step.
-
-    Args:
-        token_map: Saliency of key position k for query position t; what stands above the diagonal is ignored.
-        step_ids: Step of each token; -1 (template) is in no block.
-        n_steps: Number of steps S.
-        has_target: Query rows that predict a token. Default: all but the last.
-
-    Returns:
-        Sums over causal pairs, float32 (float64 for a float64 map), on the device of the map.
-
-    Raises:
-        ValueError: If the map is not square over the positions of `step_ids`.
-    """
-    n_pos = step_ids.shape[0]
-    if token_map.shape[-2:] != (n_pos, n_pos):
-        raise ValueError(
-            f"token_map is {tuple(token_map.shape)} but step_ids covers {n_pos} positions; "
-            f"expected [..., {n_pos}, {n_pos}]"
-        )
-    has_target = _targets(step_ids, has_target)
-    sums = token_map.new_zeros((*token_map.shape[:-2], n_steps, n_steps), dtype=_accumulator(token_map))
-    for first in range(0, n_pos, ROWS_PER_BLOCK):
-        stop = min(first + ROWS_PER_BLOCK, n_pos)  # keys at and after `stop` are in the future of every row here
-        sums += pool_rows(token_map[..., first:stop, :stop], first, step_ids, n_steps, has_target)
-    return sums
-
-
-def pool_rows(
-    row_block: Float[Tensor, "*batch row key_pos"],
-    first_row: int,
-    step_ids: Int[Tensor, " pos"],
-    n_steps: int,
-    has_target: Bool[Tensor, " pos"] | None = None,
-) -> Float[Tensor, "*batch query_step key_step"]:
-    """The share of `pool_steps` that comes from the rows `first_row, first_row + 1, ...` of a token map.
-
-    For engines that compute a map block by block and never hold it whole: adding up the blocks gives `pool_steps`.
-
-    Args:
-        row_block: Consecutive rows of a token map; its keys start at position 0 and may stop after the last row.
-        first_row: Query position of the first row of the block.
-        step_ids: Step of each token of the whole trace; -1 (template) is in no block.
-        n_steps: Number of steps S.
-        has_target: Query rows of the whole trace that predict a token. Default: all but the last.
-
-    Raises:
-        ValueError: If the block reaches outside the positions of `step_ids`.
-    """
-    n_rows, n_keys = row_block.shape[-2:]
-    n_pos = step_ids.shape[0]
-    if first_row < 0 or first_row + n_rows > n_pos or not first_row + n_rows <= n_keys <= n_pos:
-        raise ValueError(
-            f"rows {first_row}..{first_row + n_rows - 1} with {n_keys} keys do not fit {n_pos} positions; "
-            "a row needs the keys 0..row at least"
-        )
-    rows = slice(first_row, first_row + n_rows)
-    dtype = _accumulator(row_block)
-    step_ids = step_ids.to(row_block.device)
-    has_target = _targets(step_ids, has_target)
-    of_key = _membership(step_ids[:n_keys], n_steps).to(dtype)  # [key_pos, step]
-    of_row = (_membership(step_ids[rows], n_steps) & has_target[rows, None]).to(dtype)  # [row, step]
-    causal = row_block.tril(diagonal=first_row).to(dtype)  # [*batch, row, key_pos]
-    return of_row.T @ (causal @ of_key)  # [*batch, step, step]
-
-
-def pair_counts(
-    step_ids: Int[Tensor, " pos"],
-    n_steps: int,
-    has_target: Bool[Tensor, " pos"] | None = None,
-    causal: bool = True,
-) -> Int[Tensor, "query_step key_step"]:
-    """Number of (query position, key position) pairs in each block, in O(pos * step) memory.
-
-    Args:
-        step_ids: Step of each token; -1 (template) is in no block.
-        n_steps: Number of steps S.
-        has_target: Query rows that predict a token. Default: all but the last.
-        causal: Count pairs k <= t only. False also counts the pairs above the diagonal of own-step blocks, as the
-            authors' code does: an own-step block of n tokens of a uniform map then comes out at (n + 1) / 2n.
-    """
-    has_target = _targets(step_ids, has_target)
-    member = _membership(step_ids, n_steps).cpu().double()  # float64: exact integers, and a fast matmul
-    queries = member * has_target.cpu()[:, None]  # [pos, step]
-    counts = queries.T @ member.cumsum(0)  # cumsum[t, j]: tokens of step j at or before t
-    if not causal:
-        all_pairs = queries.sum(0)[:, None] * member.sum(0)[None, :]
-        counts = torch.where(counts > 0, all_pairs, 0.0)
-    return counts.round().long().to(step_ids.device)
-
-
-def row_counts(
-    step_ids: Int[Tensor, " pos"], n_steps: int, has_target: Bool[Tensor, " pos"] | None = None
-) -> Int[Tensor, " step"]:
-    """Number of query rows with a target in each step. Default of `has_target`: all rows but the last."""
-    return (_membership(step_ids, n_steps) & _targets(step_ids, has_target)[:, None]).sum(0)
-
-
-def reduce_blocks(
-    sums: Float[Tensor, "*batch query_step key_step"],
-    counts: Int[Tensor, "query_step key_step"],
-    rows_per_step: Int[Tensor, " query_step"],
-    how: Reduce,
-) -> Float[Tensor, "*batch query_step key_step"]:
-    """Turn block sums into a step map.
-
-    Args:
-        sums: From `pool_steps`.
-        counts: From `pair_counts`.
-        rows_per_step: From `row_counts`.
-        how: "mean" is saliency per pair (density); "sum" is saliency per query token (mass). They agree in that
-            mean * counts == sum * rows_per_step == sums. Blocks without pairs are zero.
-
-    Raises:
-        ValueError: If `how` is neither.
-    """
-    if how not in get_args(Reduce):
-        raise ValueError(f"reduce={how!r} is unknown; use 'mean' (per pair) or 'sum' (per query token)")
-    per = (counts if how == "mean" else rows_per_step[:, None]).to(sums)
-    return torch.where(per > 0, sums / per.clamp(min=1), torch.zeros_like(sums))
-
-
-def normalise_rows(values: Float[Tensor, "*batch query key"]) -> Float[Tensor, "*batch query key"]:
-    """Divide every row by its sum; rows without mass stay zero."""
-    mass = values.sum(-1, keepdim=True, dtype=torch.float64)  # float64: sums of tiny gradients must not underflow
-    return torch.where(mass > 0, values / mass.where(mass > 0, 1.0), 0.0).to(values.dtype)
 
 
 def band_layers(band: Band, n_layers: int) -> tuple[int, ...]:
@@ -202,26 +50,6 @@ def band_layers(band: Band, n_layers: int) -> tuple[int, ...]:
     if band not in bands:
         raise ValueError(f"band {band!r} is unknown; use one of {', '.join(map(repr, bands))}")
     return tuple(bands[band])
-
-
-def _membership(step_ids: Int[Tensor, " pos"], n_steps: int) -> Bool[Tensor, "pos step"]:
-    return step_ids[:, None] == torch.arange(n_steps, device=step_ids.device)
-
-
-def _targets(step_ids: Int[Tensor, " pos"], has_target: Bool[Tensor, " pos"] | None) -> Bool[Tensor, " pos"]:
-    n_pos = step_ids.shape[0]
-    if has_target is None:
-        return torch.arange(n_pos, device=step_ids.device) < n_pos - 1
-    if has_target.shape != (n_pos,):
-        raise ValueError(f"has_target is {tuple(has_target.shape)}; expected one entry for each of {n_pos} positions")
-    return has_target.to(device=step_ids.device, dtype=torch.bool)
-
-
-def _accumulator(values: Tensor) -> torch.dtype:
-    return torch.float64 if values.dtype == torch.float64 else torch.float32
-
-
-# ----------------------------------------------------------------------------------------------------- result
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

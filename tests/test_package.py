@@ -14,7 +14,7 @@ import stepsal
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"segment"},
+    {"segment", "pooling"},
     {"trace", "bridge"},
     {"maps", "tracking"},
     {"intervention"},

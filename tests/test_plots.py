@@ -18,7 +18,8 @@ from matplotlib.colors import LogNorm, to_rgba
 from matplotlib.patches import PathPatch
 
 from stepsal import plots
-from stepsal.maps import StepSaliency, pair_counts, pool_steps, reduce_blocks, row_counts
+from stepsal.maps import StepSaliency
+from stepsal.pooling import pair_counts, pool_steps, reduce_blocks, row_counts
 
 
 def make(n_thinking=14, n_summary=1, layers=(0, 3, 7), n_layers=8, keep_tokens=True) -> StepSaliency:

@@ -19,7 +19,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from stepsal.intervention import StepFlowConfig, active_flow
 from stepsal.intervention import stepflow as open_stepflow
-from stepsal.maps import Band, StepSaliency, band_layers, pair_counts, reduce_blocks, row_counts
+from stepsal.maps import Band, StepSaliency, band_layers
+from stepsal.pooling import pair_counts, reduce_blocks, row_counts
 from stepsal.saliency.pattern import pattern_maps
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from stepsal.bridge import attention_hooks
-from stepsal.maps import pool_steps
+from stepsal.pooling import pool_steps
 from stepsal.saliency.own_position import Hook, own_position_hooks
 
 
