@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import as_file, files
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformer_lens.hook_points import HookPoint
+from transformer_lens.hook_points import HookPoint, LensHandle
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -137,6 +137,28 @@ def attention_hooks(layer: int) -> dict[str, str]:
         "scores": f"{attn}.hook_attn_scores",
         "pattern": f"{attn}.hook_pattern",
     }
+
+
+@contextmanager
+def first_hooks_on(
+    model: TransformerBridge, hooks: Sequence[tuple[str, Callable[..., Tensor | None]]]
+) -> Iterator[None]:
+    """Forward hooks that run before all others at their hook point, those that are there already included."""
+    added: list[tuple[HookPoint, LensHandle]] = []
+    try:
+        for name, hook in hooks:
+            point = model.hook_dict[name]
+            added.append((point, point.add_hook(hook, prepend=True)))  # type: ignore[arg-type]
+        yield
+    finally:
+        for point, handle in added:
+            remove_hook(point, handle)
+
+
+def remove_hook(point: HookPoint, handle: LensHandle) -> None:
+    """Take a forward hook off its hook point, and off the list that the hook point keeps of them."""
+    handle.hook.remove()
+    point.fwd_hooks[:] = [other for other in point.fwd_hooks if other is not handle]
 
 
 def sliding_window(model: TransformerBridge, layer: int) -> int | None:

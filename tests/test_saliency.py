@@ -71,9 +71,30 @@ def test_targets_differ_except_in_the_last_layer(tiny: TransformerBridge, tokens
     assert relative_error(token[0], sequence[0]) > 0.05
 
 
+@pytest.mark.parametrize("target", ["token", "sequence"])
+def test_edits_by_other_hooks_are_part_of_the_model(tiny: TransformerBridge, tokens: torch.Tensor, target: str) -> None:
+    """An ablated head, say, has no gradient, through its own position's value as little as through any other."""
+    edits = [
+        ("blocks.1.attn.hook_rot_q", lambda q, hook: 0.5 * q),
+        ("blocks.1.attn.hook_rot_k", lambda k, hook: 1.5 * k),
+        ("blocks.2.attn.hook_attn_scores", lambda s, hook: 0.5 * s),
+        ("blocks.1.attn.hook_pattern", lambda a, hook: 0.7 * a),
+        ("blocks.1.attn.v.hook_out", lambda v, hook: v + 0.3),
+        ("blocks.2.attn.o.hook_in", lambda z, hook: z.index_fill(2, torch.tensor([1]), 0.0)),
+        ("blocks.3.attn.o.hook_in", lambda z, hook: 2 * z),
+    ]
+    layers = tuple(range(tiny.cfg.n_layers))
+    with tiny.hooks(fwd_hooks=edits):
+        expected = brute_force.token_saliency(tiny, tokens, target)
+        maps = pattern_maps(tiny, tokens, STEP_IDS, N_STEPS, layers=layers, target=target, keep_tokens=True)
+    for layer in layers:
+        assert relative_error(maps.tokens[layer], expected[layer]) <= 1e-5
+
+
 def test_own_position_hooks_leave_logits_identical(tiny: TransformerBridge, tokens: torch.Tensor) -> None:
     plain = logits_of(tiny, tokens)
-    hooks = [pair for layer in range(tiny.cfg.n_layers) for pair in own_position_hooks(tiny, layer)]
+    own = [own_position_hooks(tiny, layer) for layer in range(tiny.cfg.n_layers)]
+    hooks = [pair for hooks in own for pair in (*hooks.first, *hooks.last)]
     with tiny.hooks(fwd_hooks=hooks):
         assert torch.equal(logits_of(tiny, tokens), plain)
 

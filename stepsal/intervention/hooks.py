@@ -28,7 +28,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint, LensHandle
 from transformer_lens.model_bridge import TransformerBridge
 
-from stepsal.bridge import attention_hooks, check_model, preset, sliding_window
+from stepsal.bridge import attention_hooks, check_model, preset, remove_hook, sliding_window
 from stepsal.intervention.config import StepFlowConfig
 from stepsal.intervention.log import FlowLog
 from stepsal.intervention.oeb import bridge_ceiling, odds_equal_bridge
@@ -354,9 +354,7 @@ class StepFlow:
         self._listeners[layer] = point, point.add_hook(hook)  # type: ignore[arg-type]
 
     def _stop_listening(self, layer: int) -> None:
-        point, handle = self._listeners.pop(layer)
-        handle.hook.remove()
-        point.fwd_hooks[:] = [other for other in point.fwd_hooks if other is not handle]
+        remove_hook(*self._listeners.pop(layer))
 
     def _inject_hook(self, layer: int) -> Callable[..., Tensor | None]:
         def hook(z: Tensor, hook: HookPoint) -> Tensor | None:  # [batch, pos, head, d_head]

@@ -18,6 +18,7 @@ flows through s as ever, since a query is used at its own position only.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +30,14 @@ from stepsal.bridge import attention_hooks
 Hook = Callable[..., Tensor | None]
 
 
-def own_position_hooks(model: TransformerBridge, layer: int) -> list[tuple[str, Hook]]:
+class OwnPositionHooks(NamedTuple):
+    """(hook point, hook) pairs, by where they stand among the hooks of others at the same point."""
+
+    first: list[tuple[str, Hook]]  # on what the attention gave, before others edit it
+    last: list[tuple[str, Hook]]  # on what the attention gets, as others have edited it
+
+
+def own_position_hooks(model: TransformerBridge, layer: int) -> OwnPositionHooks:
     """Forward hooks that keep, in one layer, only the gradient that stays at its own position.
 
     Args:
@@ -37,7 +45,7 @@ def own_position_hooks(model: TransformerBridge, layer: int) -> list[tuple[str, 
         layer: layer index.
 
     Returns:
-        (hook point, hook) pairs for `model.hooks(fwd_hooks=...)`. They hold the activations of one forward pass.
+        Forward hooks. They hold the activations of one forward pass.
     """
     names = attention_hooks(layer)
     attention = model.blocks[layer].attn.original_component
@@ -72,11 +80,12 @@ def own_position_hooks(model: TransformerBridge, layer: int) -> list[tuple[str, 
         v = own["v"].repeat_interleave(z.shape[2] // own["v"].shape[2], dim=2)
         return z + own["diagonal"].unsqueeze(-1) * (v - v.detach())
 
-    return [
-        (names["q"], keep_query),
-        (names["k"], cut_keys),
-        (names["v"], cut_values),
-        (names["scores"], attach_own_key),
-        (names["pattern"], keep_diagonal),
-        (names["z"], attach_own_value),
-    ]
+    return OwnPositionHooks(
+        first=[(names["scores"], attach_own_key), (names["z"], attach_own_value)],
+        last=[
+            (names["q"], keep_query),
+            (names["k"], cut_keys),
+            (names["v"], cut_values),
+            (names["pattern"], keep_diagonal),
+        ],
+    )

@@ -11,29 +11,17 @@ differentiated, and no parameter gradient is computed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from jaxtyping import Int
+from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from stepsal.bridge import attention_hooks
+from stepsal.bridge import attention_hooks, first_hooks_on
 from stepsal.pooling import pool_steps
+from stepsal.saliency.common import PooledMaps, check_finite, differentiable
 from stepsal.saliency.own_position import Hook, own_position_hooks
-
-
-@dataclass(frozen=True, eq=False)
-class PooledMaps:
-    """Block sums of |A * dL/dA|, float32 on the CPU; `reduce_blocks` makes maps of them."""
-
-    sums: Float[Tensor, "layer query_step key_step"]
-    head_sums: Float[Tensor, "layer head query_step key_step"] | None
-    tokens: Float[Tensor, "layer query_pos key_pos"] | None
 
 
 def pattern_maps(
@@ -73,25 +61,24 @@ def pattern_maps(
                 sums[layer] = pool_steps(mean, step_ids, n_steps).cpu()
                 if keep_tokens:
                     token_maps[layer] = mean.cpu()
-                if not torch.isfinite(sums[layer]).all():
-                    raise FloatingPointError(
-                        f"NaN or inf in the saliency of layer {layer}: try a wider dtype, e.g. load(..., "
-                        "dtype=torch.float32)"
-                    )
+                check_finite(layer, sums[layer])
 
             pattern.register_hook(pool)
             return pattern if first else None
 
         return hook
 
+    first_hooks: list[tuple[str, Hook]] = []
     fwd_hooks: list[tuple[str, Hook]] = []
     for layer in range(layers[0], model.cfg.n_layers):
         if target == "token" and layer > layers[0]:  # in the lowest layer nothing but the pattern has a gradient
-            fwd_hooks += own_position_hooks(model, layer)
+            own = own_position_hooks(model, layer)
+            first_hooks += own.first
+            fwd_hooks += own.last
         if layer in layers:
             fwd_hooks.append((attention_hooks(layer)["pattern"], capture(layer)))
 
-    with _differentiable(model), model.hooks(fwd_hooks=fwd_hooks):
+    with differentiable(model), first_hooks_on(model, first_hooks), model.hooks(fwd_hooks=fwd_hooks):
         inputs = tokens.to(device)[None].clone()  # a copy made here is no inference tensor
         logits = model(inputs, attention_mask=torch.ones_like(inputs), return_type="logits")
         loss = F.cross_entropy(logits[0, :-1].float(), inputs[0, 1:], reduction="sum")
@@ -105,22 +92,3 @@ def pattern_maps(
         head_sums=stack(head_sums) if keep_heads else None,
         tokens=stack(token_maps) if keep_tokens else None,
     )
-
-
-@contextmanager
-def _differentiable(model: nn.Module) -> Iterator[None]:
-    """Gradients on, parameters frozen, every module in evaluation mode; all restored at the end."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    training = [m for m in model.modules() if m.training]
-    try:
-        for p in trainable:
-            p.requires_grad_(False)
-        for m in training:
-            m.training = False
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        for p in trainable:
-            p.requires_grad_(True)
-        for m in training:
-            m.training = True

@@ -1,0 +1,313 @@
+"""What Step-Saliency costs: memory in a process of its own for each point, and time in turn with other ways.
+
+    python benchmarks/saliency_cost.py memory    # peak memory and time against length; fits of the exponents
+    python benchmarks/saliency_cost.py time      # ratios, variants in turn in one process
+    python benchmarks/saliency_cost.py pooling   # pooling alone, against length and number of steps
+    python benchmarks/saliency_cost.py 7b        # on a GPU: random weights of the shape of R1-Distill-Qwen-7B, bfloat16
+
+SmolLM2-135M on random tokens in 20 steps, its rotary embedding extended to any length: cost does not ask for sense. The
+ways:
+
+    streamed, pattern   the engines, target="token"; "streamed sequence" is target="sequence"
+    floor               a fused forward and backward pass of the plain Hugging Face model, parameters frozen
+    run_with_cache      TransformerLens' run_with_cache(incl_bwd=True) of scores, patterns and their gradients, no maps
+    T passes            a backward pass for each target, the definition (short texts only)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import machine
+import numpy as np
+import pandas as pd
+import psutil
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformer_lens.model_bridge import TransformerBridge
+
+import stepsal
+from stepsal.bridge import attention_hooks
+from stepsal.pooling import StepSums
+from stepsal.saliency.attention import Workspace, row_blocks
+from stepsal.saliency.common import differentiable
+from stepsal.saliency.memory import Plan, plan
+from stepsal.saliency.pattern import pattern_maps
+from stepsal.saliency.streamed import streamed_maps
+
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+LONGEST = {"pattern": 2048, "run_with_cache": 2048, "T passes": 128, "floor": 8192}
+N_STEPS = 20
+RESULTS = Path(__file__).parent / "results"
+
+
+def smollm2() -> TransformerBridge:
+    model = stepsal.load("smollm2")
+    model.original_model.config.max_position_embeddings = model.cfg.n_ctx = 2**17
+    return model
+
+
+def tokens_and_steps(n_tokens: int, d_vocab: int, n_steps: int = N_STEPS) -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(0, d_vocab, (n_tokens,), generator=torch.Generator().manual_seed(0))
+    return tokens, torch.arange(n_tokens) * n_steps // n_tokens
+
+
+def planned(model: TransformerBridge, n_tokens: int, engine: str) -> Plan:
+    return plan(
+        model, n_tokens, N_STEPS, engine=engine, layers=tuple(range(model.cfg.n_layers)), keep_heads=False,
+        keep_tokens=False, only_pattern=None,
+    )  # fmt: skip
+
+
+def engine(
+    model: TransformerBridge, n_tokens: int, name: str, workspace: Workspace | None = None
+) -> Callable[[], None]:
+    """A run of stepsal's own engines."""
+    tokens, step_ids = tokens_and_steps(n_tokens, model.cfg.d_vocab)
+    target = "sequence" if name.endswith("sequence") else "token"
+    options = {"layers": tuple(range(model.cfg.n_layers)), "target": target}
+    if name == "pattern":
+        return lambda: pattern_maps(model, tokens, step_ids, N_STEPS, **options)
+    laid_out = planned(model, n_tokens, "streamed")
+    return lambda: streamed_maps(
+        model, tokens, step_ids, N_STEPS, **options, n_rows=laid_out.n_rows, n_kept=laid_out.n_kept, workspace=workspace
+    )
+
+
+def run_with_cache(model: TransformerBridge, n_tokens: int) -> Callable[[], None]:
+    tokens, _ = tokens_and_steps(n_tokens, model.cfg.d_vocab)
+    wanted = [attention_hooks(layer)[kind] for layer in range(model.cfg.n_layers) for kind in ("scores", "pattern")]
+
+    def run() -> None:
+        model.zero_grad()
+        model.run_with_cache(tokens[None], return_type="loss", incl_bwd=True, names_filter=wanted)
+
+    return run
+
+
+def backward_passes(model: TransformerBridge, n_tokens: int) -> Callable[[], None]:
+    tokens, _ = tokens_and_steps(n_tokens, model.cfg.d_vocab)
+    patterns: dict[str, Tensor] = {}
+
+    def keep(pattern: Tensor, hook: object) -> Tensor:
+        patterns[hook.name] = pattern if pattern.requires_grad else pattern.detach().requires_grad_()
+        return patterns[hook.name]
+
+    names = [attention_hooks(layer)["pattern"] for layer in range(model.cfg.n_layers)]
+
+    def run() -> None:
+        with differentiable(model), model.hooks(fwd_hooks=[(name, keep) for name in names]):
+            logits = model(tokens[None], attention_mask=torch.ones(1, n_tokens, dtype=torch.long))[0]
+            losses = F.cross_entropy(logits[:-1], tokens[1:], reduction="none")
+            for loss in losses:
+                torch.autograd.grad(loss, list(patterns.values()), retain_graph=True)
+
+    return run
+
+
+def floor(model: TransformerBridge, n_tokens: int) -> Callable[[], None]:
+    """Forward and backward pass of a Hugging Face model of the same shape with fused attention."""
+    source = model.original_model.config
+    config = transformers.LlamaConfig(**{k: v for k, v in source.to_dict().items() if k != "architectures"})
+    plain = transformers.LlamaForCausalLM._from_config(config, attn_implementation="sdpa").requires_grad_(False).eval()
+    tokens, _ = tokens_and_steps(n_tokens, model.cfg.d_vocab)
+
+    def run() -> None:
+        embedded = plain.get_input_embeddings()(tokens[None]).requires_grad_()
+        plain(inputs_embeds=embedded, labels=tokens[None], use_cache=False).loss.backward()
+
+    return run
+
+
+def way(name: str, model: TransformerBridge, n_tokens: int) -> Callable[[], None]:
+    others = {"run_with_cache": run_with_cache, "T passes": backward_passes, "floor": floor}
+    return others[name](model, n_tokens) if name in others else engine(model, n_tokens, name)
+
+
+# ------------------------------------------------------------------------------------------------------ memory
+
+
+def memory_of_this_process() -> tuple[int, int]:
+    """(now, at its peak) in bytes; the peak is counted from the last `forget_the_peak`."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return tuple(int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))  # type: ignore[return-value]
+
+
+def forget_the_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def point(name: str, n_tokens: int) -> dict:
+    """Measure one way at one length, in this process."""
+    model = smollm2()
+    run = way(name, model, n_tokens)
+    forget_the_peak()
+    before, _ = memory_of_this_process()
+    start = time.perf_counter()
+    run()
+    seconds = time.perf_counter() - start
+    _, peak = memory_of_this_process()
+    estimate = planned(model, n_tokens, name).n_bytes if name in ("pattern", "streamed") else None
+    return {"way": name, "tokens": n_tokens, "seconds": seconds, "model_bytes": before, "peak_bytes": peak,
+            "estimate_bytes": estimate}  # fmt: skip
+
+
+def measure_memory(lengths: list[int]) -> pd.DataFrame:
+    points = [(name, n) for n in lengths for name in ("streamed", "pattern", "run_with_cache", "floor")]
+    points += [("T passes", 64), ("T passes", 128)]
+    rows = []
+    for name, n_tokens in tqdm([p for p in points if p[1] <= LONGEST.get(p[0], p[1])]):
+        command = [sys.executable, __file__, "--point", name, "--tokens", str(n_tokens)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 0:
+            rows.append(json.loads(done.stdout.splitlines()[-1]))
+        else:  # a way that does not fit is a finding
+            error = "out of memory" if done.returncode < 0 else done.stderr.strip().splitlines()[-1][:200]
+            rows.append({"way": name, "tokens": n_tokens, "error": error})
+    table = pd.DataFrame(rows)
+    table["grown_bytes"] = table["peak_bytes"] - table["model_bytes"]
+    return table
+
+
+def exponents(table: pd.DataFrame) -> pd.DataFrame:
+    """Slope of the logarithm against the logarithm of the length, from 1024 tokens on."""
+    rows = []
+    for name, group in table.dropna(subset=["peak_bytes"]).query("tokens >= 1024").groupby("way"):
+        if len(group) > 1:
+            x = np.log(group["tokens"])
+            fits = {what: np.polyfit(x, np.log(group[what]), 1)[0] for what in ("grown_bytes", "seconds")}
+            rows.append({"way": name, "from": group["tokens"].min(), "to": group["tokens"].max(), **fits})
+    return pd.DataFrame(rows)
+
+
+# -------------------------------------------------------------------------------------------------------- time
+
+
+def measure_time(lengths: list[int], turns: int) -> pd.DataFrame:
+    model = smollm2()
+    rows = []
+    for n_tokens in lengths:
+        names = ["floor", "streamed", "streamed sequence"] + ["run_with_cache", "pattern"] * (n_tokens <= 2048)
+        runs = {name: way(name, model, n_tokens) for name in names}
+        times: dict[str, list[float]] = {name: [] for name in names}
+        for turn in tqdm(range(turns + (n_tokens <= 2048)), desc=f"{n_tokens} tokens"):
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                start = time.perf_counter()
+                runs[name]()
+                if turn or n_tokens > 2048:  # the first turn warms up
+                    times[name].append(time.perf_counter() - start)
+        for name in names:
+            of_floor = [a / b for a, b in zip(times[name], times["floor"], strict=True)]
+            of_streamed = [a / b for a, b in zip(times[name], times["streamed"], strict=True)]
+            rows.append(
+                {"tokens": n_tokens, "way": name, "seconds": statistics.median(times[name]),
+                 "of_floor": statistics.median(of_floor), "min": min(of_floor), "max": max(of_floor),
+                 "of_streamed": statistics.median(of_streamed), "turns": turns}
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+# ----------------------------------------------------------------------------------------------------- pooling
+
+
+def measure_pooling(lengths: list[int]) -> pd.DataFrame:
+    """Pooling of all blocks of all layers, as the streamed engine does it, and the whole engine beside it."""
+    model = smollm2()
+    n_layers, n_heads, n_groups = model.cfg.n_layers, model.cfg.n_heads, model.cfg.n_key_value_heads
+    rows = []
+    for n_tokens in lengths:
+        start = time.perf_counter()
+        engine(model, n_tokens, "streamed")()
+        whole = time.perf_counter() - start
+        for n_steps in (20, 200, 1000):
+            _, step_ids = tokens_and_steps(n_tokens, 2, min(n_steps, n_tokens))
+            n_rows = planned(model, n_tokens, "streamed").n_rows
+            buffer = torch.rand(n_heads // n_groups, n_rows, n_tokens)
+            start = time.perf_counter()
+            pool = StepSums(step_ids, n_steps)
+            for block in row_blocks(n_tokens, n_rows):
+                product = buffer[:, : block.stop - block.first, : block.stop]
+                for _ in range(n_groups):
+                    pool.add(torch.linalg.vector_norm(product, ord=1, dim=0), block.first)
+            seconds = n_layers * (time.perf_counter() - start)
+            rows.append({"tokens": n_tokens, "steps": n_steps, "pooling_seconds": seconds, "engine_seconds": whole,
+                         "share": seconds / whole})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+# ----------------------------------------------------------------------------------------------------- 7B, GPU
+
+
+def measure_7b(lengths: list[int]) -> pd.DataFrame:
+    config = transformers.Qwen2Config(
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, max_position_embeddings=131072, tie_word_embeddings=False,
+    )  # fmt: skip
+    with torch.device("cuda"):
+        hf_model = transformers.Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16)
+    model = stepsal.load("qwen2-7b-shape", hf_model=hf_model)
+    rows = []
+    for n_tokens in lengths:
+        run = engine(model, n_tokens, "streamed")
+        run()
+        forget_the_peak()
+        before, _ = memory_of_this_process()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        _, peak = memory_of_this_process()
+        rows.append({"tokens": n_tokens, "seconds": time.perf_counter() - start, "model_bytes": before,
+                     "peak_bytes": peak})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def save(name: str, table: pd.DataFrame) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    table.to_csv(RESULTS / f"{name}.csv", index=False, float_format="%.4g")
+    facts = machine.facts() | {"memory_gb": round(psutil.virtual_memory().total / 1e9)}
+    (RESULTS / f"{name}.json").write_text(json.dumps(facts, indent=2) + "\n")
+    print(table.to_string(index=False, float_format="%.3g"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["memory", "time", "pooling", "7b"], default="memory")
+    parser.add_argument("--lengths", type=int, nargs="+")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--point", help="measure one way in this process, and print it as JSON")
+    parser.add_argument("--tokens", type=int, default=1024)
+    args = parser.parse_args()
+    if args.point:
+        print(json.dumps(point(args.point, args.tokens)))
+    elif args.what == "memory":
+        table = measure_memory(args.lengths or list(LENGTHS))
+        save("saliency_memory", table)
+        save("saliency_exponents", exponents(table))
+    elif args.what == "time":
+        save("saliency_time", measure_time(args.lengths or [512, 1024, 2048, 8192], args.turns))
+    elif args.what == "pooling":
+        save("saliency_pooling", measure_pooling(args.lengths or [512, 2048, 8192]))
+    elif not torch.cuda.is_available():
+        print("not run: there is no CUDA device")
+    else:
+        save("saliency_7b", measure_7b(args.lengths or [2048, 4096, 8192, 16384, 32768]))
+
+
+if __name__ == "__main__":
+    main()

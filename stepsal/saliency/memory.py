@@ -1,0 +1,140 @@
+"""How much memory an engine needs for a trace, on top of the model itself, and what to do with what is there.
+
+The estimates count what autograd keeps with frozen parameters (inputs of linear maps are not kept, since no weight
+wants a gradient) and the largest temporaries; a test holds them within a factor of two of measured peaks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import psutil
+import torch
+from transformer_lens.model_bridge import TransformerBridge
+
+from stepsal.saliency.streamed import LOGITS
+
+_SMALL = 2**29  # bytes that nobody minds: patterns up to here are kept whole, and so are activations
+_BLOCK = 2**25  # bytes of the blocks of attention on a CPU: rows enough for its matrix products, and near its caches
+_BLOCK_CUDA = 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which engine, with which settings, at which cost.
+
+    Attributes:
+        n_rows: query rows per block of the streamed engine.
+        n_kept: its layers, from the top, whose activations are kept instead of computed again.
+        n_bytes: estimate of the peak, the model left out.
+    """
+
+    engine: Literal["pattern", "streamed"]
+    n_rows: int
+    n_kept: int
+    n_bytes: int
+
+
+def plan(
+    model: TransformerBridge,
+    n_tokens: int,
+    n_steps: int,
+    *,
+    engine: Literal["auto", "pattern", "streamed"],
+    layers: tuple[int, ...],
+    keep_heads: bool,
+    keep_tokens: bool,
+    only_pattern: str | None,
+) -> Plan:
+    """Choose an engine for a trace and lay out its memory.
+
+    "auto" keeps patterns whole as long as that is a small matter, and streams otherwise.
+
+    Args:
+        only_pattern: why the trace can't be streamed, if it can't.
+
+    Raises:
+        ValueError: engine="streamed" where only patterns will do.
+        MemoryError: what the engine needs is not free.
+    """
+    sizes = _Sizes(model, n_tokens, n_steps, layers, keep_heads, keep_tokens)
+    free = free_bytes(next(model.parameters()).device)
+    if engine == "streamed" and only_pattern:
+        raise ValueError(f'{only_pattern}: use engine="pattern"')
+    patterns, streamed = Plan("pattern", 0, 0, sizes.patterns()), sizes.streamed(free)
+    if engine == "auto":
+        engine = "pattern" if only_pattern or patterns.n_bytes <= _SMALL else "streamed"
+    chosen = patterns if engine == "pattern" else streamed
+    if chosen.n_bytes > free:
+        rest = (
+            "read a shorter trace, or fewer layers"
+            if engine == "streamed" or only_pattern
+            else f'use engine="streamed", which needs about {streamed.n_bytes / 1e9:.1f} GB'
+        )
+        raise MemoryError(
+            f"the saliency of {n_tokens} tokens needs about {chosen.n_bytes / 1e9:.1f} GB with engine={engine!r}"
+            f"{f' ({only_pattern})' if only_pattern else ''}, but {free / 1e9:.1f} GB are free: {rest}"
+        )
+    return chosen
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can be had where the model runs."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
+    return int(psutil.virtual_memory().available)
+
+
+class _Sizes:
+    """Sizes in bytes of what the engines hold."""
+
+    def __init__(
+        self,
+        model: TransformerBridge,
+        n_tokens: int,
+        n_steps: int,
+        layers: tuple[int, ...],
+        keep_heads: bool,
+        keep_tokens: bool,
+    ) -> None:
+        cfg, parameter = model.cfg, next(model.parameters())
+        self.cuda = parameter.device.type == "cuda"
+        self.n_tokens, self.item = n_tokens, parameter.element_size()
+        self.n_layers, self.d_model, self.d_vocab = cfg.n_layers - layers[0], cfg.d_model, cfg.d_vocab
+        self.n_heads, self.n_kv_heads = cfg.n_heads, cfg.n_key_value_heads or cfg.n_heads
+        d_head = cfg.d_head
+        softcap = getattr(model.blocks[0].attn.original_component, "attn_logit_softcapping", None)
+        # softmax in float32, its copy in the dtype of the model, the tanh of a soft-cap
+        self.pair = 4 + (self.item if self.item != 4 else 0) + (self.item if softcap else 0)
+        self.qkv = (self.n_heads + 2 * self.n_kv_heads) * d_head
+        self.z = self.n_heads * d_head
+        experts = getattr(cfg, "experts_per_token", None) or 1
+        norms = 6 * self.d_model * max(1, 4 // self.item)  # of float32 copies
+        # what a layer keeps for its backward pass, of each token
+        self.layer = (
+            norms * self.item + (2 * self.qkv + self.z + 3 * (cfg.d_mlp or 4 * self.d_model) * experts) * self.item
+        )
+        n_maps = len(layers) * (1 + keep_heads * self.n_heads)
+        self.maps = 4 * (2 * n_maps * n_steps**2 + keep_tokens * len(layers) * n_tokens**2)
+
+    def patterns(self) -> int:
+        kept = self.n_layers * (self.n_heads * self.n_tokens**2 * self.pair + self.layer * self.n_tokens)
+        passing = 4 * self.n_heads * self.n_tokens**2 * 4  # gradients of pattern and scores, the product
+        logits = 4 * self.n_tokens * self.d_vocab * 4
+        return kept + max(passing, logits) + self.maps
+
+    def streamed(self, free: int) -> Plan:
+        # three buffers [group, row, key] and the sum over the group
+        row = 4 * (3 * self.n_heads // self.n_kv_heads + 1) * self.n_tokens
+        budget = min(_BLOCK_CUDA if self.cuda else _BLOCK, free // 8)
+        n_rows = max(16, min(1024 if self.cuda else 128, budget // row))
+        n_rows = min(n_rows, self.n_tokens)
+        kept_layer = self.layer * self.n_tokens
+        n_kept = min(self.n_layers, int((free // 2 if self.cuda else min(_SMALL, free // 4)) // kept_layer))
+        checkpoints = (self.n_layers - n_kept) * (self.d_model + self.z) * self.item * self.n_tokens
+        passing = kept_layer + self.n_tokens * (2 * (self.qkv + self.z) * 4 + 4 * self.d_model * self.item)
+        logits = 4 * 4 * min(LOGITS, self.n_tokens * self.d_vocab)
+        n_bytes = n_kept * kept_layer + checkpoints + max(passing, logits) + n_rows * row + self.maps
+        return Plan("streamed", int(n_rows), n_kept, int(n_bytes))

@@ -1,0 +1,324 @@
+"""The streamed engine: the same maps in memory that grows with the length of the trace, not with its square.
+
+The bridge's attention builds the pattern of all positions, because it offers it to hooks. Here nobody sees a whole one:
+
+    attn.hook_rot_q        q is taken
+    cache.update(k, v)     k and v are taken, as the attention uses them; it gets back the first key alone, so that its
+                           own scores and pattern are [query_pos, 1]
+    attn.o.hook_in         z of the real attention takes the place of what came out of that (`attention.attend`)
+    unembed.hook_in        the last residual stream is taken, and one position goes on to the unembedding; the loss is
+                           computed from it in chunks
+
+The seam besides hook points is the cache argument of the model's own forward: the smallest place at which the attention
+lets go of keys and values. Nothing is patched but the forward of checkpointed blocks, and all other hooks see what they
+always see. Those on scores and pattern can't, so that a model that has any is refused.
+
+In the backward pass of a layer, A, dA and |A * dA| are recomputed block by block and pooled at once
+(`attention.attend_backward`). Layers are checkpointed: their input and z are kept, and the rest is computed again when
+its turn comes, without the attention, which is the part that grows with the square. As many layers as memory allows are
+not (`n_kept`).
+
+What is taken for granted of a model (a scale, a soft-cap, sinks) is held against its own scores and pattern at the
+first key in every pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from torch.utils.checkpoint import checkpoint
+from tqdm.auto import tqdm
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import DynamicCache
+
+from stepsal.bridge import attention_hooks, first_hooks_on, sliding_window
+from stepsal.pooling import StepSums
+from stepsal.saliency.attention import Attention, Block, Workspace, attend, attend_backward
+from stepsal.saliency.common import PooledMaps, check_finite, differentiable
+
+LOGITS = 2**23  # elements of the largest [chunk, d_vocab] tensor
+
+
+class StreamedPass:
+    """One forward and one backward pass over one trace; see `streamed_maps`.
+
+    Attributes:
+        sums: layer -> block sums, filled in the backward pass.
+    """
+
+    def __init__(
+        self,
+        model: TransformerBridge,
+        step_ids: Int[Tensor, " pos"],
+        n_steps: int,
+        *,
+        layers: tuple[int, ...],
+        target: str,
+        keep_heads: bool = False,
+        n_rows: int = 128,
+        n_kept: int = 0,
+        workspace: Workspace | None = None,
+        on_layer: Callable[[], Any] = lambda: None,
+    ) -> None:
+        self.model, self.step_ids, self.n_steps = model, step_ids, n_steps
+        self.layers, self.target, self.keep_heads = layers, target, keep_heads
+        self.n_rows, self.workspace, self.on_layer = n_rows, workspace or Workspace(), on_layer
+        n_layers = model.cfg.n_layers
+        self.checkpointed = range(layers[0], n_layers - n_kept)
+        self.attentions = [attention_of(model, layer) for layer in range(n_layers)]
+        self.sums: dict[int, Tensor] = {}
+        self._q: dict[int, Tensor] = {}
+        self._kv: dict[int, tuple[Tensor, Tensor]] = {}
+        self._z: dict[int, Tensor] = {}  # of checkpointed layers, for the second time
+
+    def forward(self, tokens: Int[Tensor, " pos"]) -> Float[Tensor, "pos d_model"]:
+        """The residual stream before the unembedding; to be called, and differentiated, inside `hooked`."""
+        inputs = tokens[None].clone()  # a copy made here is no inference tensor
+        final: list[Tensor] = []
+
+        def take(x: Tensor, hook: HookPoint) -> Tensor:  # [batch=1, pos, d_model]
+            final.append(x)
+            return x[:, -1:]
+
+        with self.model.hooks(fwd_hooks=[("unembed.hook_in", take)]):
+            logits = self.model(
+                inputs,
+                attention_mask=torch.ones(1, 1, len(tokens), 1, dtype=torch.bool, device=tokens.device),
+                past_key_values=_KeysAndValues(self._kv),
+                return_type="logits",
+            )
+        with torch.no_grad():
+            if not torch.allclose(unembed(self.model, final[0][:, -1:]), logits, rtol=1e-3, atol=1e-4):
+                raise ValueError(
+                    f"the logits of {self.model.cfg.model_name!r} are not its unembedding of the last residual stream: "
+                    'use engine="pattern"'
+                )
+        return final[0][0]
+
+    def backward(self, tokens: Int[Tensor, " pos"], final: Float[Tensor, "pos d_model"]) -> None:
+        """Differentiate the summed loss; every requested layer is pooled on the way."""
+        gradient = torch.zeros_like(final)  # [pos, d_model]; the last position predicts nothing
+        size = max(1, LOGITS // self.model.cfg.d_vocab)
+        for first in range(0, len(tokens) - 1, size):
+            x = final[first : min(first + size, len(tokens) - 1)].detach().requires_grad_()
+            logits = unembed(self.model, x).float()  # [chunk, d_vocab]
+            loss = F.cross_entropy(logits, tokens[first + 1 : first + 1 + len(x)], reduction="sum")
+            gradient[first : first + len(x)] = torch.autograd.grad(loss, x)[0]
+            del logits, loss
+        final.backward(gradient)
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """The hooks and checkpoints of the pass, gone at the end."""
+        if reason := why_not(self.model):
+            raise ValueError(f'{reason}: use engine="pattern"')
+        n_layers, blocks = self.model.cfg.n_layers, self.model.blocks
+        with ExitStack() as stack:
+            stack.enter_context(differentiable(self.model))
+            hooks: list[tuple[str, Callable[..., None]]] = []
+            for layer in range(n_layers):
+                names = attention_hooks(layer)
+                hooks.append((names["q"], self._take_query(layer)))  # after other hooks: what the attention gets
+                hooks.append((names["scores"], self._check_hook(layer, "scores")))
+                hooks.append((names["pattern"], self._check_hook(layer, "pattern")))
+            stack.enter_context(self.model.hooks(fwd_hooks=hooks))
+            given = [(attention_hooks(layer)["z"], self._attend_hook(layer)) for layer in range(n_layers)]
+            stack.enter_context(first_hooks_on(self.model, given))  # before other hooks: what it gives
+            for layer in self.checkpointed:
+                stack.enter_context(_checkpointed(blocks[layer]))
+            yield
+
+    def _take_query(self, layer: int) -> Callable[..., None]:
+        def hook(q: Tensor, hook: HookPoint) -> None:  # [batch=1, pos, head, d_head]
+            self._q[layer] = q
+
+        return hook
+
+    def _check_hook(self, layer: int, kind: str) -> Callable[..., None]:
+        """Hold what `attention_of` says against the model's own numbers, at the first key of the last query."""
+
+        def hook(x: Tensor, hook: HookPoint) -> None:  # scores or pattern [batch=1, head, pos, key=1]
+            attention, q, k = self.attentions[layer], self._q[layer][0, -1].float(), self._kv[layer][0][0, :, 0].float()
+            k = k.repeat_interleave(len(q) // len(k), dim=0)  # [head, d_head]
+            expected = attention.scale * (q * k).sum(-1)  # [head]
+            wrong = 64 * torch.finfo(x.dtype).eps * (1 + attention.scale * q.norm(dim=-1) * k.norm(dim=-1))
+            if attention.softcap is not None:
+                expected = attention.softcap * torch.tanh(expected / attention.softcap)
+            if kind == "pattern" and attention.sinks is not None:
+                expected = torch.sigmoid(expected - attention.sinks.float())
+            elif kind == "pattern":
+                expected = torch.ones_like(expected)
+            if ((x[0, :, -1, 0].float() - expected).abs() > wrong).any():
+                raise ValueError(
+                    f"layer {layer} of {self.model.cfg.model_name!r} computes its {kind} in a way that the streamed "
+                    'engine does not know: use engine="pattern"'
+                )
+
+        return hook
+
+    def _attend_hook(self, layer: int) -> Callable[..., Tensor]:
+        def hook(z: Tensor, hook: HookPoint) -> Tensor:  # [batch=1, pos, head, d_head]
+            q, (k, v) = self._q.pop(layer)[0].transpose(0, 1), self._kv.pop(layer)
+            k, v = k[0], v[0]  # [kv_head, pos, d_head]
+            if layer == self.layers[0]:  # the graph starts here
+                q, k, v = q.detach().requires_grad_(), k.detach(), v.detach()
+            real: Tensor = _Attend.apply(q, k, v, self, layer)  # type: ignore[no-untyped-call]
+            return real.transpose(0, 1)[None].to(z.dtype)
+
+        return hook
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if layer in self._z:
+            return self._z.pop(layer)
+        z = attend(q, k, v, self.attentions[layer], self.n_rows, self.workspace)
+        if layer in self.checkpointed:
+            self._z[layer] = z
+        return z
+
+    def attend_backward(self, layer: int, q: Tensor, k: Tensor, v: Tensor, dz: Tensor) -> tuple[Tensor | None, ...]:
+        heads = (len(q),) if self.keep_heads else ()
+        pool = StepSums(self.step_ids, self.n_steps, batch=heads)
+        share = torch.ones((), device=q.device) if self.keep_heads else torch.full((), 1 / len(q), device=q.device)
+
+        def visit(product: Tensor, block: Block, group: slice) -> None:  # [head, row, key]
+            if self.keep_heads:
+                pool.add(product.abs(), block.first, block.first_key, group)
+            else:  # the sum of absolute values over the heads of a group
+                rows = torch.linalg.vector_norm(product, ord=1, dim=0)
+                pool.add(rows, block.first, block.first_key)
+
+        requested, lowest = layer in self.layers, layer == self.layers[0]
+        gradients = attend_backward(
+            q, k, v, dz, self.attentions[layer], self.n_rows, self.workspace,
+            own_position=self.target == "token", differentiate=not lowest, visit=visit if requested else None,
+        )  # fmt: skip
+        if requested:
+            self.sums[layer] = (pool.sums * share).cpu()
+            check_finite(layer, self.sums[layer])
+            self.on_layer()
+        return gradients or (None, None, None)
+
+
+class _Attend(torch.autograd.Function):
+    """z of a layer, whose backward pass is the one that knows the saliency."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, streamed: StreamedPass, layer: int) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.streamed, ctx.layer = streamed, layer
+        return streamed.attend(layer, q, k, v)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v = ctx.saved_tensors  # type: ignore[attr-defined]
+        return *ctx.streamed.attend_backward(ctx.layer, q, k, v, gradients[0]), None, None  # type: ignore[attr-defined]
+
+
+class _KeysAndValues(DynamicCache):
+    """A cache that keeps the keys and values of each layer elsewhere, and gives back the first position alone."""
+
+    def __init__(self, taken: dict[int, tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self._taken = taken
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self._taken[layer_idx] = (key_states, value_states)  # [batch, kv_head, pos, d_head]
+        return key_states[:, :, :1], value_states[:, :, :1]
+
+
+@contextmanager
+def _checkpointed(block: torch.nn.Module) -> Iterator[None]:
+    """Compute a block again in the backward pass instead of keeping what it computed."""
+    plain = block.forward
+    block.__dict__["forward"] = partial(checkpoint, plain, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        del block.__dict__["forward"]
+
+
+def attention_of(model: TransformerBridge, layer: int) -> Attention:
+    """What a layer's attention does, read off the module that the bridge wraps."""
+    wrapped = model.blocks[layer].attn.original_component
+    return Attention(
+        scale=getattr(wrapped, "scaling", wrapped.head_dim**-0.5),
+        window=sliding_window(model, layer),
+        softcap=getattr(wrapped, "attn_logit_softcapping", None),
+        sinks=getattr(wrapped, "sinks", None),
+    )
+
+
+def unembed(model: TransformerBridge, x: Float[Tensor, "*pos d_model"]) -> Float[Tensor, "*pos d_vocab"]:
+    """Logits of the last residual stream, without its hooks."""
+    logits = model.unembed.original_component(x)
+    config: Any = model.original_model.config
+    softcap = getattr(config.get_text_config(), "final_logit_softcapping", None)
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def why_not(model: TransformerBridge) -> str | None:
+    """What keeps a model from being streamed: hooks that would not see what they were made for, or its own ways."""
+    config: Any = model.original_model.config
+    unknown = set(getattr(config.get_text_config(), "layer_types", None) or ()) - {
+        "full_attention",
+        "sliding_attention",
+    }
+    if unknown:
+        return f"{model.cfg.model_name!r} has layers of type {sorted(unknown)[0]!r}, which can't be streamed"
+    for layer in range(model.cfg.n_layers):
+        for kind in ("scores", "pattern"):
+            name = attention_hooks(layer)[kind]
+            point = model.hook_dict[name]
+            if point.fwd_hooks or point.bwd_hooks:
+                return f"there is a hook on {name}, which a streamed pass would never call with a whole pattern"
+    return None
+
+
+def streamed_maps(
+    model: TransformerBridge,
+    tokens: Int[Tensor, " pos"],
+    step_ids: Int[Tensor, " pos"],
+    n_steps: int,
+    *,
+    layers: tuple[int, ...],
+    target: str,
+    keep_heads: bool = False,
+    n_rows: int = 128,
+    n_kept: int = 0,
+    workspace: Workspace | None = None,
+    progress: bool = False,
+) -> PooledMaps:
+    """Sum |A * dL/dA| over step blocks in every layer of `layers`; see `stepsal.step_saliency` for the meaning.
+
+    Args:
+        n_rows: query rows per block.
+        n_kept: layers, from the top, that are not checkpointed.
+        workspace: buffers to use again for the next trace.
+        progress: show a bar over layers.
+
+    Raises:
+        ValueError: a model or hooks that the engine can't serve; see `why_not`.
+        FloatingPointError: NaN or inf in the saliency of a layer.
+    """
+    device = next(model.parameters()).device
+    tokens, step_ids = tokens.to(device), step_ids.to(device)
+    with tqdm(total=len(layers), desc="layers", disable=not progress, delay=2) as bar:
+        streamed = StreamedPass(
+            model, step_ids, n_steps, layers=layers, target=target, keep_heads=keep_heads, n_rows=n_rows,
+            n_kept=n_kept, workspace=workspace, on_layer=bar.update,
+        )  # fmt: skip
+        with streamed.hooked():
+            streamed.backward(tokens, streamed.forward(tokens))
+    maps = torch.stack([streamed.sums[layer] for layer in layers])
+    return PooledMaps(sums=maps.mean(1) if keep_heads else maps, head_sums=maps if keep_heads else None, tokens=None)

@@ -1,0 +1,362 @@
+"""The streamed engine against the pattern engine, which is held against T backward passes elsewhere; and its memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, tiny_chat, tiny_hf_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+import stepsal
+from stepsal.saliency import memory
+from stepsal.saliency.attention import Attention, Workspace, attend, attend_backward
+from stepsal.saliency.pattern import pattern_maps
+from stepsal.saliency.streamed import attention_of, streamed_maps, unembed
+from stepsal.tasks import chain
+from stepsal.trace import Trace
+
+RESPONSE = (
+    "First we read the list. Then we count 3.5 of them, twice. The sum is seven.</think>It is seven. That is all."
+)
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, TransformerBridge]:
+    return {name: stepsal.load(name, hf_model=tiny_hf_model(name)) for name in ARCHITECTURES}
+
+
+def errors(got: Tensor, expected: Tensor) -> list[float]:
+    """Relative error of each layer."""
+    return [float((g - e).norm() / e.norm()) for g, e in zip(got, expected, strict=True)]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> dict:
+    """Tokens with any step layout (template anywhere, one-token steps, one step), layers, settings of the engine."""
+    lengths = draw(st.lists(st.integers(1, 12), min_size=1, max_size=6))
+    ids = [i for i, n in enumerate(lengths) for _ in range(n)]
+    for position in draw(st.lists(st.integers(0, len(ids)), max_size=4)):
+        ids.insert(position, -1)
+    if len(ids) < 3:
+        ids += [ids[-1]] * 2
+    seed = draw(st.integers(0, 99))
+    layers = draw(st.sets(st.integers(0, 3), min_size=1))
+    return {
+        "architecture": draw(st.sampled_from(ARCHITECTURES)),
+        "tokens": torch.randint(0, 160, (len(ids),), generator=torch.Generator().manual_seed(seed)),
+        "step_ids": torch.tensor(ids),
+        "n_steps": len(lengths),
+        "layers": tuple(sorted(layers)),
+        "target": draw(st.sampled_from(["token", "sequence"])),
+        "n_rows": draw(st.integers(1, 20)),
+        "n_kept": draw(st.integers(0, 4 - min(layers))),
+    }
+
+
+@settings(max_examples=60)
+@given(case=cases())
+def test_the_same_maps_as_the_pattern_engine(models: dict[str, TransformerBridge], case: dict) -> None:
+    model = models[case["architecture"]]
+    arguments = (model, case["tokens"], case["step_ids"], case["n_steps"])
+    options = {"layers": case["layers"], "target": case["target"]}
+    expected = pattern_maps(*arguments, **options, keep_heads=True)
+    engine = {"n_rows": case["n_rows"], "n_kept": case["n_kept"]}
+    got = streamed_maps(*arguments, **options, **engine)
+    heads = streamed_maps(*arguments, **options, **engine, keep_heads=True)
+    assert got.head_sums is None
+    # one row of one block may be all there is, and that zero up to rounding: compare with the size of the whole
+    size = expected.head_sums.norm() + 1e-30
+    assert (got.sums - expected.sums).norm() <= 1e-4 * size
+    assert (heads.head_sums - expected.head_sums).norm() <= 1e-4 * size
+    torch.testing.assert_close(heads.sums, got.sums, rtol=1e-4, atol=float(1e-5 * size))
+
+
+@pytest.mark.parametrize("target", ["token", "sequence"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_layer_of_every_architecture(
+    models: dict[str, TransformerBridge], architecture: str, target: str
+) -> None:
+    step_ids = torch.tensor([-1, -1] + [0] * 16 + [1] * 15 + [2] * 14 + [-1] + [3] * 16)
+    tokens = torch.randint(0, 160, (len(step_ids),), generator=torch.Generator().manual_seed(1))
+    options: dict = {"layers": (0, 1, 2, 3), "target": target}
+    expected = pattern_maps(models[architecture], tokens, step_ids, 4, **options)
+    got = streamed_maps(models[architecture], tokens, step_ids, 4, **options, n_rows=17)
+    assert max(errors(got.sums, expected.sums)) <= 1e-4
+
+
+class TestRealTraces:
+    def test_the_embedded_reasoner(self, mini: TransformerBridge) -> None:
+        problem = chain.sample(5, length=4)
+        trace = Trace.from_text(problem.question, problem.solution(), mini)
+        for reduce in ("mean", "sum"):
+            options: dict = {"reduce": reduce, "keep_heads": True}
+            expected = stepsal.step_saliency(mini, trace, engine="pattern", **options)
+            got = stepsal.step_saliency(mini, trace, engine="streamed", **options)
+            assert max(errors(got.values, expected.values)) <= 1e-4
+            assert max(errors(got.head_values, expected.head_values)) <= 1e-4
+        assert (got.metadata["engine"], expected.metadata["engine"]) == ("streamed", "pattern")
+        assert torch.equal(got.values, got.values.tril())
+
+    @pytest.mark.parametrize("target", ["token", "sequence"])
+    def test_the_real_model(self, smollm2: TransformerBridge, target: str) -> None:
+        trace = Trace.from_text("How many legs have 3 cats?", "A cat has four legs. So there are twelve.", smollm2)
+        expected = stepsal.step_saliency(smollm2, trace, engine="pattern", target=target)
+        got = stepsal.step_saliency(smollm2, trace, engine="streamed", target=target)
+        assert max(errors(got.values, expected.values)) <= 1e-4
+
+    def test_without_a_summary(self, mini: TransformerBridge) -> None:
+        trace = Trace.from_text(
+            "Anna is 1 plus 1. What is Anna?", "Anna needs nothing. Anna is 2.", mini, format="think"
+        )
+        assert "summary" not in trace.roles
+        expected = stepsal.step_saliency(mini, trace, engine="pattern")
+        got = stepsal.step_saliency(mini, trace, engine="streamed")
+        assert max(errors(got.values, expected.values)) <= 1e-4
+
+    def test_several_traces_in_one_call(self, mini: TransformerBridge) -> None:
+        problems = [chain.sample(seed, length=n) for seed, n in ((1, 5), (2, 1), (3, 3))]
+        traces = [Trace.from_text(p.question, p.solution(), mini) for p in problems]
+        together = stepsal.step_saliency(mini, traces, engine="streamed")
+        for trace, got in zip(traces, together, strict=True):
+            alone = stepsal.step_saliency(mini, trace, engine="streamed")
+            assert torch.equal(got.values, alone.values)
+            assert got.step_texts == alone.step_texts
+
+    @pytest.mark.parametrize("architecture", ["Qwen2", "Gemma2", "GptOss"])
+    @pytest.mark.parametrize("target", ["token", "sequence"])
+    def test_bfloat16(self, architecture: str, target: str) -> None:
+        """Against float32 arithmetic on the same (rounded) weights: no worse than the pattern engine in bfloat16."""
+        wide = tiny_hf_model(architecture, max_position_embeddings=512)
+        half = tiny_hf_model(architecture, max_position_embeddings=512)
+        with torch.no_grad():
+            for p in (*wide.parameters(), *half.parameters()):
+                p.copy_(0.4 * p.bfloat16())
+        reference = stepsal.load("wide", hf_model=wide, tokenizer=tiny_chat("Qwen2").tokenizer)
+        model = stepsal.load("half", hf_model=half, tokenizer=reference.tokenizer, dtype=torch.bfloat16)
+        trace = Trace.from_text("How many?", RESPONSE, reference)
+        expected = stepsal.step_saliency(reference, trace, engine="pattern", target=target).values
+        got = stepsal.step_saliency(model, trace, engine="streamed", target=target).values
+        assert max(errors(got, expected)) <= 2e-2
+
+
+class TestAttention:
+    """Blockwise attention and its gradient against autograd on the textbook formula, in float64."""
+
+    @settings(max_examples=40)
+    @given(
+        n_pos=st.integers(1, 14), n_rows=st.integers(1, 16), window=st.none() | st.integers(1, 16),
+        softcap=st.sampled_from([None, 1.5]), sinks=st.booleans(), own=st.booleans(), seed=st.integers(0, 99),
+    )  # fmt: skip
+    def test_against_autograd(
+        self, n_pos: int, n_rows: int, window: int | None, softcap: float | None, sinks: bool, own: bool, seed: int
+    ) -> None:
+        random = torch.Generator().manual_seed(seed)
+        q, k, v, dz = (
+            torch.randn(n, n_pos, 3, generator=random, dtype=torch.float64, requires_grad=True) for n in (4, 2, 2, 4)
+        )
+        sink = torch.randn(4, generator=random, dtype=torch.float64) if sinks else None
+        attention, workspace = Attention(0.7, window, softcap, sink), Workspace()
+
+        def textbook(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            scores = 0.7 * q @ k.repeat_interleave(2, 0).mT
+            if softcap:
+                scores = softcap * torch.tanh(scores / softcap)
+            t, j = torch.arange(n_pos)[:, None], torch.arange(n_pos)
+            scores = scores.masked_fill((j > t) | (j <= t - (window or n_pos)), -torch.inf)
+            if sink is not None:
+                scores = torch.cat((scores, sink[:, None, None].expand(4, n_pos, 1)), -1)
+            pattern = scores.softmax(-1)[..., :n_pos]
+            return pattern, pattern @ v.repeat_interleave(2, 0)
+
+        pattern, z = textbook(k, v)
+        torch.testing.assert_close(attend(q, k, v, attention, n_rows, workspace), z)
+        dq, dk, dv, gradient = torch.autograd.grad(z, (q, k, v, pattern), dz)
+        if own:  # row by row, with the other positions' keys and values cut
+            dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+            for t in range(n_pos):
+                here = torch.zeros(n_pos, 1, dtype=torch.bool)
+                here[t] = True
+                _, row = textbook(torch.where(here, k, k.detach()), torch.where(here, v, v.detach()))
+                for total, part in zip((dk, dv), torch.autograd.grad(row[:, t], (k, v), dz[:, t]), strict=True):
+                    total += part
+        expected = (pattern * gradient).detach()
+        seen = torch.zeros_like(expected)
+
+        def visit(product: Tensor, block: object, heads: slice) -> None:
+            seen[heads, block.first : block.stop, block.first_key : block.stop] = product
+
+        gradients = attend_backward(
+            q.detach(), k.detach(), v.detach(), dz.detach(), attention, n_rows, workspace, own_position=own, visit=visit
+        )
+        torch.testing.assert_close(seen, expected)
+        for got, wanted in zip(gradients, (dq, dk, dv), strict=True):
+            torch.testing.assert_close(got, wanted)
+
+    def test_buffers_are_used_again(self) -> None:
+        workspace, like = Workspace(), torch.zeros(1)
+        first = workspace.take("scores", like, 4, 5)
+        assert workspace.take("scores", like, 2, 3).data_ptr() == first.data_ptr()
+        assert workspace.take("pattern", like, 4, 5).data_ptr() != first.data_ptr()
+        assert workspace.take("scores", like, 4, 6).shape == (4, 6)
+        assert workspace.take("scores", like.double(), 2).dtype == torch.float64
+
+
+class TestTheModelStaysAsItWas:
+    @staticmethod
+    def state(model: TransformerBridge) -> tuple:
+        return (
+            {name: len(point.fwd_hooks) + len(point.bwd_hooks) for name, point in model.hook_dict.items()},
+            {name: len(module._forward_hooks) for name, module in model.named_modules()},
+            [vars(block).get("forward") for block in model.blocks],
+            [p.requires_grad for p in model.parameters()],
+            [p.grad for p in model.parameters()],
+            model.training,
+        )
+
+    @pytest.mark.parametrize("error", [None, KeyboardInterrupt, RuntimeError])
+    @pytest.mark.parametrize("where", ["blocks.2.mlp.hook_in", "blocks.1.attn.o.hook_in"])
+    def test_after(self, error: type | None, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = tiny_chat("Qwen2")
+        model.train()
+        trace = Trace.from_text("How many?", RESPONSE, model)
+        calls = []
+
+        def hook(x: Tensor, hook: object) -> None:
+            calls.append(x.shape)
+            if error is not None and len(calls) > 1:  # in the backward pass, when the layer is computed again
+                raise error
+
+        with torch.no_grad():
+            plain = model(trace.tokens[None])
+        with model.hooks(fwd_hooks=[(where, hook)]):
+            before = self.state(model)
+            if error is None:
+                stepsal.step_saliency(model, trace, engine="streamed")
+            else:
+                monkeypatch.setattr(memory, "_SMALL", 0)  # every layer is checkpointed
+                with pytest.raises(error):
+                    stepsal.step_saliency(model, trace, engine="streamed")
+            assert self.state(model) == before
+        assert calls
+        with torch.no_grad():
+            assert torch.equal(model(trace.tokens[None]), plain)
+
+    def test_edits_by_other_hooks_are_part_of_the_model(self) -> None:
+        model = tiny_chat("Llama")
+        trace = Trace.from_text("How many?", RESPONSE, model)
+        edits = [
+            ("blocks.0.attn.hook_rot_q", lambda q, hook: 0.5 * q),
+            ("blocks.1.attn.v.hook_out", lambda v, hook: v + 0.3),
+            ("blocks.2.attn.o.hook_in", lambda z, hook: z.index_fill(2, torch.tensor([1]), 0.0)),
+            ("blocks.1.hook_resid_post", lambda x, hook: 1.1 * x),
+            ("unembed.hook_in", lambda x, hook: 0.9 * x),
+        ]
+        plain = stepsal.step_saliency(model, trace, engine="pattern")
+        with model.hooks(fwd_hooks=edits):
+            expected = stepsal.step_saliency(model, trace, engine="pattern")
+            got = stepsal.step_saliency(model, trace, engine="streamed")
+        assert max(errors(got.values, expected.values)) <= 1e-4
+        assert min(errors(plain.values, expected.values)) > 0.01
+
+
+class TestRefusals:
+    def test_hooks_on_the_pattern(self, mini: TransformerBridge) -> None:
+        trace = Trace.from_text("Anna is 1 plus 1. What is Anna?", " Anna needs nothing.", mini)
+        for name in ("blocks.1.attn.hook_pattern", "blocks.0.attn.hook_attn_scores"):
+            with mini.hooks(fwd_hooks=[(name, lambda x, hook: None)]):
+                with pytest.raises(ValueError, match=f'a hook on {name}.*use engine="pattern"'):
+                    stepsal.step_saliency(mini, trace, engine="streamed")
+                assert stepsal.step_saliency(mini, trace).metadata["engine"] == "pattern"
+
+    def test_stepflow_and_token_maps(self, mini: TransformerBridge) -> None:
+        trace = Trace.from_text("Anna is 1 plus 1. What is Anna?", " Anna needs nothing.", mini)
+        with pytest.raises(ValueError, match="StepFlow edits whole patterns"):
+            stepsal.step_saliency(mini, trace, engine="streamed", stepflow=stepsal.StepFlowConfig(oeb_layers=None))
+        with pytest.raises(ValueError, match="token maps are whole"):
+            stepsal.step_saliency(mini, trace, engine="streamed", keep_tokens=True)
+
+    @pytest.mark.parametrize("what", ["scale", "softcap", "sinks"])
+    def test_an_attention_that_is_not_what_it_seems(self, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = tiny_chat("GptOss" if what == "sinks" else "Gemma2")
+        trace = Trace.from_text("How many?", RESPONSE, model)
+        told = attention_of(model, 2)
+        wrong = {"scale": told.scale * 2, "softcap": None, "sinks": None}[what]
+        monkeypatch.setattr(
+            "stepsal.saliency.streamed.attention_of",
+            lambda m, layer: (
+                Attention(**{**vars(attention_of(m, layer)), what: wrong}) if layer == 2 else attention_of(m, layer)
+            ),
+        )
+        with pytest.raises(ValueError, match=r"layer 2 .* in a way that the streamed engine does not know"):
+            stepsal.step_saliency(model, trace, engine="streamed")
+
+    def test_an_unembedding_that_is_not_what_it_seems(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = tiny_chat("Gemma2")  # caps its logits
+        trace = Trace.from_text("How many?", RESPONSE, model)
+        assert unembed(model, torch.full((1, 32), 99.0)).abs().max() <= 30
+        monkeypatch.setattr("stepsal.saliency.streamed.unembed", lambda m, x: m.unembed.original_component(2 * x))
+        with pytest.raises(ValueError, match="are not its unembedding of the last residual stream"):
+            stepsal.step_saliency(model, trace, engine="streamed")
+
+    def test_what_does_not_fit(self, mini: TransformerBridge, monkeypatch: pytest.MonkeyPatch) -> None:
+        trace = Trace.from_text("Anna is 1 plus 1. What is Anna?", " Anna needs nothing.", mini)
+        monkeypatch.setattr(memory, "free_bytes", lambda device: 10**4)
+        calls = []
+        with mini.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", lambda x, hook: calls.append(1))]):
+            with pytest.raises(MemoryError, match=r"\d tokens needs about 0\.\d GB with engine='pattern', but 0\.0 GB"):
+                stepsal.step_saliency(mini, trace, engine="pattern")
+            with pytest.raises(MemoryError, match=r"engine='streamed'.*read a shorter trace"):
+                stepsal.step_saliency(mini, trace, engine="streamed")
+        assert not calls
+
+
+class TestMemory:
+    def test_the_engine_is_chosen_by_size(self, smollm2: TransformerBridge) -> None:
+        options: dict = {"layers": tuple(range(30)), "keep_heads": False, "keep_tokens": False, "engine": "auto"}
+        chosen = {
+            n: memory.plan(smollm2, n, 20, only_pattern=None, **options) for n in (64, 512, 1024, 2048, 4096, 8192)
+        }
+        assert chosen[64].engine == "pattern"
+        assert {chosen[n].engine for n in (1024, 2048, 4096, 8192)} == {"streamed"}
+        assert chosen[512].n_kept > chosen[2048].n_kept > chosen[8192].n_kept
+        growth = (chosen[8192].n_bytes - chosen[4096].n_bytes) / (chosen[4096].n_bytes - chosen[2048].n_bytes)
+        assert growth < 3
+        assert (
+            memory.plan(smollm2, 64, 20, only_pattern=None, **{**options, "layers": (29,)}).n_bytes < chosen[64].n_bytes
+        )
+
+    @pytest.mark.parametrize(("engine", "n_tokens"), [("pattern", 1024), ("streamed", 1024), ("streamed", 4096)])
+    def test_estimates_and_bounds_hold_in_a_process_of_its_own(
+        self, engine: str, n_tokens: int, smollm2: TransformerBridge
+    ) -> None:
+        script = Path(__file__).parents[1] / "benchmarks" / "saliency_cost.py"
+        point = json.loads(
+            subprocess.run(
+                [sys.executable, str(script), "--point", engine, "--tokens", str(n_tokens)],
+                capture_output=True, text=True, check=True,
+            ).stdout.splitlines()[-1]
+        )  # fmt: skip
+        grown = point["peak_bytes"] - point["model_bytes"]
+        assert 0.5 <= point["estimate_bytes"] / grown <= 2
+        if engine == "streamed":
+            assert point["peak_bytes"] < {1024: 1.7e9, 4096: 2.6e9}[n_tokens]
+
+    def test_twice_the_tokens_take_less_than_three_times_the_memory(self, smollm2: TransformerBridge) -> None:
+        script = Path(__file__).parents[1] / "benchmarks" / "saliency_cost.py"
+        grown = {}
+        for n_tokens in (2048, 4096):
+            output = subprocess.run(
+                [sys.executable, str(script), "--point", "streamed", "--tokens", str(n_tokens)],
+                capture_output=True, text=True, check=True,
+            ).stdout  # fmt: skip
+            point = json.loads(output.splitlines()[-1])
+            grown[n_tokens] = point["peak_bytes"] - point["model_bytes"]
+        assert grown[4096] < 3 * grown[2048]
