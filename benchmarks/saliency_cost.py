@@ -1,5 +1,6 @@
 """What Step-Saliency costs: memory in a process of its own for each point, and time in turn with other ways.
 
+    python benchmarks/saliency_cost.py           # the next three
     python benchmarks/saliency_cost.py memory    # peak memory and time against length; fits of the exponents
     python benchmarks/saliency_cost.py time      # ratios, variants in turn in one process
     python benchmarks/saliency_cost.py pooling   # pooling alone, against length and number of steps
@@ -287,7 +288,7 @@ def save(name: str, table: pd.DataFrame) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["memory", "time", "pooling", "7b"], default="memory")
+    parser.add_argument("what", nargs="?", choices=["all", "memory", "time", "pooling", "7b"], default="all")
     parser.add_argument("--lengths", type=int, nargs="+")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--point", help="measure one way in this process, and print it as JSON")
@@ -295,18 +296,20 @@ def main() -> None:
     args = parser.parse_args()
     if args.point:
         print(json.dumps(point(args.point, args.tokens)))
-    elif args.what == "memory":
+        return
+    if args.what == "7b":
+        if torch.cuda.is_available():
+            save("saliency_7b", measure_7b(args.lengths or [2048, 4096, 8192, 16384, 32768]))
+        else:
+            print("not run: there is no CUDA device")
+    if args.what in ("memory", "all"):
         table = measure_memory(args.lengths or list(LENGTHS))
         save("saliency_memory", table)
         save("saliency_exponents", exponents(table))
-    elif args.what == "time":
+    if args.what in ("time", "all"):
         save("saliency_time", measure_time(args.lengths or [512, 1024, 2048, 8192], args.turns))
-    elif args.what == "pooling":
+    if args.what in ("pooling", "all"):
         save("saliency_pooling", measure_pooling(args.lengths or [512, 2048, 8192]))
-    elif not torch.cuda.is_available():
-        print("not run: there is no CUDA device")
-    else:
-        save("saliency_7b", measure_7b(args.lengths or [2048, 4096, 8192, 16384, 32768]))
 
 
 if __name__ == "__main__":

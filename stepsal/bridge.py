@@ -164,12 +164,18 @@ def remove_hook(point: HookPoint, handle: LensHandle) -> None:
 def sliding_window(model: TransformerBridge, layer: int) -> int | None:
     """How many keys a query of this layer sees at most, itself included; None for all of them."""
     attention = model.blocks[layer].attn.original_component
+    config: Any = model.original_model.config
+    config = config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    if kinds:  # the word of the masks; some layers name a window that they do not have
+        window = getattr(attention, "sliding_window", None) or getattr(config, "sliding_window", None)
+        return window if kinds[layer] == "sliding_attention" else None
     if hasattr(attention, "sliding_window"):
         return attention.sliding_window or None
-    config = attention.config  # Mistral keeps one window for all layers there
-    return None if getattr(config, "layer_types", None) else getattr(config, "sliding_window", None)
+    return getattr(config, "sliding_window", None) if config.model_type in _ONE_WINDOW else None
 
 
+_ONE_WINDOW = ("mistral", "mixtral", "starcoder2")  # families with one window for all layers, in the config alone
 _checked: weakref.WeakSet[TransformerBridge] = weakref.WeakSet()
 
 

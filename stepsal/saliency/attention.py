@@ -97,7 +97,7 @@ def attend(
     """z, the attention output of each head, in the dtype of q. Not differentiable: see `attend_backward`."""
     z = torch.empty_like(q, memory_format=torch.contiguous_format)
     for heads, kv_head in _groups(q, k):
-        keys, values = _wide(k[kv_head]), _wide(v[kv_head])
+        keys, values = wide(k[kv_head]), wide(v[kv_head])
         for block in row_blocks(q.shape[1], n_rows, attention.window):
             pattern, _ = _pattern(q[heads], keys, attention, heads, block, workspace)
             z[heads, block.first : block.stop] = (pattern @ values[block.first_key : block.stop]).to(z.dtype)
@@ -133,16 +133,16 @@ def attend_backward(
     Returns:
         (dq, dk, dv) in the dtype and shape of q, k and v; None without `differentiate`.
     """
-    wide = _wide(q[:0])
-    dq, dk, dv = (torch.zeros(x.shape if differentiate else 0, dtype=wide.dtype, device=x.device) for x in (q, k, v))
+    like = wide(q[:0])
+    dq, dk, dv = (torch.zeros(x.shape if differentiate else 0, dtype=like.dtype, device=x.device) for x in (q, k, v))
     for heads, kv_head in _groups(q, k):
-        keys, values = _wide(k[kv_head]), _wide(v[kv_head])
+        keys, values = wide(k[kv_head]), wide(v[kv_head])
         for block in row_blocks(q.shape[1], n_rows, attention.window):
             rows, seen = slice(block.first, block.stop), slice(block.first_key, block.stop)
             pattern, slope = _pattern(q[heads], keys, attention, heads, block, workspace)  # [group, row, key]
-            dz_rows = _wide(dz[heads, rows])  # [group, row, d_head]
+            dz_rows = wide(dz[heads, rows])  # [group, row, d_head]
             shape = pattern.shape
-            product = workspace.take("scores", wide, *shape)  # the scores have become the pattern
+            product = workspace.take("scores", like, *shape)  # the scores have become the pattern
             torch.mm(dz_rows.flatten(0, 1), values[seen].T, out=product.flatten(0, 1))
             product.mul_(pattern)  # A * dA
             if visit is not None:
@@ -153,7 +153,7 @@ def attend_backward(
             if slope is not None:
                 ds.mul_(slope)
             dq[heads, rows] = attention.scale * (ds.flatten(0, 1) @ keys[seen]).view(dz_rows.shape)
-            q_rows = _wide(q[heads, rows])
+            q_rows = wide(q[heads, rows])
             if own_position:
                 offset = block.first - block.first_key
                 own = ds.diagonal(offset, 1, 2).unsqueeze(-1)  # [group, row, 1]
@@ -172,7 +172,8 @@ def _groups(q: Tensor, k: Tensor) -> Iterator[tuple[slice, int]]:
         yield slice(kv_head * size, (kv_head + 1) * size), kv_head
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """In float32, or float64 if that is what it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -186,7 +187,7 @@ def _pattern(
 ) -> tuple[Float[Tensor, "group row key"], Float[Tensor, "group row key"] | None]:
     """Rows of A, and the slope of the soft-cap; valid until the next call with the same workspace."""
     first, stop, first_key = block
-    q_rows = attention.scale * _wide(q[:, first:stop])  # [group, row, d_head]
+    q_rows = attention.scale * wide(q[:, first:stop])  # [group, row, d_head]
     shape = (q.shape[0], stop - first, stop - first_key)
     scores = workspace.take("scores", q_rows, *shape)
     torch.mm(q_rows.flatten(0, 1), keys[first_key:stop].T, out=scores.flatten(0, 1))
@@ -208,5 +209,5 @@ def _pattern(
     torch.softmax(scores, -1, out=pattern)
     if attention.sinks is not None:  # A is largest where s is, at exp(max s - logsumexp s)
         logsumexp = scores.amax(-1) - pattern.amax(-1).log()  # [group, row]
-        pattern.mul_(torch.sigmoid(logsumexp - _wide(attention.sinks[heads, None])).unsqueeze(-1))
+        pattern.mul_(torch.sigmoid(logsumexp - wide(attention.sinks[heads, None])).unsqueeze(-1))
     return pattern, slope

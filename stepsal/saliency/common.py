@@ -34,7 +34,7 @@ def check_finite(layer: int, sums: Tensor) -> None:
 
 @contextmanager
 def differentiable(model: nn.Module) -> Iterator[None]:
-    """Gradients on, parameters frozen, every module in evaluation mode; all restored at the end."""
+    """Gradients on, parameters frozen, no autocast, every module in evaluation mode; all restored at the end."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     training = [m for m in model.modules() if m.training]
     try:
@@ -42,7 +42,8 @@ def differentiable(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(False)
         for m in training:
             m.training = False
-        with torch.inference_mode(False), torch.enable_grad():
+        device = next(model.parameters()).device.type
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
             yield
     finally:
         for p in trainable:

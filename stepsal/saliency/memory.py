@@ -64,7 +64,7 @@ def plan(
         raise ValueError(f'{only_pattern}: use engine="pattern"')
     patterns, streamed = Plan("pattern", 0, 0, sizes.patterns()), sizes.streamed(free)
     if engine == "auto":
-        engine = "pattern" if only_pattern or patterns.n_bytes <= _SMALL else "streamed"
+        engine = "pattern" if only_pattern or patterns.n_bytes <= min(_SMALL, free) else "streamed"
     chosen = patterns if engine == "pattern" else streamed
     if chosen.n_bytes > free:
         rest = (

@@ -10,8 +10,9 @@ The bridge's attention builds the pattern of all positions, because it offers it
                            computed from it in chunks
 
 The seam besides hook points is the cache argument of the model's own forward: the smallest place at which the attention
-lets go of keys and values. Nothing is patched but the forward of checkpointed blocks, and all other hooks see what they
-always see. Those on scores and pattern can't, so that a model that has any is refused.
+lets go of keys and values. Hooks that would not see what they were made for are refused (`why_not`): those on scores,
+patterns and logits, and backward hooks where tensors leave the bridge's own graph. All others take part; those inside a
+block run a second time when its layer is computed again, and have to give the same then.
 
 In the backward pass of a layer, A, dA and |A * dA| are recomputed block by block and pooled at once
 (`attention.attend_backward`). Layers are checkpointed: their input and z are kept, and the rest is computed again when
@@ -42,7 +43,7 @@ from transformers import DynamicCache
 
 from stepsal.bridge import attention_hooks, first_hooks_on, sliding_window
 from stepsal.pooling import StepSums
-from stepsal.saliency.attention import Attention, Block, Workspace, attend, attend_backward
+from stepsal.saliency.attention import Attention, Block, Workspace, attend, attend_backward, wide
 from stepsal.saliency.common import PooledMaps, check_finite, differentiable
 
 LOGITS = 2**23  # elements of the largest [chunk, d_vocab] tensor
@@ -97,7 +98,8 @@ class StreamedPass:
                 return_type="logits",
             )
         with torch.no_grad():
-            if not torch.allclose(unembed(self.model, final[0][:, -1:]), logits, rtol=1e-3, atol=1e-4):
+            expected = unembed(self.model, final[0][:, -1:])
+            if not torch.allclose(expected, logits, rtol=1e-3, atol=1e-4, equal_nan=True):
                 raise ValueError(
                     f"the logits of {self.model.cfg.model_name!r} are not its unembedding of the last residual stream: "
                     'use engine="pattern"'
@@ -110,7 +112,7 @@ class StreamedPass:
         size = max(1, LOGITS // self.model.cfg.d_vocab)
         for first in range(0, len(tokens) - 1, size):
             x = final[first : min(first + size, len(tokens) - 1)].detach().requires_grad_()
-            logits = unembed(self.model, x).float()  # [chunk, d_vocab]
+            logits = wide(unembed(self.model, x))  # [chunk, d_vocab]
             loss = F.cross_entropy(logits, tokens[first + 1 : first + 1 + len(x)], reduction="sum")
             gradient[first : first + len(x)] = torch.autograd.grad(loss, x)[0]
             del logits, loss
@@ -144,20 +146,20 @@ class StreamedPass:
         return hook
 
     def _check_hook(self, layer: int, kind: str) -> Callable[..., None]:
-        """Hold what `attention_of` says against the model's own numbers, at the first key of the last query."""
+        """Hold what `attention_of` says against the model's own numbers, at the first key of every query."""
 
         def hook(x: Tensor, hook: HookPoint) -> None:  # scores or pattern [batch=1, head, pos, key=1]
-            attention, q, k = self.attentions[layer], self._q[layer][0, -1].float(), self._kv[layer][0][0, :, 0].float()
-            k = k.repeat_interleave(len(q) // len(k), dim=0)  # [head, d_head]
-            expected = attention.scale * (q * k).sum(-1)  # [head]
-            wrong = 64 * torch.finfo(x.dtype).eps * (1 + attention.scale * q.norm(dim=-1) * k.norm(dim=-1))
+            attention, q, k = self.attentions[layer], wide(self._q[layer][0]), wide(self._kv[layer][0][0, :, :1])
+            q, k = q.detach(), k.detach().repeat_interleave(q.shape[1] // len(k), dim=0).squeeze(1)  # k [head, d_head]
+            expected = attention.scale * torch.einsum("phd,hd->hp", q, k)
+            wrong = 1e-3 * attention.scale * q.norm(dim=-1).T * k.norm(dim=-1, keepdim=True)  # of the matrix product
             if attention.softcap is not None:
                 expected = attention.softcap * torch.tanh(expected / attention.softcap)
-            if kind == "pattern" and attention.sinks is not None:
-                expected = torch.sigmoid(expected - attention.sinks.float())
-            elif kind == "pattern":
-                expected = torch.ones_like(expected)
-            if ((x[0, :, -1, 0].float() - expected).abs() > wrong).any():
+            if kind == "pattern":
+                sinks = -torch.inf if attention.sinks is None else wide(attention.sinks.detach())[:, None]
+                expected, wrong = torch.sigmoid(expected - sinks), wrong.clamp(max=1e-3)
+            wrong = wrong + 8 * torch.finfo(x.dtype).eps * expected.abs()  # of rounding
+            if ((wide(x.detach()[0, ..., 0]) - expected).abs() > wrong).any():
                 raise ValueError(
                     f"layer {layer} of {self.model.cfg.model_name!r} computes its {kind} in a way that the streamed "
                     'engine does not know: use engine="pattern"'
@@ -181,12 +183,12 @@ class StreamedPass:
             return self._z.pop(layer)
         z = attend(q, k, v, self.attentions[layer], self.n_rows, self.workspace)
         if layer in self.checkpointed:
-            self._z[layer] = z
+            self._z[layer] = z.detach()  # z itself will hold the pass, in a circle that nobody could collect
         return z
 
     def attend_backward(self, layer: int, q: Tensor, k: Tensor, v: Tensor, dz: Tensor) -> tuple[Tensor | None, ...]:
         heads = (len(q),) if self.keep_heads else ()
-        pool = StepSums(self.step_ids, self.n_steps, batch=heads)
+        pool = StepSums(self.step_ids.to(q.device), self.n_steps, batch=heads)
         share = torch.ones((), device=q.device) if self.keep_heads else torch.full((), 1 / len(q), device=q.device)
 
         def visit(product: Tensor, block: Block, group: slice) -> None:  # [head, row, key]
@@ -240,12 +242,14 @@ class _KeysAndValues(DynamicCache):
 @contextmanager
 def _checkpointed(block: torch.nn.Module) -> Iterator[None]:
     """Compute a block again in the backward pass instead of keeping what it computed."""
-    plain = block.forward
-    block.__dict__["forward"] = partial(checkpoint, plain, use_reentrant=False, preserve_rng_state=False)
+    own = block.__dict__.get("forward")
+    block.__dict__["forward"] = partial(checkpoint, block.forward, use_reentrant=False)
     try:
         yield
     finally:
         del block.__dict__["forward"]
+        if own is not None:
+            block.__dict__["forward"] = own
 
 
 def attention_of(model: TransformerBridge, layer: int) -> Attention:
@@ -263,7 +267,9 @@ def unembed(model: TransformerBridge, x: Float[Tensor, "*pos d_model"]) -> Float
     """Logits of the last residual stream, without its hooks."""
     logits = model.unembed.original_component(x)
     config: Any = model.original_model.config
-    softcap = getattr(config.get_text_config(), "final_logit_softcapping", None)
+    config = config.get_text_config()
+    logits = logits * (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
+    softcap = getattr(config, "final_logit_softcapping", None)
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
@@ -276,12 +282,14 @@ def why_not(model: TransformerBridge) -> str | None:
     }
     if unknown:
         return f"{model.cfg.model_name!r} has layers of type {sorted(unknown)[0]!r}, which can't be streamed"
-    for layer in range(model.cfg.n_layers):
-        for kind in ("scores", "pattern"):
-            name = attention_hooks(layer)[kind]
-            point = model.hook_dict[name]
-            if point.fwd_hooks or point.bwd_hooks:
-                return f"there is a hook on {name}, which a streamed pass would never call with a whole pattern"
+    names = [attention_hooks(layer) for layer in range(model.cfg.n_layers)]
+    unseen = [hooks[kind] for hooks in names for kind in ("scores", "pattern")] + ["unembed.hook_out"]
+    for name in unseen:
+        if model.hook_dict[name].fwd_hooks or model.hook_dict[name].bwd_hooks:
+            return f"there is a hook on {name}, which a streamed pass would not call with the whole of it"
+    for name in [hooks[kind] for hooks in names for kind in ("q", "z")] + ["unembed.hook_in"]:
+        if model.hook_dict[name].bwd_hooks:
+            return f"there is a backward hook on {name}, past which a streamed pass takes the gradient"
     return None
 
 
