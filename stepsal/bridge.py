@@ -146,9 +146,9 @@ def first_hooks_on(
     """Forward hooks that run before all others at their hook point, those that are there already included."""
     added: list[tuple[HookPoint, LensHandle]] = []
     try:
+        points = model.hook_dict  # made anew at each access
         for name, hook in hooks:
-            point = model.hook_dict[name]
-            added.append((point, point.add_hook(hook, prepend=True)))  # type: ignore[arg-type]
+            added.append((points[name], points[name].add_hook(hook, prepend=True)))  # type: ignore[arg-type]
         yield
     finally:
         for point, handle in added:
@@ -199,10 +199,10 @@ def check_model(model: TransformerBridge) -> None:
             "needs a decoder-only model whose TransformerLens adapter computes attention itself"
         )
 
-    layers = [attention_hooks(layer) for layer in range(model.cfg.n_layers)]
+    layers, points = [attention_hooks(layer) for layer in range(model.cfg.n_layers)], model.hook_dict
     for i, hooks in enumerate(layers):
         for hook in hooks.values():
-            if hook not in model.hook_dict:
+            if hook not in points:
                 raise refuse(i, f"it has no hook point {hook!r}")
     if getattr(model.cfg, "qk_norm_after_rope", False):
         raise refuse(0, "keys are normalised after hook_rot_k, so that the hook does not show the keys in use")

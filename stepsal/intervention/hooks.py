@@ -118,6 +118,8 @@ class StepFlow:
         self._frame = PromptFrame.of(model.tokenizer)
         self._format = self._format_of(config.format)
         self._editors: list[tuple[HookPoint, LensHandle]] = []
+        points = model.hook_dict  # made anew at each access
+        self._value_points = {layer: points[attention_hooks(layer)["v"]] for layer in self.smi_layers}
         self._listeners: dict[int, tuple[HookPoint, LensHandle]] = {}
         self._start(0)
 
@@ -140,8 +142,8 @@ class StepFlow:
         _active[self.model] = self
         try:
             with self.model.hooks(fwd_hooks=hooks):
-                points = [self.model.hook_dict[name] for name, _ in hooks]
-                self._editors = [(point, point.fwd_hooks[-1]) for point in points]
+                points = self.model.hook_dict
+                self._editors = [(points[name], points[name].fwd_hooks[-1]) for name, _ in hooks]
                 clocks = [
                     self.model.original_model.register_forward_pre_hook(self._before_pass, with_kwargs=True),
                     self.model.original_model.register_forward_hook(self._after_pass),
@@ -342,7 +344,7 @@ class StepFlow:
 
     def _listen_last(self, layer: int) -> None:
         """Take the values after all other hooks: as the model uses them, or as another hook cut their gradient."""
-        point = self.model.hook_dict[attention_hooks(layer)["v"]]
+        point = self._value_points[layer]
         if layer in self._listeners:
             if point.fwd_hooks[-1] is self._listeners[layer][1]:
                 return

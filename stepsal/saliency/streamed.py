@@ -282,13 +282,13 @@ def why_not(model: TransformerBridge) -> str | None:
     }
     if unknown:
         return f"{model.cfg.model_name!r} has layers of type {sorted(unknown)[0]!r}, which can't be streamed"
-    names = [attention_hooks(layer) for layer in range(model.cfg.n_layers)]
+    names, points = [attention_hooks(layer) for layer in range(model.cfg.n_layers)], model.hook_dict
     unseen = [hooks[kind] for hooks in names for kind in ("scores", "pattern")] + ["unembed.hook_out"]
     for name in unseen:
-        if model.hook_dict[name].fwd_hooks or model.hook_dict[name].bwd_hooks:
+        if points[name].fwd_hooks or points[name].bwd_hooks:
             return f"there is a hook on {name}, which a streamed pass would not call with the whole of it"
     for name in [hooks[kind] for hooks in names for kind in ("q", "z")] + ["unembed.hook_in"]:
-        if model.hook_dict[name].bwd_hooks:
+        if points[name].bwd_hooks:
             return f"there is a backward hook on {name}, past which a streamed pass takes the gradient"
     return None
 
