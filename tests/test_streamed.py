@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import json
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,7 +36,7 @@ RESPONSE = (
 def checkpointed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Short traces, whose activations would be kept, with every layer checkpointed as well."""
     if request.param:
-        monkeypatch.setattr(memory, "_SMALL", 0)
+        monkeypatch.setattr(memory, "_KEPT", 0)
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +250,7 @@ class TestTheModelStaysAsItWas:
             plain = model(trace.tokens[None])
         with model.hooks(fwd_hooks=[(where, hook)]):
             before = self.state(model)
-            monkeypatch.setattr(memory, "_SMALL", 0)  # every layer is checkpointed
+            monkeypatch.setattr(memory, "_KEPT", 0)  # every layer is checkpointed
             if error is None:
                 stepsal.step_saliency(model, trace, engine="streamed")
                 assert len(calls) == 2
@@ -268,7 +273,7 @@ class TestTheModelStaysAsItWas:
                 raise error
 
         monkeypatch.setattr("stepsal.saliency.streamed.StreamedPass", Fails)
-        monkeypatch.setattr(memory, "_SMALL", 0)
+        monkeypatch.setattr(memory, "_KEPT", 0)
         with pytest.raises(error):
             stepsal.step_saliency(model, trace, engine="streamed")
         gc.collect()
@@ -423,3 +428,26 @@ class TestMemory:
         assert (
             memory.plan(smollm2, 64, 20, only_pattern=None, **{**options, "layers": (29,)}).n_bytes < chosen[64].n_bytes
         )
+
+    @pytest.mark.parametrize(("engine", "n_tokens"), [("pattern", 1024), ("streamed", 2048), ("streamed", 4096)])
+    def test_the_estimate_is_within_a_factor_of_two(
+        self, engine: str, n_tokens: int, smollm2: TransformerBridge
+    ) -> None:
+        measured = measured_alone(engine, n_tokens)
+        assert 0.5 <= measured["estimate_bytes"] / (measured["peak_bytes"] - measured["model_bytes"]) <= 2
+
+    def test_long_traces_stay_under_the_stated_bound(self, smollm2: TransformerBridge) -> None:
+        short, long = measured_alone("streamed", 2048), measured_alone("streamed", 4096)
+        assert short["peak_bytes"] <= 1.8e9
+        assert long["peak_bytes"] <= 2.6e9
+        grown = [measured["peak_bytes"] - measured["model_bytes"] for measured in (short, long)]
+        assert grown[1] < 3 * grown[0]
+
+
+@functools.cache
+def measured_alone(engine: str, n_tokens: int) -> dict[str, float]:
+    """What the benchmark measures, in a process of its own."""
+    script = Path(__file__).parents[1] / "benchmarks" / "saliency_cost.py"
+    command = [sys.executable, str(script), "--point", engine, "--tokens", str(n_tokens)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return json.loads(output.splitlines()[-1])

@@ -15,7 +15,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from stepsal.saliency.streamed import LOGITS
 
-_SMALL = 2**29  # bytes that nobody minds: patterns up to here are kept whole, and so are activations
+_SMALL = 2**29  # bytes that nobody minds: patterns up to here are kept whole
+_KEPT = 2**28  # bytes of activations that are kept instead of computed again, on a CPU
 _BLOCK = 2**25  # bytes of the blocks of attention on a CPU: rows enough for its matrix products, and near its caches
 _BLOCK_CUDA = 2**30
 
@@ -132,7 +133,7 @@ class _Sizes:
         n_rows = max(16, min(1024 if self.cuda else 128, budget // row))
         n_rows = min(n_rows, self.n_tokens)
         kept_layer = self.layer * self.n_tokens
-        n_kept = min(self.n_layers, int((free // 2 if self.cuda else min(_SMALL, free // 4)) // kept_layer))
+        n_kept = min(self.n_layers, int((free // 2 if self.cuda else min(_KEPT, free // 4)) // kept_layer))
         checkpoints = (self.n_layers - n_kept) * (self.d_model + self.z) * self.item * self.n_tokens
         passing = kept_layer + self.n_tokens * (2 * (self.qkv + self.z) * 4 + 4 * self.d_model * self.item)
         logits = 4 * 4 * min(LOGITS, self.n_tokens * self.d_vocab)

@@ -44,7 +44,7 @@ from transformers import DynamicCache
 from stepsal.bridge import attention_hooks, first_hooks_on, sliding_window
 from stepsal.pooling import StepSums
 from stepsal.saliency.attention import Attention, Block, Workspace, attend, attend_backward, wide
-from stepsal.saliency.common import PooledMaps, check_finite, differentiable
+from stepsal.saliency.common import PooledMaps, check_finite, differentiable, freed_at_once
 
 LOGITS = 2**23  # elements of the largest [chunk, d_vocab] tensor
 
@@ -126,6 +126,7 @@ class StreamedPass:
         n_layers, blocks = self.model.cfg.n_layers, self.model.blocks
         with ExitStack() as stack:
             stack.enter_context(differentiable(self.model))
+            stack.enter_context(freed_at_once())
             hooks: list[tuple[str, Callable[..., None]]] = []
             for layer in range(n_layers):
                 names = attention_hooks(layer)
