@@ -21,9 +21,9 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import stepsal
 from stepsal.saliency import memory
-from stepsal.saliency.attention import Attention, Workspace, attend, attend_backward
+from stepsal.saliency.attention import Attention, Workspace, attend, attend_backward, attention_of
 from stepsal.saliency.pattern import pattern_maps
-from stepsal.saliency.streamed import StreamedPass, attention_of, streamed_maps, unembed
+from stepsal.saliency.streamed import StreamedPass, streamed_maps, unembed
 from stepsal.tasks import chain
 from stepsal.trace import Trace
 

@@ -40,6 +40,9 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from stepsal.bridge import sliding_window
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +53,17 @@ class Attention:
     window: int | None = None  # keys that a query sees at most, itself included
     softcap: float | None = None
     sinks: Float[Tensor, " head"] | None = None
+
+
+def attention_of(model: TransformerBridge, layer: int) -> Attention:
+    """What a layer's attention does, read off the module that the bridge wraps."""
+    wrapped = model.blocks[layer].attn.original_component
+    return Attention(
+        scale=getattr(wrapped, "scaling", wrapped.head_dim**-0.5),
+        window=sliding_window(model, layer),
+        softcap=getattr(wrapped, "attn_logit_softcapping", None),
+        sinks=getattr(wrapped, "sinks", None),
+    )
 
 
 class Block(NamedTuple):

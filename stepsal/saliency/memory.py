@@ -13,6 +13,7 @@ import psutil
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
+from stepsal.saliency.attention import attention_of
 from stepsal.saliency.streamed import LOGITS
 
 _SMALL = 2**29  # bytes that nobody minds: patterns up to here are kept whole
@@ -106,9 +107,8 @@ class _Sizes:
         self.n_layers, self.d_model, self.d_vocab = cfg.n_layers - layers[0], cfg.d_model, cfg.d_vocab
         self.n_heads, self.n_kv_heads = cfg.n_heads, cfg.n_key_value_heads or cfg.n_heads
         d_head = cfg.d_head
-        softcap = getattr(model.blocks[0].attn.original_component, "attn_logit_softcapping", None)
         # softmax in float32, its copy in the dtype of the model, the tanh of a soft-cap
-        self.pair = 4 + (self.item if self.item != 4 else 0) + (self.item if softcap else 0)
+        self.pair = 4 + (self.item if self.item != 4 else 0) + (self.item if attention_of(model, 0).softcap else 0)
         self.qkv = (self.n_heads + 2 * self.n_kv_heads) * d_head
         self.z = self.n_heads * d_head
         experts = getattr(cfg, "experts_per_token", None) or 1

@@ -26,6 +26,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from stepsal.bridge import attention_hooks
+from stepsal.saliency.attention import attention_of
 
 Hook = Callable[..., Tensor | None]
 
@@ -48,10 +49,7 @@ def own_position_hooks(model: TransformerBridge, layer: int) -> OwnPositionHooks
         Forward hooks. They hold the activations of one forward pass.
     """
     names = attention_hooks(layer)
-    attention = model.blocks[layer].attn.original_component
-    d_head = attention.head_dim
-    scale = getattr(attention, "scaling", d_head**-0.5)
-    softcap = getattr(attention, "attn_logit_softcapping", None)
+    attention = attention_of(model, layer)
     own: dict[str, Tensor] = {}
 
     def keep_query(q: Tensor, hook: HookPoint) -> None:  # q [batch, pos, head, d_head]
@@ -68,9 +66,9 @@ def own_position_hooks(model: TransformerBridge, layer: int) -> OwnPositionHooks
     def attach_own_key(scores: Tensor, hook: HookPoint) -> Tensor:  # scores [batch, head, query_pos, key_pos]
         q, k = own["q"], own["k"]
         k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)  # [batch, pos, head, d_head]
-        d = scale * (q * k).sum(-1).transpose(1, 2)  # [batch, head, pos]
-        if softcap is not None:
-            d = softcap * torch.tanh(d / softcap)
+        d = attention.scale * (q * k).sum(-1).transpose(1, 2)  # [batch, head, pos]
+        if attention.softcap is not None:
+            d = attention.softcap * torch.tanh(d / attention.softcap)
         return scores + torch.diag_embed(d - d.detach())
 
     def keep_diagonal(pattern: Tensor, hook: HookPoint) -> None:  # pattern [batch, head, query_pos, key_pos]

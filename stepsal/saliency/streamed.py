@@ -34,16 +34,15 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
 
-from stepsal.bridge import attention_hooks, first_hooks_on, sliding_window
+from stepsal.bridge import attention_hooks, first_hooks_on
 from stepsal.pooling import StepSums
-from stepsal.saliency.attention import Attention, Block, Workspace, attend, attend_backward, wide
+from stepsal.saliency.attention import Block, Workspace, attend, attend_backward, attention_of, wide
 from stepsal.saliency.common import PooledMaps, check_finite, differentiable, freed_at_once
 
 LOGITS = 2**23  # elements of the largest [chunk, d_vocab] tensor
@@ -190,7 +189,6 @@ class StreamedPass:
     def attend_backward(self, layer: int, q: Tensor, k: Tensor, v: Tensor, dz: Tensor) -> tuple[Tensor | None, ...]:
         heads = (len(q),) if self.keep_heads else ()
         pool = StepSums(self.step_ids.to(q.device), self.n_steps, batch=heads)
-        share = torch.ones((), device=q.device) if self.keep_heads else torch.full((), 1 / len(q), device=q.device)
 
         def visit(product: Tensor, block: Block, group: slice) -> None:  # [head, row, key]
             if self.keep_heads:
@@ -205,7 +203,7 @@ class StreamedPass:
             own_position=self.target == "token", differentiate=not lowest, visit=visit if requested else None,
         )  # fmt: skip
         if requested:
-            self.sums[layer] = (pool.sums * share).cpu()
+            self.sums[layer] = (pool.sums if self.keep_heads else pool.sums / len(q)).cpu()
             check_finite(layer, self.sums[layer])
             self.on_layer()
         return gradients or (None, None, None)
@@ -221,9 +219,8 @@ class _Attend(torch.autograd.Function):
         return streamed.attend(layer, q, k, v)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v = ctx.saved_tensors  # type: ignore[attr-defined]
-        return *ctx.streamed.attend_backward(ctx.layer, q, k, v, gradients[0]), None, None  # type: ignore[attr-defined]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return *ctx.streamed.attend_backward(ctx.layer, *ctx.saved_tensors, gradients[0]), None, None
 
 
 class _KeysAndValues(DynamicCache):
@@ -251,17 +248,6 @@ def _checkpointed(block: torch.nn.Module) -> Iterator[None]:
         del block.__dict__["forward"]
         if own is not None:
             block.__dict__["forward"] = own
-
-
-def attention_of(model: TransformerBridge, layer: int) -> Attention:
-    """What a layer's attention does, read off the module that the bridge wraps."""
-    wrapped = model.blocks[layer].attn.original_component
-    return Attention(
-        scale=getattr(wrapped, "scaling", wrapped.head_dim**-0.5),
-        window=sliding_window(model, layer),
-        softcap=getattr(wrapped, "attn_logit_softcapping", None),
-        sinks=getattr(wrapped, "sinks", None),
-    )
 
 
 def unembed(model: TransformerBridge, x: Float[Tensor, "*pos d_model"]) -> Float[Tensor, "*pos d_vocab"]:
