@@ -1,21 +1,22 @@
-"""What StepFlow costs while decoding: time of N new tokens with and without it, in turn.
+"""What StepFlow costs while decoding: time of N new tokens with and without it, token by token in turn.
 
     python benchmarks/decode_overhead.py                       # 400-token prompt, 200 new tokens, batch 1 and 16
     python benchmarks/decode_overhead.py --growth              # 50 new tokens after 500 .. 4000 tokens of thinking
 
 The new tokens are given, so that all variants do the same work: SmolLM2 (context extended for --growth) reads sentences
-one token at a time from the cache, as it would read its own. Variants run in turn, in an order that rotates; a ratio is
-taken within one turn, and the table shows its median and range over turns. A token that takes three times as long as is
-usual in its run counts as a stall of the machine, and is left out, whatever the variant.
+one token at a time from the cache, as it would read its own. Each variant has a copy of the model and a cache of its
+own, and they take the same token in turn, in an order that rotates, so that whatever slows the machine for more than a
+moment slows all alike. A ratio is that of the mean times of a run; the table shows its median and range over runs. A
+token that takes three times as long as is usual in its run counts as a stall of the machine, and is left out of all
+variants.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 import machine
@@ -53,50 +54,58 @@ def tokens_of(model: TransformerBridge, n_prompt: int, n_thinking: int, batch: i
     return torch.tensor(rows)
 
 
-def seconds(model: TransformerBridge, tokens: torch.Tensor, n_new: int, config: stepsal.StepFlowConfig | None) -> float:
-    """Mean time of each of the last n_new tokens, one at a time from the cache of the others; stalls left out."""
-    n_first = tokens.shape[1] - n_new
-    device = next(model.parameters()).device
-    times = []
-    with stepsal.stepflow(model, config) if config else nullcontext(), torch.no_grad():
-        _, cache = model(tokens[:, :n_first], return_type="logits_and_cache", use_cache=True, logits_to_keep=1)
-        for i in range(n_first, tokens.shape[1]):
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            _, cache = model(tokens[:, i : i + 1], past_key_values=cache, return_type="logits_and_cache")
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-    usual = statistics.median(times)
-    return statistics.mean(t for t in times if t <= 3 * usual)
+def seconds(models: dict[str, TransformerBridge], tokens: torch.Tensor, n_new: int) -> dict[str, float]:
+    """Mean time that each variant takes for one of the last n_new tokens, after those before; stalls left out."""
+    n_first, names = tokens.shape[1] - n_new, list(models)
+    times = {name: torch.zeros(n_new, dtype=torch.float64) for name in names}
+    caches = {}
+    with ExitStack() as stack, torch.no_grad():
+        for name, model in models.items():
+            if (config := VARIANTS[name]) is not None:
+                stack.enter_context(stepsal.stepflow(model, config))
+            _, caches[name] = model(
+                tokens[:, :n_first], return_type="logits_and_cache", use_cache=True, logits_to_keep=1
+            )
+        for i in range(n_new):
+            one = tokens[:, n_first + i : n_first + i + 1]
+            for name in names[i % len(names) :] + names[: i % len(names)]:
+                wait(one)
+                start = time.perf_counter()
+                _, caches[name] = models[name](one, past_key_values=caches[name], return_type="logits_and_cache")
+                wait(one)
+                times[name][i] = time.perf_counter() - start
+    usual = torch.stack([t <= 3 * t.median() for t in times.values()]).all(0)
+    return {name: float(t[usual].mean()) for name, t in times.items()}
+
+
+def wait(tensor: torch.Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
 
 
 def measure(
-    model: TransformerBridge, n_prompt: int, n_before: int, n_new: int, batch: int, turns: int, names: list[str]
+    models: dict[str, TransformerBridge], n_prompt: int, n_before: int, n_new: int, batch: int, runs: int
 ) -> list[dict]:
-    """One row per variant of `names`: median milliseconds per token, and the ratio to the baseline of the same turn."""
+    """One row per variant: median milliseconds per token, and its ratio to the baseline of the same run."""
+    model = models["baseline"]
     tokens = tokens_of(model, n_prompt, n_before + n_new, batch).to(next(model.parameters()).device)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in tqdm(range(turns + 1), desc=f"batch {batch}, {n_prompt + n_before} tokens before"):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            taken = seconds(model, tokens, n_new if turn else 10, VARIANTS[name])
-            if turn:  # the first one warms up
-                times[name].append(taken)
+    seconds(models, tokens[:, : n_prompt + 10], 10)  # warms up
+    bar = tqdm(range(runs), desc=f"batch {batch}, {n_prompt + n_before} tokens before")
+    taken = pd.DataFrame([seconds(models, tokens, n_new) for _ in bar])
     rows = []
-    for name, taken in times.items():
-        ratios = [a / b for a, b in zip(taken, times["baseline"], strict=True)]
+    for name in models:
+        ratios = taken[name] / taken["baseline"]
         rows.append(
             {
                 "batch": batch,
                 "tokens_before": n_prompt + n_before,
                 "new_tokens": n_new,
                 "variant": name,
-                "ms_per_token": 1000 * statistics.median(taken),
-                "ratio": statistics.median(ratios),
-                "ratio_min": min(ratios),
-                "ratio_max": max(ratios),
-                "turns": turns,
+                "ms_per_token": 1000 * taken[name].median(),
+                "ratio": ratios.median(),
+                "ratio_min": ratios.min(),
+                "ratio_max": ratios.max(),
+                "runs": runs,
             }
         )
     return rows
@@ -104,22 +113,21 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--new", type=int, default=200, help="new tokens per run")
+    parser.add_argument("--runs", type=int, help="default: 7 at batch 1, 3 at batch 16 and for --growth")
     parser.add_argument("--growth", action="store_true", help="ratios at growing length instead, batch 1")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model = stepsal.load("smollm2")
+    models = {name: stepsal.load("smollm2") for name in (("baseline", "StepFlow") if args.growth else VARIANTS)}
     rows = []
     if args.growth:
-        model.original_model.config.max_position_embeddings = model.cfg.n_ctx = 8192  # cost does not ask for sense
+        for model in models.values():  # cost does not ask for sense
+            model.original_model.config.max_position_embeddings = model.cfg.n_ctx = 8192
         for n_before in (100, 600, 1600, 3600):
-            rows += measure(model, 400, n_before, 50, 1, args.turns, ["baseline", "StepFlow"])
+            rows += measure(models, 400, n_before, 50, 1, args.runs or 3)
     else:
-        for batch in args.batch:
-            rows += measure(model, 400, 0, args.new, batch, args.turns, list(VARIANTS))
+        for batch, runs in ((1, 7), (16, 3)):
+            rows += measure(models, 400, 0, 200, batch, args.runs or runs)
     table = pd.DataFrame(rows)
     name = "decode_growth" if args.growth else "decode_overhead"
     RESULTS.mkdir(exist_ok=True)

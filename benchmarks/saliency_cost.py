@@ -199,10 +199,11 @@ def exponents(table: pd.DataFrame) -> pd.DataFrame:
 # -------------------------------------------------------------------------------------------------------- time
 
 
-def measure_time(lengths: list[int], turns: int) -> pd.DataFrame:
+def measure_time(lengths: list[int], all_turns: int) -> pd.DataFrame:
     model = smollm2()
     rows = []
     for n_tokens in lengths:
+        turns = all_turns if n_tokens <= 2048 else min(all_turns, 3)
         names = ["floor", "streamed", "streamed sequence"] + ["run_with_cache", "pattern"] * (n_tokens <= 2048)
         runs = {name: way(name, model, n_tokens) for name in names}
         times: dict[str, list[float]] = {name: [] for name in names}
