@@ -127,8 +127,8 @@ class _Sizes:
         return kept + max(passing, logits) + self.maps
 
     def streamed(self, free: int) -> Plan:
-        # three buffers [group, row, key] and the sum over the group
-        row = 4 * (3 * self.n_heads // self.n_kv_heads + 1) * self.n_tokens
+        # four buffers [group, row, key] and the sum over the group
+        row = 4 * (4 * self.n_heads // self.n_kv_heads + 1) * self.n_tokens
         budget = min(_BLOCK_CUDA if self.cuda else _BLOCK, free // 8)
         n_rows = max(16, min(1024 if self.cuda else 128, budget // row))
         n_rows = min(n_rows, self.n_tokens)

@@ -191,11 +191,11 @@ class StreamedPass:
         pool = StepSums(self.step_ids.to(q.device), self.n_steps, batch=heads)
 
         def visit(product: Tensor, block: Block, group: slice) -> None:  # [head, row, key]
+            size = torch.abs(product, out=self.workspace.take("size", product, *product.shape))
             if self.keep_heads:
-                pool.add(product.abs(), block.first, block.first_key, group)
-            else:  # the sum of absolute values over the heads of a group
-                rows = torch.linalg.vector_norm(product, ord=1, dim=0)
-                pool.add(rows, block.first, block.first_key)
+                pool.add(size, block.first, block.first_key, group)
+            else:
+                pool.add(size.sum(0), block.first, block.first_key)
 
         requested, lowest = layer in self.layers, layer == self.layers[0]
         gradients = attend_backward(
