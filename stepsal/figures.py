@@ -8,10 +8,8 @@ The same figure and data give the same bytes: no dates, no paths, no machine nam
 from __future__ import annotations
 
 import json
-import platform
 import re
 from collections.abc import Mapping
-from importlib import metadata
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import matplotlib as mpl
 
 from stepsal.maps import write_atomic
+from stepsal.versions import package_versions
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-PACKAGES = ("stepsal", "torch", "transformer-lens", "transformers", "matplotlib")
 DPI = 200
 
 
@@ -75,17 +73,6 @@ def save_figure(
     for path, content in contents.items():
         write_atomic(path, content)
     return {path.suffix[1:]: path for path in contents}
-
-
-def package_versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages a figure depends on; None for those not installed."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions
 
 
 def _render(fig: Figure, kind: str, info: dict[str, None]) -> bytes:

@@ -1,0 +1,270 @@
+"""Flow metrics: against a plain loop, planted effects, invariances, and edge cases that say why they are NaN."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformer_lens.model_bridge import TransformerBridge
+
+import stepsal
+from stepsal.maps import StepSaliency
+from stepsal.metrics import COLUMNS, PARTS, SUMMARY_PARTS, flow_metrics, trace_metrics
+from stepsal.pooling import pair_counts, reduce_blocks, row_counts
+from stepsal.tasks import chain
+
+N_LAYERS = 8
+OF_THINKING = (*PARTS, "lock_in", "reach_steps", "reach_tokens", "reach_ratio")
+USE_OF_THINKING = ("summary_thinking", "thinking_deficit", "summary_thinking_change")
+
+
+def labelled(
+    token_map: torch.Tensor | None,
+    lengths: list[int],
+    roles: list[str],
+    *,
+    reduce: str = "mean",
+    values: torch.Tensor | None = None,
+    template: int = 2,
+    layers: tuple[int, ...] = tuple(range(N_LAYERS)),
+) -> StepSaliency:
+    """A StepSaliency of a token map [layer, pos, pos] (or of `values`), `template` tokens before everything."""
+    ids = torch.cat([torch.full((template,), -1), *(torch.full((n,), i) for i, n in enumerate(lengths))])
+    if values is None:
+        assert token_map is not None
+        from stepsal.pooling import pool_steps
+
+        sums = pool_steps(token_map, ids, len(lengths))
+        values = reduce_blocks(sums, pair_counts(ids, len(lengths)), row_counts(ids, len(lengths)), reduce)
+    return StepSaliency(
+        values=values.float(), layers=layers, n_layers=N_LAYERS, model="planted", target="token", reduce=reduce,
+        roles=tuple(roles), step_texts=("x",) * len(roles), step_lengths=tuple(lengths), step_ids=ids,
+        token_texts=("t",) * len(ids),
+    )  # fmt: skip
+
+
+def roles(n_thinking: int, n_summary: int) -> list[str]:
+    return ["question"] + ["thinking"] * n_thinking + ["summary"] * n_summary
+
+
+def random_map(seed: int, lengths: list[int], reduce: str) -> StepSaliency:
+    n = sum(lengths) + 2
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.rand(N_LAYERS, n, n, generator=generator, dtype=torch.float64).pow(4).tril()
+    return labelled(tokens, lengths, roles(len(lengths) - 3, 2), reduce=reduce)
+
+
+@given(
+    seed=st.integers(0, 1000),
+    lengths=st.lists(st.integers(2, 9), min_size=8, max_size=12),
+    reduce=st.sampled_from(["mean", "sum"]),
+)
+def test_shares_equal_a_loop_over_cells(seed: int, lengths: list[int], reduce: str) -> None:
+    saliency = random_map(seed, lengths, reduce)
+    table = flow_metrics(saliency, last=2)
+    n_thinking = len(lengths) - 3
+    for position in (0, N_LAYERS - 1):
+        values = saliency.values[position].double().numpy()
+        expected: dict[str, list[float]] = {
+            name: [] for name in (*PARTS, *SUMMARY_PARTS, "summary_last", "reach_steps")
+        }
+        for i in range(3, 1 + n_thinking):
+            row = values[i] / values[i].sum()
+            expected["own"].append(row[i])
+            expected["previous"].append(row[i - 1])
+            expected["earlier"].append(sum(row[j] for j in range(1, i - 1)))
+            expected["question"].append(row[0])
+            expected["reach_steps"].append(sum(row[j] * (i - j) for j in range(i + 1)))
+        for i in range(1 + n_thinking, len(lengths)):
+            row = values[i] / values[i].sum()
+            expected["summary_thinking"].append(sum(row[1 : 1 + n_thinking]))
+            expected["summary_question"].append(row[0])
+            expected["summary_summary"].append(sum(row[1 + n_thinking :]))
+            expected["summary_last"].append(sum(row[n_thinking - 1 : n_thinking + 1]))
+        for name, shares in expected.items():
+            assert table.loc[position, name] == pytest.approx(np.mean(shares), rel=1e-5), name
+    assert np.allclose(table[list(PARTS)].sum(1), 1)
+    assert np.allclose(table[list(SUMMARY_PARTS)].sum(1), 1)
+    assert (table["reason"] == "").all()
+
+
+@given(lengths=st.lists(st.integers(2, 9), min_size=8, max_size=12), reduce=st.sampled_from(["mean", "sum"]))
+def test_uniform_attention_shows_neither_failure_whatever_the_lengths(lengths: list[int], reduce: str) -> None:
+    n = sum(lengths) + 2
+    saliency = labelled(torch.ones(N_LAYERS, n, n).tril(), lengths, roles(len(lengths) - 3, 2), reduce=reduce)
+    table = flow_metrics(saliency)
+    for name in ("lock_in", "thinking_deficit", "decay_slope", "summary_thinking_change"):
+        assert np.allclose(table[name], 0, atol=1e-6), name
+    assert np.allclose(table["reach_ratio"], 1, atol=1e-6)
+
+
+def test_reach_in_tokens_is_the_mean_distance_of_tokens() -> None:
+    lengths = [5, 3, 4, 2, 6, 3, 4]
+    saliency = random_map(0, lengths, "sum")
+    n = sum(lengths) + 2
+    ids = saliency.step_ids.numpy()
+    table, values = flow_metrics(saliency), saliency.values.double().numpy()
+    distance = np.arange(n)[:, None] - np.arange(n)
+    for position in (0, 5):
+        reaches = []
+        for i in range(3, 5):
+            total = 0.0
+            for j in range(i + 1):
+                pairs = [
+                    distance[t, k]
+                    for t in range(n - 1) if ids[t] == i
+                    for k in range(t + 1) if ids[k] == j
+                ]  # fmt: skip
+                total += values[position, i, j] / values[position, i].sum() * np.mean(pairs)
+            reaches.append(total)
+        assert table.loc[position, "reach_tokens"] == pytest.approx(np.mean(reaches), rel=1e-5)
+
+
+@pytest.mark.parametrize("excess", [-0.1, 0.0, 0.25])
+def test_planted_lock_in_is_recovered(excess: float) -> None:
+    n_thinking = 6
+    values = torch.zeros(N_LAYERS, n_thinking + 2, n_thinking + 2, dtype=torch.float64)
+    for i in range(n_thinking + 2):
+        values[:, i, : i + 1] = 1 / (i + 1)
+    for i in range(3, n_thinking + 1):  # shallow layers only: more on i and i - 1, less on all else
+        values[:2, i, i - 1 : i + 1] += excess / 2
+        values[:2, i, : i - 1] -= excess / (i - 1)
+    saliency = labelled(None, [4] * (n_thinking + 2), roles(n_thinking, 1), values=values)
+    table = flow_metrics(saliency)
+    assert table["lock_in"].tolist() == pytest.approx([excess] * 2 + [0.0] * 6, abs=1e-6)
+    assert trace_metrics(saliency)["shallow_lock_in"] == pytest.approx(excess, abs=1e-6)
+
+
+@pytest.mark.parametrize("slope", [-0.3, 0.0, 0.2])
+def test_planted_decay_is_recovered(slope: float) -> None:
+    n_thinking = 7
+    values = torch.ones(N_LAYERS, n_thinking + 3, n_thinking + 3, dtype=torch.float64).tril()
+    distance = torch.arange(n_thinking).flip(0)
+    values[6:, n_thinking + 1 :, 1 : n_thinking + 1] = torch.exp(slope * distance.double())
+    saliency = labelled(None, [3] * (n_thinking + 3), roles(n_thinking, 2), values=values)
+    table = flow_metrics(saliency)
+    assert table["decay_slope"].tolist() == pytest.approx([0.0] * 6 + [slope] * 2, abs=1e-6)
+    scalars = trace_metrics(saliency)
+    assert np.sign(scalars["deep_decay"]) == np.sign(-slope) or slope == 0
+    assert scalars["deep_decay"] == pytest.approx(scalars["deep_fade"], abs=1e-6)  # the middle layers are uniform
+
+
+def test_scaling_a_row_changes_nothing() -> None:
+    saliency = random_map(3, [4, 3, 5, 2, 6, 3, 4, 5], "mean")
+    factors = torch.rand(N_LAYERS, saliency.n_steps, 1) * 9 + 0.1
+    scaled = labelled(None, list(saliency.step_lengths), list(saliency.roles), values=saliency.values * factors)
+    a, b = flow_metrics(saliency), flow_metrics(scaled)
+    names = [c for c in COLUMNS if "intensity" not in c]
+    np.testing.assert_allclose(a[names], b[names], rtol=1e-4, atol=1e-6)
+    normalised = flow_metrics(saliency.row_normalised())
+    np.testing.assert_allclose(a[names], normalised[names], rtol=1e-4, atol=1e-6)
+    assert normalised[["analysis_intensity", "final_intensity", "intensity_ratio"]].isna().all(axis=None)
+    assert normalised["reason"].str.contains("normalised").all()
+
+
+def test_intensities_are_means_of_blocks() -> None:
+    saliency = random_map(4, [4, 3, 5, 2, 6, 3, 4, 5], "mean")
+    table, values = flow_metrics(saliency), saliency.values.numpy()
+    thinking = [values[:, i, j] for i in range(1, 6) for j in range(1, i + 1)]
+    summary = [values[:, i, j] for i in (6, 7) for j in range(6, i + 1)]
+    np.testing.assert_allclose(table["analysis_intensity"], np.mean(thinking, axis=0), rtol=1e-6)
+    np.testing.assert_allclose(table["final_intensity"], np.mean(summary, axis=0), rtol=1e-6)
+    np.testing.assert_allclose(
+        table["intensity_ratio"], np.mean(summary, axis=0) / np.mean(thinking, axis=0), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("n_thinking", "n_summary", "missing", "reason"),
+    [
+        (1, 1, [*OF_THINKING, "decay_slope", "summary_last"], "thinking has 1 steps"),
+        (
+            0, 1,
+            [*OF_THINKING, *USE_OF_THINKING, "decay_slope", "summary_last", "analysis_intensity", "intensity_ratio"],
+            "there is no thinking",
+        ),
+        (
+            5, 0,
+            ["summary_question", "summary_summary", *USE_OF_THINKING, "decay_slope", "summary_last",
+             "final_intensity", "intensity_ratio"],
+            "there is no summary",
+        ),
+        (3, 1, ["summary_last"], "summary_last needs more than 3"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_said_is_nan_with_a_reason(
+    n_thinking: int, n_summary: int, missing: list[str], reason: str
+) -> None:
+    lengths = [4] * (1 + n_thinking + n_summary)
+    n = sum(lengths) + 2
+    saliency = labelled(torch.rand(N_LAYERS, n, n).tril(), lengths, roles(n_thinking, n_summary))
+    table = flow_metrics(saliency)
+    assert table[missing].isna().all(axis=None)
+    assert table["reason"].str.contains(reason).all()
+    there = table[list(COLUMNS)].notna().any()
+    assert set(there.index[~there]) == set(missing)
+
+
+def test_every_nan_has_a_reason_and_rows_without_saliency_are_left_out() -> None:
+    saliency = random_map(5, [4, 3, 5, 2, 6, 3, 4, 5], "mean")
+    values = saliency.values.clone()
+    values[2, 3] = 0  # a thinking row of layer 2
+    values[3, 3:6] = 0  # all of layer 3
+    values[4, 6:] = 0  # all summary rows of layer 4
+    emptied = labelled(None, list(saliency.step_lengths), list(saliency.roles), values=values)
+    table, full = flow_metrics(emptied), flow_metrics(saliency)
+    nan = table[list(COLUMNS)].isna().any(axis=1)
+    assert nan.tolist() == [i in (3, 4) for i in range(N_LAYERS)]
+    assert ((table["reason"] != "") == nan).all()
+    assert table["n_thinking_rows"].tolist() == [3, 3, 2, 0, 3, 3, 3, 3]
+    assert table["n_summary_rows"].tolist() == [2, 2, 2, 2, 0, 2, 2, 2]
+    assert table.loc[0, "own"] == full.loc[0, "own"]
+    row = values[2, 4:6].double()
+    assert table.loc[2, "question"] == pytest.approx(float((row[:, 0] / row.sum(1)).mean()), rel=1e-5)
+
+
+def test_a_last_step_of_one_token_predicts_nothing_and_is_no_zero() -> None:
+    lengths = [4, 3, 5, 2, 6, 1]
+    n = sum(lengths) + 2
+    saliency = labelled(torch.rand(N_LAYERS, n, n).tril(), lengths, roles(4, 1))
+    table = flow_metrics(saliency)
+    assert table[["summary_question", "final_intensity", "intensity_ratio"]].isna().all(axis=None)
+    assert table["reason"].str.contains("no summary step predicts a token").all()
+    with_two = labelled(torch.rand(N_LAYERS, n, n).tril(), lengths, roles(3, 2))
+    values = with_two.values.double().numpy()
+    np.testing.assert_allclose(flow_metrics(with_two)["final_intensity"], values[:, 4, 4], rtol=1e-6)
+
+
+def test_saliency_of_exactly_zero_is_no_lack_of_decay() -> None:
+    values = torch.ones(N_LAYERS, 8, 8, dtype=torch.float64).tril()
+    values[0, 7, 1:4] = 0  # a sliding window hides the early steps
+    table = flow_metrics(labelled(None, [4] * 8, roles(6, 1), values=values))
+    assert np.isnan(table.loc[0, "decay_slope"])
+    assert "every one of at least two thinking steps" in table.loc[0, "reason"]
+    assert table.loc[1, "decay_slope"] == pytest.approx(0, abs=1e-9)
+
+
+def test_bands_that_were_not_computed_whole_are_a_reason() -> None:
+    n = 4 * 8 + 2
+    token_map = torch.rand(3, n, n).tril()
+    saliency = labelled(token_map, [4] * 8, roles(5, 2), layers=(0, 1, 7))
+    scalars = trace_metrics(saliency)
+    assert np.isfinite(scalars["shallow_lock_in"])
+    assert np.isnan(scalars["deep_decay"])
+    assert "not all layers of the deep band" in scalars["reason"]
+    assert flow_metrics(saliency)["reason"].str.contains("middle half").all()
+    with pytest.raises(ValueError, match="last=0"):
+        flow_metrics(saliency, last=0)
+
+
+def test_on_a_real_trace(mini: TransformerBridge) -> None:
+    trace = stepsal.generate(mini, chain.sample(3, length=5).question)
+    mean, mass = (stepsal.step_saliency(mini, trace, reduce=how) for how in ("mean", "sum"))
+    for saliency in (mean, mass):
+        table = flow_metrics(saliency)
+        assert table["layer"].tolist() == list(range(8))
+        assert table[list(COLUMNS)].notna().all(axis=None)
+        assert np.allclose(table[list(PARTS)].sum(1), 1)
+        assert trace_metrics(saliency)["reason"] == ""

@@ -1,0 +1,257 @@
+"""Contrasts: against scipy, planted effects, honest p-values and intervals, and lengths that explain an effect away."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats as scipy_stats
+
+from stepsal.stats import auroc, compare_groups, strata_of, tell_apart
+
+
+def group(values: np.ndarray, first: int, n_steps: np.ndarray | int = 10) -> pd.DataFrame:
+    """Tidy rows of traces `first`, `first + 1`, ...; values [trace, layer]."""
+    n, n_layers = values.shape
+    steps = np.broadcast_to(n_steps, n)
+    return pd.DataFrame(
+        {
+            "trace": np.repeat(np.arange(first, first + n), n_layers),
+            "layer": np.tile(np.arange(n_layers), n),
+            "x": values.ravel(),
+            "n_steps": np.repeat(steps, n_layers),
+            "n_tokens": np.repeat(steps * 12, n_layers),
+        }
+    )
+
+
+def two_groups(rng: np.random.Generator, n: int, m: int, shift: float, layers: int = 6) -> tuple[pd.DataFrame, ...]:
+    common = lambda k: 0.7 * rng.normal(size=(k, 1))  # noqa: E731 (layers of a trace go together)
+    correct, wrong = (common(k) + rng.normal(size=(k, layers)) for k in (n, m))
+    wrong[:, 2:5] += shift
+    return group(correct, 0), group(wrong, n)
+
+
+def test_without_strata_it_agrees_with_scipy() -> None:
+    rng = np.random.default_rng(0)
+    correct, wrong = two_groups(rng, 30, 22, 0.6)
+    table = compare_groups(correct, wrong, "x", n_resamples=9999).query("matching == 'none'").set_index("layer")
+    for layer in range(6):
+        a, b = (frame.loc[frame["layer"] == layer, "x"].to_numpy() for frame in (correct, wrong))
+        row = table.loc[layer]
+        test = scipy_stats.permutation_test(
+            (b, a), lambda x, y, axis: x.mean(axis) - y.mean(axis), vectorized=True, n_resamples=9999, rng=1
+        )
+        assert row["p"] == pytest.approx(test.pvalue, abs=0.025)
+        boot = scipy_stats.bootstrap(
+            (b, a), lambda x, y, axis: x.mean(axis) - y.mean(axis), vectorized=True, method="percentile", rng=1
+        )
+        assert row["low"] == pytest.approx(boot.confidence_interval.low, abs=0.06)
+        assert row["high"] == pytest.approx(boot.confidence_interval.high, abs=0.06)
+        assert row["difference"] == pytest.approx(b.mean() - a.mean())
+        assert row["mean_wrong"] == pytest.approx(b.mean())
+        pooled = np.sqrt((a.var(ddof=1) * 29 + b.var(ddof=1) * 21) / 50)
+        assert row["hedges_g"] == pytest.approx((b.mean() - a.mean()) / pooled * (1 - 3 / 199))
+        assert row["cliffs_delta"] == pytest.approx(np.sign(b[:, None] - a).mean())
+    np.testing.assert_allclose(table["q"], scipy_stats.false_discovery_control(table["p"]))
+
+
+def test_a_planted_effect_is_found_where_it_is() -> None:
+    correct, wrong = two_groups(np.random.default_rng(1), 60, 60, 1.5)
+    for _, table in compare_groups(correct, wrong, "x").groupby("matching"):
+        assert (table["q"] < 0.05).tolist() == [False, False, True, True, True, False]
+        assert table["cluster"].tolist() == [0, 0, 1, 1, 1, 0]
+        assert table["cluster_p"][table["cluster"] == 1].max() < 0.01
+        assert table["cluster_p"][table["cluster"] == 0].isna().all()
+        assert ((table["low"] < table["difference"]) & (table["difference"] < table["high"])).all()
+
+
+def test_p_values_are_uniform_and_intervals_cover() -> None:
+    """500 draws: no effect in layers 0 to 3, which go together; one of 0.5 in layer 5.
+
+    Wrong traces are the longer ones, and values grow with the length, so that only the matched contrast is right.
+    """
+    rng = np.random.default_rng(2)
+    p_values, clusters, covered, raw_p_values = [], [], 0, []
+    for draw in range(500):
+        steps = [np.repeat([8, 10, 12], [14, 10, 6]), np.repeat([8, 10, 12], [5, 9, 12])]
+        x = []
+        for s in steps:
+            values = rng.normal(size=(len(s), 1)) + 0.5 * rng.normal(size=(len(s), 6)) + 0.5 * s[:, None]
+            values[:, 4] = 0.0  # keeps layer 5 away from the others
+            x.append(values)
+        x[1][:, 5] += 0.5
+        correct, wrong = group(x[0], 0, steps[0]), group(x[1], 100, steps[1])
+        table = compare_groups(correct, wrong, "x", n_resamples=299, seed=draw)
+        matched = table[table["matching"] == "length"].set_index("layer")
+        p_values.append(matched.loc[0, "p"])
+        raw_p_values.append(table.query("matching == 'none' and layer == 0")["p"].item())
+        clusters.append(matched.loc[:3, "cluster_p"].min())
+        covered += matched.loc[5, "low"] <= 0.5 <= matched.loc[5, "high"]
+    assert scipy_stats.kstest(p_values, "uniform").pvalue > 0.01
+    assert scipy_stats.kstest(raw_p_values, "uniform").pvalue < 1e-6
+    # binomial bounds of three standard errors, and two points for the percentile interval of groups this small
+    assert 0.90 <= covered / 500 <= 0.98
+    assert np.mean(np.array(clusters) <= 0.05) <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 500)
+
+
+def test_an_effect_of_length_alone_vanishes_with_matching() -> None:
+    rng = np.random.default_rng(3)
+    steps = [rng.integers(5, 12, 150), rng.integers(8, 15, 150)]
+    correct, wrong = (
+        group(s[:, None] * 0.3 + rng.normal(size=(150, 4)), first, s) for s, first in zip(steps, (0, 500), strict=True)
+    )
+    raw, matched = (t for _, t in compare_groups(correct, wrong, "x", bins=None).groupby("matching", sort=False))
+    assert (raw["q"] < 0.001).all()
+    assert raw["n_steps_difference"].min() > 2
+    assert (matched["p"] > 0.05).all()
+    assert matched[["n_steps_difference", "n_tokens_difference"]].abs().max(axis=None) < 1e-9
+    n_left = int(sum(np.isin(a, b).sum() for a, b in (steps, steps[::-1])))
+    assert (matched["n_correct"] + matched["n_wrong"] == n_left).all()
+    assert (matched["n_left_out"] == 300 - n_left).all()
+
+
+def test_what_bins_leave_of_a_difference_in_length_is_said() -> None:
+    rng = np.random.default_rng(13)
+    tokens = [np.exp(rng.normal(mean, 0.4, 300)) * 100 for mean in (0.0, 0.5)]
+    correct, wrong = (
+        group(np.log(t)[:, None], first).assign(n_tokens=t) for t, first in zip(tokens, (0, 500), strict=True)
+    )
+    options = {"match": ["n_tokens"], "n_resamples": 199}
+    left = {bins: compare_groups(correct, wrong, "x", bins=bins, **options) for bins in (3, 10, 30)}
+    of_tokens = [abs(t["n_tokens_difference"].iloc[1]) for t in left.values()]
+    assert np.isclose(left[3]["n_tokens_difference"].iloc[0], tokens[1].mean() - tokens[0].mean())
+    assert of_tokens == sorted(of_tokens, reverse=True)
+    assert of_tokens[1] < 0.2 * left[10]["n_tokens_difference"].iloc[0]
+    assert left[10]["n_left_out"].iloc[1] <= left[30]["n_left_out"].iloc[1]
+
+
+def test_layers_that_were_not_compared_break_clusters_and_keep_their_row() -> None:
+    correct, wrong = two_groups(np.random.default_rng(14), 60, 60, 1.5)
+    correct.loc[correct["layer"] == 3, "x"] = np.nan
+    wrong.loc[wrong["layer"] == 3, "x"] = np.nan
+    table = compare_groups(correct, wrong, "x").query("matching == 'none'")
+    assert table["layer"].tolist() == list(range(6))
+    assert table["cluster"].fillna(-1).tolist() == [0, 0, 1, -1, 2, 0]
+    assert table["difference"].isna().tolist() == [False, False, False, True, False, False]
+    assert table.loc[table["layer"] != 3, "n_left_out"].max() == 0
+
+
+def test_groups_too_small_for_an_interval_have_none() -> None:
+    correct, wrong = two_groups(np.random.default_rng(15), 30, 4, 0.0)
+    table = compare_groups(correct, wrong, "x").query("matching == 'none'")
+    assert table[["low", "high"]].isna().all(axis=None)
+    assert table["p"].notna().all()
+
+
+def test_no_common_length_gives_nan_and_says_so() -> None:
+    rng = np.random.default_rng(4)
+    correct, wrong = group(rng.normal(size=(9, 2)), 0, 5), group(rng.normal(size=(9, 2)), 50, 9)
+    matched = compare_groups(correct, wrong, "x").query("matching == 'length'")
+    assert (matched["n_correct"] == 0).all()
+    assert (matched["n_left_out"] == 18).all()
+    assert matched[["difference", "low", "p", "q", "hedges_g"]].isna().all(axis=None)
+
+
+def test_traces_without_a_value_are_left_out_and_counted() -> None:
+    correct, wrong = two_groups(np.random.default_rng(5), 20, 20, 0.0)
+    correct.loc[correct["trace"] == 3, "x"] = np.nan
+    wrong.loc[(wrong["trace"] == 25) & (wrong["layer"] == 1), "x"] = np.nan
+    table = compare_groups(correct, wrong, "x")
+    assert (table["n_correct"] == 19).all()
+    assert (table["n_wrong"] == 19).all()
+    assert (table["n_left_out"] == 2).all()
+
+
+def test_a_number_per_trace_and_a_constant() -> None:
+    frame = pd.DataFrame({"trace": range(40), "x": np.r_[np.zeros(20), np.ones(20)], "one": 1.0})
+    table = compare_groups(frame[:20], frame[20:], "x", match=())
+    assert "layer" not in table
+    assert len(table) == 1
+    assert table["difference"].item() == pytest.approx(1)
+    assert table["cliffs_delta"].item() == 1
+    assert table["p"].item() < 0.001
+    for value in (1.0, 1 / 3, 0.0):
+        constant = compare_groups(frame[:20].assign(c=value), frame[20:-7].assign(c=value), "c", match=())
+        assert constant["p"].item() == 1
+        assert constant["difference"].item() == 0
+        assert np.isnan(constant["hedges_g"].item())
+
+
+def test_bad_input_is_named() -> None:
+    correct, wrong = two_groups(np.random.default_rng(6), 10, 10, 0.0)
+    with pytest.raises(ValueError, match="no column 'lock_in'"):
+        compare_groups(correct, wrong, "lock_in")
+    with pytest.raises(ValueError, match="in both groups"):
+        compare_groups(correct, correct, "x")
+    with pytest.raises(ValueError, match="several rows for"):
+        compare_groups(pd.concat([correct, correct]), wrong, "x")
+    with pytest.raises(ValueError, match="no wrong trace"):
+        compare_groups(correct, wrong.assign(x=np.nan), "x")
+    with pytest.raises(ValueError, match="level=95"):
+        compare_groups(correct, wrong, "x", level=95)
+
+
+def test_strata_are_bins_or_exact() -> None:
+    lengths = pd.DataFrame({"n_steps": [3, 3, 4, 4], "n_tokens": [10, 11, 10, 99]})
+    assert len(set(strata_of(lengths, None))) == 4
+    many = pd.DataFrame({"n_tokens": np.arange(100)})
+    assert np.bincount(strata_of(many, 5)).tolist() == [20] * 5
+
+
+def test_auroc_counts_pairs_within_strata() -> None:
+    rng = np.random.default_rng(7)
+    score, positive, strata = rng.integers(0, 5, 60).astype(float), rng.random(60) < 0.4, rng.integers(0, 3, 60)
+    pairs = [
+        (score[i] > score[j]) + 0.5 * (score[i] == score[j])
+        for i in np.flatnonzero(positive)
+        for j in np.flatnonzero(~positive)
+        if strata[i] == strata[j]
+    ]
+    assert auroc(score, positive, strata) == pytest.approx(np.mean(pairs))
+    assert np.isnan(auroc(score, np.zeros(60, dtype=bool)))
+
+
+def problems(rng: np.random.Generator, n: int, effect: float) -> pd.DataFrame:
+    wrong = rng.random(n) < 0.4
+    return pd.DataFrame(
+        {
+            "correct": ~wrong,
+            "problem": np.arange(n) // 2,
+            "signal": -effect * wrong + rng.normal(size=n),  # points down: the direction has to be learnt
+            "noise": rng.normal(size=n),
+        }
+    )
+
+
+def test_tell_apart_finds_a_signal_and_not_noise() -> None:
+    data = problems(np.random.default_rng(18), 400, 1.5)
+    data.loc[0, "noise"] = np.nan
+    predictors = {"signal": "signal", "noise": "noise", "both": ["signal", "noise"]}
+    table = tell_apart(data, predictors, baseline="noise", n_resamples=500).set_index("predictor")
+    expected = scipy_stats.norm.cdf(1.5 / np.sqrt(2))
+    assert table.loc["signal", "low"] < expected < table.loc["signal", "high"]
+    assert table.loc["noise", "low"] < 0.5 < table.loc["noise", "high"]
+    assert table.loc["signal", "over_low"] > 0.2
+    assert table.loc["noise", ["over_baseline", "over_low", "over_high"]].eq(0).all()
+    assert table.loc["both", "auroc"] == pytest.approx(table.loc["signal", "auroc"], abs=0.03)
+    assert (table["n_left_out"] == 1).all()
+    assert (table["n_correct"] + table["n_wrong"] == 399).all()
+
+
+def test_cross_validation_does_not_flatter_noise() -> None:
+    rng = np.random.default_rng(9)
+    found = [tell_apart(problems(rng, 60, 0.0), {"noise": "noise"}, n_resamples=99)["auroc"].item() for _ in range(60)]
+    assert np.mean(found) == pytest.approx(0.5, abs=3 * np.std(found) / np.sqrt(60))
+
+
+def test_tell_apart_names_bad_input() -> None:
+    data = problems(np.random.default_rng(10), 40, 1.0)
+    with pytest.raises(ValueError, match="no column 'absent'"):
+        tell_apart(data, {"a": "absent"})
+    with pytest.raises(ValueError, match="baseline='b'"):
+        tell_apart(data, {"a": "noise"}, baseline="b")
+    with pytest.raises(ValueError, match="not bool"):
+        tell_apart(data.assign(correct=data["correct"].astype(str)), {"a": "noise"})
+    with pytest.raises(ValueError, match="n_folds=100"):
+        tell_apart(data, {"a": "noise"}, n_folds=100)
