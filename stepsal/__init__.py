@@ -10,15 +10,18 @@ if TYPE_CHECKING:
     from stepsal.generation import generate, generate_batch
     from stepsal.intervention import StepFlowConfig, stepflow
     from stepsal.maps import StepSaliency
+    from stepsal.population import Population, collect
     from stepsal.saliency import step_saliency
     from stepsal.trace import Step, Trace
 
 __version__ = "0.1.0"
 __all__ = [
+    "Population",
     "Step",
     "StepFlowConfig",
     "StepSaliency",
     "Trace",
+    "collect",
     "generate",
     "generate_batch",
     "load",
@@ -34,11 +37,13 @@ _HOME = {
     "StepFlowConfig": "stepsal.intervention",
     "stepflow": "stepsal.intervention",
     "StepSaliency": "stepsal.maps",
+    "Population": "stepsal.population",
+    "collect": "stepsal.population",
     "step_saliency": "stepsal.saliency",
     "Step": "stepsal.trace",
     "Trace": "stepsal.trace",
 }
-_MODULES = ("figures", "intervention", "maps", "plots", "segment", "tasks")
+_MODULES = ("figures", "intervention", "maps", "metrics", "plots", "segment", "stats", "tasks")
 
 
 def __getattr__(name: str) -> Any:

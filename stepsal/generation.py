@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -116,6 +117,21 @@ def generate_batch(
         )  # fmt: skip
         traces.append(trace)
     return traces
+
+
+@torch.no_grad()
+def log_probabilities(model: TransformerBridge, trace: Trace) -> Float[Tensor, " target"]:
+    """log p(token t + 1 | tokens up to t) for t = 0 .. T - 2, in nats, float32 on the CPU; at temperature 1.
+
+    Those of the answer begin at `trace.n_prompt - 1`. One forward pass, under whatever edits the model.
+    """
+    tokens = trace.tokens.to(next(model.parameters()).device)
+    logits = model(tokens[None], attention_mask=torch.ones_like(tokens)[None])[0, :-1]
+    targets = tokens[1:]
+    chunks = range(0, len(targets), 1024)  # float32 copies of a few rows only
+    return -torch.cat(
+        [cross_entropy(logits[i : i + 1024].float(), targets[i : i + 1024], reduction="none").cpu() for i in chunks]
+    )
 
 
 @torch.no_grad()

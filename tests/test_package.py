@@ -14,12 +14,12 @@ import stepsal
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"segment", "pooling"},
+    {"segment", "pooling", "versions", "stats"},
     {"trace", "bridge"},
     {"maps", "tracking"},
-    {"intervention"},
+    {"intervention", "metrics"},
     {"saliency", "generation"},
-    {"tasks"},
+    {"tasks", "population"},
     {"plots", "figures"},
     {"cli"},
 ]
@@ -57,7 +57,10 @@ def run(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
 
 
-@pytest.mark.parametrize("module", ["stepsal", "stepsal.plots", "stepsal.figures", "stepsal.maps", "stepsal.cli"])
+@pytest.mark.parametrize(
+    "module",
+    ["stepsal", "stepsal.plots", "stepsal.figures", "stepsal.maps", "stepsal.metrics", "stepsal.stats", "stepsal.cli"],
+)
 def test_imports_no_model_code(module: str) -> None:
     heavy = ("transformer_lens", "transformers")
     assert run(f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])").strip() == "[]"

@@ -185,6 +185,40 @@ def sample(seed: int, length: int | None = None, distractors: int | None = None)
     return Problem(tuple(definitions), goal=names[0], length=length, seed=seed)
 
 
+@dataclass(frozen=True)
+class ChainTask:
+    """Chain problems of some lengths, as a task (`stepsal.tasks.Task`).
+
+    Attributes:
+        length: number of needed definitions: one, or a range (lowest, highest) to draw from; None as for `sample`.
+        distractors: as for `sample`.
+
+    Raises:
+        ValueError: what `sample` refuses, or an empty range.
+    """
+
+    length: int | tuple[int, int] | None = None
+    distractors: int | None = None
+
+    def __post_init__(self) -> None:
+        low, high = self.length if isinstance(self.length, tuple) else (self.length, self.length)
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"length={self.length} is empty; give (lowest, highest)")
+        for length in (low, high):
+            sample(0, length, self.distractors)
+
+    @property
+    def name(self) -> str:
+        length = "{}..{}".format(*self.length) if isinstance(self.length, tuple) else self.length
+        return f"chain(length={length}, distractors={self.distractors})"
+
+    def sample(self, seed: int) -> Problem:
+        length = self.length
+        if isinstance(length, tuple):
+            length = random.Random(f"length {seed}").randint(*length)
+        return sample(seed, length, self.distractors)
+
+
 def _random_tree(rng: random.Random, n: int) -> list[list[int]]:
     """Children of each of n nodes: a random tree with at most two children a node, tending to depth."""
     children: list[list[int]] = [[] for _ in range(n)]

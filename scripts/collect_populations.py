@@ -1,0 +1,43 @@
+"""Collect the populations in data/ that the notebooks start from.
+
+    python scripts/collect_populations.py            # both; goes on with what is there
+    python scripts/collect_populations.py mini       # the embedded reasoner on chains of 7 to 9 definitions
+    python scripts/collect_populations.py smollm2    # SmolLM2 on procedural sums
+
+Remove a folder to make it anew. Settings were chosen so that there are many traces of either outcome, on seeds that
+are not in the populations.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import stepsal
+from stepsal.tasks.chain import ChainTask
+from stepsal.tasks.gym import GymTask
+
+DATA = Path(__file__).parents[1] / "data"
+POPULATIONS = {
+    "mini": (ChainTask(length=(7, 9), distractors=10), 400, {"max_new_tokens": 330}),
+    "smollm2": (
+        GymTask("chain_sum", {"min_terms": 3, "max_terms": 3, "max_digits": 2}), 160, {"max_new_tokens": 200},
+    ),
+}  # fmt: skip
+SEED = 700_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help=", ".join(POPULATIONS))
+    for name in parser.parse_args().names or POPULATIONS:
+        task, n, options = POPULATIONS[name]
+        folder = DATA / f"population_{name}"
+        population = stepsal.collect(stepsal.load(name), task, n, folder, seed=SEED, part_size=100, **options)
+        n_correct = int(population.traces["correct"].sum())
+        size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+        print(f"{population}: {n_correct} correct, {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
