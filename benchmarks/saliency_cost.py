@@ -180,8 +180,9 @@ def measure_memory(lengths: list[int]) -> pd.DataFrame:
         else:  # a way that does not fit is a finding
             error = "out of memory" if done.returncode < 0 else done.stderr.strip().splitlines()[-1][:200]
             rows.append({"way": name, "tokens": n_tokens, "error": error})
-    table = pd.DataFrame(rows)
-    table["grown_bytes"] = table["peak_bytes"] - table["model_bytes"]
+        table = pd.DataFrame(rows)
+        table["grown_bytes"] = table["peak_bytes"] - table["model_bytes"]
+        save("saliency_memory", table, show=False)  # after each point: the last ones take long
     return table
 
 
@@ -282,12 +283,13 @@ def measure_7b(lengths: list[int]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def save(name: str, table: pd.DataFrame) -> None:
+def save(name: str, table: pd.DataFrame, show: bool = True) -> None:
     RESULTS.mkdir(exist_ok=True)
     table.to_csv(RESULTS / f"{name}.csv", index=False, float_format="%.4g")
     facts = machine.facts() | {"memory_gb": round(psutil.virtual_memory().total / 1e9)}
     (RESULTS / f"{name}.json").write_text(json.dumps(facts, indent=2) + "\n")
-    print(table.to_string(index=False, float_format="%.3g"))
+    if show:
+        print(table.to_string(index=False, float_format="%.3g"))
 
 
 def main() -> None:
