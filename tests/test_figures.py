@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from stepsal import figures, plots
-from stepsal.figures import package_versions, save_figure
+from stepsal import plots
+from stepsal.figures import save_figure
+from stepsal.versions import package_versions
 
 PROVENANCE = {"model": "mini", "seed": 0, "parameters": {"tau_max": 0.15}}
 
@@ -81,7 +82,8 @@ def test_nothing_is_written_when_rendering_fails(fig, data, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
-def test_versions_of_absent_packages_are_null(monkeypatch):
-    monkeypatch.setattr(figures, "PACKAGES", ("matplotlib", "no-such-package"))
-    assert package_versions()["no-such-package"] is None
-    assert package_versions()["python"].startswith("3.")
+def test_versions_of_absent_packages_are_null() -> None:
+    versions = package_versions(("matplotlib", "no-such-package"))
+    assert versions["matplotlib"]
+    assert versions["no-such-package"] is None
+    assert versions["python"].startswith("3.")
