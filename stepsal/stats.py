@@ -298,7 +298,9 @@ def tell_apart(
     For each predictor a logistic regression on its standardised columns (L2, C = 1) is fitted on the other folds, also
     when it has one column: the direction in which a metric points is learnt, not peeked at. A problem's traces are all
     in one fold. The AUROC compares traces of the same fold only, for scores of different fits have different scales.
-    Intervals are of the scores as they are: that other training traces would have given other fits is not in them.
+    Intervals are of the scores as they are: that other training traces would have given other fits is not in them. A
+    predictor without any signal has its whole 95 % interval above 0.5 in about 5 % of samples, not in 2.5 %, since a
+    chance association is learnt in whichever direction it has.
 
     Args:
         data: one row per trace.
