@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
+    from stepsal.trace import Trace
+
 Target = Literal["token", "sequence"]
 Band = Literal["shallow", "middle", "deep"]
 Layers = int | Sequence[int] | Band
@@ -300,6 +302,17 @@ _LABELS: dict[str, Callable[[Any], Any]] = {  # field -> how to read it back fro
     "step_lengths": tuple,
     "token_texts": tuple,
 }
+
+
+def labels_of(trace: Trace) -> dict[str, Any]:
+    """The labels that a StepSaliency has from its trace."""
+    return {
+        "roles": trace.roles,
+        "step_texts": tuple(trace.step_text(i) for i in range(len(trace.steps))),
+        "step_lengths": tuple(step.end - step.start for step in trace.steps),
+        "step_ids": trace.step_ids,
+        "token_texts": trace.token_texts,
+    }
 
 
 def average(saliencies: Sequence[StepSaliency]) -> StepSaliency:

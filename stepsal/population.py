@@ -35,7 +35,7 @@ import safetensors.torch
 import torch
 from tqdm.auto import tqdm
 
-from stepsal.maps import StepSaliency, write_atomic
+from stepsal.maps import StepSaliency, labels_of, write_atomic
 from stepsal.metrics import SCALARS, flow_metrics, trace_metrics
 from stepsal.segment import Format
 from stepsal.trace import Step, Trace
@@ -246,10 +246,7 @@ class Population:
         trace, manifest = self.trace(i), self.manifest
         return StepSaliency(
             values=values, layers=tuple(layers), n_layers=manifest["n_layers"], model=manifest["model"],
-            target=manifest["saliency"]["target"], reduce=manifest["saliency"]["reduce"], roles=trace.roles,
-            step_texts=tuple(trace.step_text(k) for k in range(len(trace.steps))),
-            step_lengths=tuple(step.end - step.start for step in trace.steps), step_ids=trace.step_ids,
-            token_texts=trace.token_texts,
+            target=manifest["saliency"]["target"], reduce=manifest["saliency"]["reduce"], **labels_of(trace),
             metadata={"trace": i, "task": manifest["task"], "dtype": manifest["dtype"]}
             | ({"stepflow": manifest["stepflow"]} if manifest["stepflow"] else {}),
         )  # fmt: skip

@@ -21,7 +21,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from stepsal.intervention import StepFlowConfig, active_flow
 from stepsal.intervention import stepflow as open_stepflow
-from stepsal.maps import Band, StepSaliency, band_layers
+from stepsal.maps import Band, StepSaliency, band_layers, labels_of
 from stepsal.pooling import pair_counts, reduce_blocks, row_counts
 from stepsal.saliency.attention import Workspace
 from stepsal.saliency.common import PooledMaps
@@ -145,16 +145,12 @@ def _labelled(
     counts, rows = pair_counts(step_ids, n_steps), row_counts(step_ids, n_steps)
     return StepSaliency(
         values=reduce_blocks(maps.sums, counts, rows, reduce),
+        **labels_of(trace),
         layers=layers,
-        roles=trace.roles,
-        step_texts=tuple(trace.step_text(i) for i in range(n_steps)),
-        step_lengths=tuple(step.end - step.start for step in trace.steps),
         target=target,
         reduce=reduce,
         model=model.cfg.model_name,
         n_layers=model.cfg.n_layers,
-        step_ids=step_ids,
-        token_texts=trace.token_texts,
         head_values=None if maps.head_sums is None else reduce_blocks(maps.head_sums, counts, rows, reduce),
         token_values=maps.tokens,
         metadata=metadata,
