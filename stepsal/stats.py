@@ -108,6 +108,48 @@ def compare_groups(
     return result if "layer" in correct else result.drop(columns=["layer", "q", "cluster", "cluster_p"])
 
 
+def mean_profile(
+    data: pd.DataFrame, metric: str, *, by: str = "correct", n_resamples: int = 1999, level: float = 0.95, seed: int = 0
+) -> pd.DataFrame:
+    """Mean of a metric over the traces of each group, layer by layer, with its bootstrap interval.
+
+    For looking at. Whether groups differ is for `compare_groups` to say: overlapping intervals are no test.
+
+    Args:
+        data: tidy rows with columns "trace", "layer", `metric` and `by`, one per trace and layer.
+        metric: column to average; traces that have no value in a layer are left out there.
+        by: column that tells the groups apart.
+        n_resamples, level, seed: of the bootstrap over traces, layer by layer.
+
+    Returns:
+        One row per group and layer: `by`, layer, n (traces), mean, low, high. NaN intervals below 5 traces.
+
+    Raises:
+        ValueError: a missing column, several rows for one trace and layer, or numbers out of range.
+    """
+    import pandas as pd
+
+    _check_options(n_resamples, level, None)
+    _require_columns("data", data, ["trace", "layer", metric, by])
+    if data.duplicated(["trace", "layer"]).any():
+        again = data.loc[data.duplicated(["trace", "layer"]), ["trace", "layer"]].iloc[0].to_dict()
+        raise ValueError(f"data has several rows for {again}: give one row per trace and layer")
+    rows = []
+    for (group, layer), values in data.groupby([by, "layer"], sort=True)[metric]:
+        x = values.to_numpy(dtype=float)
+        x = x[np.isfinite(x)]
+        low = high = np.nan
+        if len(x) >= FEWEST:
+            drawn = scipy_stats.bootstrap(
+                (x,), np.mean, n_resamples=n_resamples, confidence_level=level, method="percentile",
+                rng=np.random.default_rng(seed),
+            )  # fmt: skip
+            low, high = drawn.confidence_interval
+        mean = x.mean() if len(x) else np.nan
+        rows.append({by: group, "layer": layer, "n": len(x), "mean": mean, "low": low, "high": high})
+    return pd.DataFrame(rows)
+
+
 def strata_of(lengths: pd.DataFrame, bins: int | None) -> Int[np.ndarray, " trace"]:
     """Number the strata of traces that agree in every column, after cutting each into `bins` quantile bins.
 

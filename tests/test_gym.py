@@ -38,6 +38,8 @@ def test_the_last_number_counts(text: str, correct: bool) -> None:
     verdict = Problem("?", "7").grade(text)
     assert verdict.correct is correct
     assert verdict.reason
+    wrong = "no number" if text == "seven" else "wrong number"
+    assert verdict.error == (None if correct else wrong)
 
 
 def test_what_cannot_be_graded_is_refused() -> None:

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
-from stepsal.stats import auroc, compare_groups, strata_of, tell_apart
+from stepsal.stats import auroc, compare_groups, mean_profile, strata_of, tell_apart
 
 
 def group(values: np.ndarray, first: int, n_steps: np.ndarray | int = 10) -> pd.DataFrame:
@@ -54,6 +54,27 @@ def test_without_strata_it_agrees_with_scipy() -> None:
         assert row["hedges_g"] == pytest.approx((b.mean() - a.mean()) / pooled * (1 - 3 / 199))
         assert row["cliffs_delta"] == pytest.approx(np.sign(b[:, None] - a).mean())
     np.testing.assert_allclose(table["q"], scipy_stats.false_discovery_control(table["p"]))
+
+
+def test_mean_profile_averages_traces_and_brackets_the_mean() -> None:
+    rng = np.random.default_rng(0)
+    correct, wrong = two_groups(rng, 40, 4, 1.0)
+    data = pd.concat([correct.assign(correct=True), wrong.assign(correct=False)])
+    data.loc[(data["trace"] == 0) & (data["layer"] == 2), "x"] = np.nan
+    profile = mean_profile(data, "x").set_index(["correct", "layer"])
+    assert profile.loc[(True, 2), "n"] == 39
+    assert (profile.loc[True, "n"].drop(2) == 40).all()
+    expected = correct.groupby("layer")["x"].mean()
+    np.testing.assert_allclose(profile.loc[True, "mean"].drop(2), expected.drop(2))
+    error = correct.groupby("layer")["x"].std() / np.sqrt(40)
+    width = profile.loc[True, "high"] - profile.loc[True, "low"]
+    np.testing.assert_allclose(width.drop(2), 2 * 1.96 * error.drop(2), rtol=0.15)
+    assert ((profile["low"] < profile["mean"]) & (profile["mean"] < profile["high"])).loc[True].all()
+    assert profile.loc[False, ["low", "high"]].isna().all(axis=None)  # four traces make no interval
+    with pytest.raises(ValueError, match=r"several rows for \{'trace': 0, 'layer': 0\}"):
+        mean_profile(pd.concat([data, data.head(1)]), "x")
+    with pytest.raises(ValueError, match="no column 'group'"):
+        mean_profile(data, "x", by="group")
 
 
 def test_a_planted_effect_is_found_where_it_is() -> None:

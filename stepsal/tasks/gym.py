@@ -10,7 +10,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from stepsal.trace import Trace
@@ -22,11 +22,12 @@ NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the last number of an answer is the right one."""
+    """Whether the last number of an answer is the right one, and what is wrong where it is not."""
 
     correct: bool
     answer: str | None
     reason: str
+    error: Literal["truncated", "no number", "wrong number"] | None = None
 
 
 @dataclass(frozen=True)
@@ -42,15 +43,15 @@ class Problem:
         An answer that was cut off is wrong, whatever its last number.
         """
         if not isinstance(trace, str) and trace.truncated:
-            return Verdict(False, None, "the answer was cut off")
+            return Verdict(False, None, "the answer was cut off", "truncated")
         text = trace if isinstance(trace, str) else trace.summary or trace.response
         numbers = NUMBER.findall(text.replace("−", "-"))
         if not numbers:
-            return Verdict(False, None, f"the answer {text[-60:].strip()!r} has no number")
+            return Verdict(False, None, f"the answer {text[-60:].strip()!r} has no number", "no number")
         answer = numbers[-1].replace(",", "")
         if Decimal(answer) == Decimal(self.reference):
             return Verdict(True, answer, "the answer is right")
-        return Verdict(False, answer, f"{answer} is not {self.reference}")
+        return Verdict(False, answer, f"{answer} is not {self.reference}", "wrong number")
 
 
 @dataclass(frozen=True)
