@@ -30,8 +30,8 @@ check: install
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/pytest tests
-	$(BIN)/pytest --nbmake --nbmake-timeout=900 notebooks
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests
+	$(BIN)/pytest -n 2 --nbmake --nbmake-timeout=900 notebooks
 
 figures: install
 	$(BIN)/stepsal figures

@@ -17,7 +17,15 @@ import stepsal
 hypothesis.settings.register_profile("stepsal", deadline=None)  # times say nothing on a busy machine
 hypothesis.settings.load_profile("stepsal")
 os.environ["HF_HUB_OFFLINE"] = "1"
-torch.set_num_threads(2)
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+torch.set_num_threads(THREADS)
+os.environ["OMP_NUM_THREADS"] = str(THREADS)  # of the processes that tests start
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The notebooks first, which take longest: the rest runs beside them."""
+    items.sort(key=lambda item: item.path.stem != "test_published_figures")
+
 
 _SHAPE = {
     "vocab_size": 160,
