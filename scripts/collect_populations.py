@@ -1,11 +1,11 @@
 """Collect the populations in data/ that the notebooks start from.
 
     python scripts/collect_populations.py            # both; goes on with what is there
-    python scripts/collect_populations.py mini       # the embedded reasoner on chains of 7 to 9 definitions
-    python scripts/collect_populations.py smollm2    # SmolLM2 on procedural sums
+    python scripts/collect_populations.py mini       # the embedded reasoner on chains of 8 definitions among 14 others
+    python scripts/collect_populations.py smollm2    # SmolLM2 on sums of two digits
 
 Remove a folder to make it anew. Settings were chosen so that there are many traces of either outcome, on seeds that
-are not in the populations.
+are not in the populations: SmolLM2 solves none of 32 sums of three terms, and a quarter of those of two.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import stepsal
 from stepsal.tasks.chain import ChainTask
 from stepsal.tasks.gym import GymTask
 
+INSTRUCTION = "\nThink step by step. Then state the answer in a last paragraph of its own."
 DATA = Path(__file__).parents[1] / "data"
 POPULATIONS = {
-    "mini": (ChainTask(length=(7, 9), distractors=10), 400, {"max_new_tokens": 330}),
+    "mini": (ChainTask(length=8, distractors=14), 600, {"max_new_tokens": 330}),
     "smollm2": (
-        GymTask("chain_sum", {"min_terms": 3, "max_terms": 3, "max_digits": 2}), 160, {"max_new_tokens": 200},
+        GymTask("chain_sum", {"min_terms": 2, "max_terms": 2, "max_digits": 1}, INSTRUCTION), 400,
+        {"max_new_tokens": 160, "temperature": 0.7},
     ),
 }  # fmt: skip
 SEED = 700_000
