@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from stepsal.intervention import StepFlowConfig, stepflow
     from stepsal.maps import StepSaliency
     from stepsal.population import Population, collect
-    from stepsal.saliency import step_saliency
+    from stepsal.saliency import step_attention, step_saliency
     from stepsal.trace import Step, Trace
 
 __version__ = "0.1.0"
@@ -25,6 +25,7 @@ __all__ = [
     "generate",
     "generate_batch",
     "load",
+    "step_attention",
     "step_saliency",
     "stepflow",
 ]
@@ -39,6 +40,7 @@ _HOME = {
     "StepSaliency": "stepsal.maps",
     "Population": "stepsal.population",
     "collect": "stepsal.population",
+    "step_attention": "stepsal.saliency",
     "step_saliency": "stepsal.saliency",
     "Step": "stepsal.trace",
     "Trace": "stepsal.trace",

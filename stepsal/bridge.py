@@ -175,7 +175,12 @@ def sliding_window(model: TransformerBridge, layer: int) -> int | None:
     return getattr(config, "sliding_window", None) if config.model_type in _ONE_WINDOW else None
 
 
-_ONE_WINDOW = ("mistral", "mixtral", "starcoder2")  # families with one window for all layers, in the config alone
+_ONE_WINDOW = (
+    "mistral",
+    "mixtral",
+    "ministral3",
+    "starcoder2",
+)  # families with one window for all layers, in the config alone
 _checked: weakref.WeakSet[TransformerBridge] = weakref.WeakSet()
 
 

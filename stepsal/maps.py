@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
     from stepsal.trace import Trace
 
-Target = Literal["token", "sequence"]
+Target = Literal["token", "sequence", "attention"]
+"""Whose loss is differentiated; "attention" is attention alone, without a gradient."""
 Band = Literal["shallow", "middle", "deep"]
 Layers = int | Sequence[int] | Band
 """One layer (negative counts from the last), several layers, or a band of layers."""
@@ -59,7 +60,8 @@ class StepSaliency:
     """Step-by-step saliency of one trace, one lower-triangular map per layer, with all its labels.
 
     `values[l, i, j]` says how much step i (query) draws on step j (key) in layer `layers[l]`: saliency per pair of
-    tokens under reduce="mean", per query token under reduce="sum". The unit is that of the loss, nats.
+    tokens under reduce="mean", per query token under reduce="sum". The unit is that of the loss, nats; attention alone
+    (target="attention") has none.
 
     Raises:
         ValueError: If shapes, labels and maps do not fit together, if `values` holds NaN, infinite or negative

@@ -382,7 +382,7 @@ def step_map(
         ValueError: If the layer was not computed, or if roles and map do not fit.
     """
     view = map_view(*_resolve(saliency, layer, roles))
-    ax = _draw_map(view, plt.gca() if ax is None else ax, norm, cmap, labels, colorbar)
+    ax = _draw_map(view, plt.gca() if ax is None else ax, norm, cmap, labels, _quantity(saliency) if colorbar else None)
     ax.set(xlabel="key step", ylabel="query step")
     return ax
 
@@ -421,7 +421,7 @@ def token_map(
     view = map_view(values, roles)
     if norm is None:
         norm = shared_norm([view.values.compressed()], quantile_floor=0.5)
-    ax = _draw_map(view, plt.gca() if ax is None else ax, norm, cmap, labels, colorbar)
+    ax = _draw_map(view, plt.gca() if ax is None else ax, norm, cmap, labels, _quantity(saliency) if colorbar else None)
     ax.set(xlabel="key position", ylabel="query position")
     return ax
 
@@ -583,7 +583,12 @@ def layer_profile(
     return ax
 
 
-def _draw_map(view: MapView, ax: Axes, norm: Normalize | None, cmap: str, labels: bool, colorbar: bool) -> Axes:
+def _quantity(saliency: StepSaliency | ArrayLike) -> str:
+    """What the colours of a map stand for."""
+    return "attention" if isinstance(saliency, StepSaliency) and saliency.target == "attention" else "saliency"
+
+
+def _draw_map(view: MapView, ax: Axes, norm: Normalize | None, cmap: str, labels: bool, colorbar: str | None) -> Axes:
     n = view.size
     norm = shared_norm([view.values.compressed()]) if norm is None else norm
     drawn = view.values if norm.vmin is None else np.ma.maximum(view.values, norm.vmin)  # zero has no logarithm
@@ -602,8 +607,8 @@ def _draw_map(view: MapView, ax: Axes, norm: Normalize | None, cmap: str, labels
     ax.tick_params(length=0, pad=2)
     for axis in ("x", "y"):
         _role_strip(ax, view, axis, labels)
-    if colorbar:
-        _inset_colorbar(ax, image, norm)
+    if colorbar is not None:
+        _inset_colorbar(ax, image, norm, colorbar)
     return ax
 
 
@@ -648,7 +653,7 @@ def _role_strip(ax: Axes, view: MapView, axis: str, labels: bool) -> None:
             tick.label2.set_verticalalignment("center")
 
 
-def _inset_colorbar(ax: Axes, image: Any, norm: Normalize) -> None:
+def _inset_colorbar(ax: Axes, image: Any, norm: Normalize, quantity: str) -> None:
     """A colour bar where a causal map is empty: the upper right corner."""
     bar = ax.inset_axes((0.56, 0.86, 0.38, 0.035))
     bar.set_label("colorbar")
@@ -662,7 +667,7 @@ def _inset_colorbar(ax: Axes, image: Any, norm: Normalize) -> None:
         colorbar.update_ticks()
         bar.minorticks_off()
     bar.tick_params(length=1.5, width=0.5, pad=1, labelsize=font_size)
-    bar.set_title("saliency", fontsize=font_size, pad=2, loc="center", fontweight="normal")
+    bar.set_title(quantity, fontsize=font_size, pad=2, loc="center", fontweight="normal")
 
 
 def _text_width(text: str, font_size: float) -> float:

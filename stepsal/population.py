@@ -106,6 +106,8 @@ def collect(
         options["layers"] = list(options["layers"])
     if unknown := set(options) - {"target", "engine", "layers", "reduce"}:
         raise ValueError(f"saliency={sorted(unknown)} is not kept in a population; use target, engine, layers, reduce")
+    if options["target"] not in ("token", "sequence"):
+        raise ValueError(f"saliency target={options['target']!r} is unknown; use 'token' or 'sequence'")
     if active_flow(model) is not None:
         raise ValueError("a stepflow context is open, of which the folder would not know; use collect(stepflow=...)")
     folder = Path(folder)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import matplotlib as mpl
 
@@ -234,6 +235,13 @@ def test_labels_never_overlap(n_thinking, width):
         assert not overlapping(boxes)
         assert all(fig.bbox.padded(1).containsx(b.x0) and fig.bbox.padded(1).containsx(b.x1) for b in boxes)
         plt.close(fig)
+
+
+def test_the_colour_bar_says_what_is_shown(ax):
+    for saliency, title in ((make(), "saliency"), (replace(make(), target="attention"), "attention")):
+        ax.clear()
+        plots.step_map(saliency, 0, ax=ax)
+        assert child(ax, "colorbar").get_title() == title
 
 
 def test_labels_and_colorbar_can_be_left_out(ax):

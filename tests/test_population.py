@@ -165,8 +165,9 @@ def test_other_parameters_and_models_are_refused(mini: TransformerBridge, whole:
 def test_parameters_that_fail_leave_no_trace(mini: TransformerBridge, whole: Population, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="temperature=-1"):
         collect(mini, TASK, N, tmp_path, **OPTIONS, temperature=-1)
-    with pytest.raises(ValueError, match="tokn"):
-        collect(mini, TASK, N, tmp_path, **OPTIONS, saliency={"target": "tokn"})
+    for target in ("tokn", "attention"):
+        with pytest.raises(ValueError, match=target):
+            collect(mini, TASK, N, tmp_path, **OPTIONS, saliency={"target": target})
     with pytest.raises(ValueError, match="split=<function"):
         collect(mini, TASK, N, tmp_path, **OPTIONS, segmentation={"split": lambda before, after: True})
     with stepsal.stepflow(mini), pytest.raises(ValueError, match=r"collect\(stepflow="):

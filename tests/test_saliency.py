@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
+
 import brute_force
 import pytest
 import torch
 from conftest import ARCHITECTURES, tiny_hf_model
+from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 import stepsal
+from stepsal.pooling import pool_steps
 from stepsal.saliency.own_position import own_position_hooks
 from stepsal.saliency.pattern import pattern_maps
+from stepsal.saliency.streamed import streamed_maps
 from stepsal.tasks import chain
 from stepsal.trace import Trace
 
@@ -123,12 +129,36 @@ def test_heads_stand_in_their_places(mini: TransformerBridge, chain_trace: Trace
             assert relative_error(saliency.head_values[i, head], pooled) <= 1e-5
 
 
-def test_a_trace_made_in_inference_mode(mini: TransformerBridge, chain_trace: Trace) -> None:
-    expected = stepsal.step_saliency(mini, chain_trace).values
+@pytest.mark.parametrize("engine", ["pattern", "streamed"])
+@pytest.mark.parametrize("function", [stepsal.step_saliency, stepsal.step_attention])
+def test_a_trace_made_in_inference_mode(
+    mini: TransformerBridge, chain_trace: Trace, function: Callable, engine: str
+) -> None:
+    expected = function(mini, chain_trace, engine=engine).values
     with torch.inference_mode():
         trace = Trace.from_text(chain_trace.question, chain_trace.response, mini)
-        assert torch.equal(stepsal.step_saliency(mini, trace).values, expected)
-    assert torch.equal(stepsal.step_saliency(mini, trace).values, expected)
+        assert torch.equal(function(mini, trace, engine=engine).values, expected)
+    assert torch.equal(function(mini, trace, engine=engine).values, expected)
+
+
+@pytest.mark.parametrize("engine", ["pattern", "streamed"])
+@pytest.mark.parametrize("n_traces", [1, 3])
+def test_a_bar_counts_layers(
+    mini: TransformerBridge, chain_trace: Trace, engine: str, n_traces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bars: list[tqdm] = []
+    shown: list[bool] = []
+
+    def bar(*arguments: object, **options: object) -> tqdm:
+        shown.append(not options["disable"])
+        bars.append(tqdm(*arguments, **options | {"file": io.StringIO(), "delay": 0}))
+        return bars[-1]
+
+    monkeypatch.setattr("stepsal.saliency.tqdm", bar)
+    stepsal.step_saliency(mini, [chain_trace] * n_traces, engine=engine, layers=[1, 2, 5])
+    assert [b.n for b in bars[1:]] == [3] * n_traces
+    assert shown == [n_traces > 1] + [True] * n_traces
+    assert all(b.leave is (n_traces == 1) for b in bars[1:])
 
 
 def test_sum_and_mean_agree_through_the_number_of_pairs(mini: TransformerBridge, chain_trace: Trace) -> None:
@@ -137,6 +167,44 @@ def test_sum_and_mean_agree_through_the_number_of_pairs(mini: TransformerBridge,
     lengths = torch.tensor([step.end - step.start for step in chain_trace.steps], dtype=torch.float32)
     below = torch.ones(mean.shape[1:]).tril(-1).bool()
     assert torch.allclose((mean * lengths)[:, below], mass[:, below], rtol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_attention_alone_is_that_of_the_plain_model(architecture: str, tokens: torch.Tensor) -> None:
+    plain = tiny_hf_model(architecture)
+    plain.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = torch.stack(plain(tokens[None], output_attentions=True).attentions)[:, 0]  # [layer, head, pos, pos]
+    model = stepsal.load("tiny", hf_model=tiny_hf_model(architecture))
+    options: dict = {"layers": (0, 1, 2, 3), "target": "attention", "keep_heads": True}
+    maps = pattern_maps(model, tokens, STEP_IDS, N_STEPS, **options, keep_tokens=True)
+    assert relative_error(maps.tokens, expected.mean(1)) <= 1e-5
+    pooled = pool_steps(expected, STEP_IDS, N_STEPS)
+    assert relative_error(maps.head_sums, pooled) <= 1e-5
+    streamed = streamed_maps(model, tokens, STEP_IDS, N_STEPS, **options, n_rows=7)
+    assert relative_error(streamed.head_sums, pooled) <= 1e-5
+    assert relative_error(streamed.sums, pooled.mean(1)) <= 1e-5
+    assert not any(len(point.fwd_hooks) for point in model.hook_dict.values())
+
+
+@pytest.mark.parametrize("stepflow", [None, stepsal.StepFlowConfig(tau_max=0.3)])
+def test_attention_of_a_trace(
+    mini: TransformerBridge, chain_trace: Trace, stepflow: stepsal.StepFlowConfig | None
+) -> None:
+    options: dict = {"reduce": "sum", "layers": [0, 7], "stepflow": stepflow}
+    attention, again = stepsal.step_attention(mini, [chain_trace, chain_trace], **options)
+    assert torch.equal(attention.values, again.values)
+    saliency = stepsal.step_saliency(mini, chain_trace, reduce="sum", layers=[0, 7])
+    assert attention.target == "attention"
+    assert attention.roles == saliency.roles
+    assert attention.metadata.get("stepflow") == (stepflow.to_dict() if stepflow else None)
+    rows = attention.values.sum(-1)
+    assert (rows <= 1 + 1e-5).all()  # the rest is on template tokens
+    if stepflow is None:
+        assert torch.equal(rows > 0, torch.ones_like(rows).bool())
+    else:
+        plain = stepsal.step_attention(mini, chain_trace, reduce="sum", layers=[0, 7])
+        assert (attention.values[0, 1:, 0] > plain.values[0, 1:, 0]).any()  # the bridge
 
 
 class TestNothingIsLeftBehind:

@@ -21,7 +21,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import stepsal
 from stepsal.saliency import memory
-from stepsal.saliency.attention import Attention, Workspace, attend, attend_backward, attention_of
+from stepsal.saliency.attention import Attention, Workspace, attend, attend_backward, attention_of, row_blocks
 from stepsal.saliency.pattern import pattern_maps
 from stepsal.saliency.streamed import StreamedPass, streamed_maps, unembed
 from stepsal.tasks import chain
@@ -32,11 +32,16 @@ RESPONSE = (
 )
 
 
+def checkpoint_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_ALL_KEPT", "_KEPT"):
+        monkeypatch.setattr(memory, name, 0)
+
+
 @pytest.fixture(params=[False, True], ids=["kept", "checkpointed"])
 def checkpointed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Short traces, whose activations would be kept, with every layer checkpointed as well."""
     if request.param:
-        monkeypatch.setattr(memory, "_KEPT", 0)
+        checkpoint_all(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +88,11 @@ def test_the_same_maps_as_the_pattern_engine(models: dict[str, TransformerBridge
     got = streamed_maps(*arguments, **options, **engine)
     heads = streamed_maps(*arguments, **options, **engine, keep_heads=True)
     assert got.head_sums is None
-    # one row of one block may be all there is, and that zero up to rounding: compare with the size of the whole
-    size = expected.head_sums.norm() + 1e-30
-    assert (got.sums - expected.sums).norm() <= 1e-4 * size
-    assert (heads.head_sums - expected.head_sums).norm() <= 1e-4 * size
-    torch.testing.assert_close(heads.sums, got.sums, rtol=1e-4, atol=float(1e-5 * size))
+    # one row of one block may be all there is, and that zero up to rounding: hence a millionth of the size of the whole
+    rounding = 1e-6 * float(expected.head_sums.norm()) + 1e-30
+    for layer in range(len(case["layers"])):
+        for a, b in ((got.sums, expected.sums), (heads.head_sums, expected.head_sums), (heads.sums, got.sums)):
+            assert (a[layer] - b[layer]).norm() <= 1e-4 * b[layer].norm() + rounding
 
 
 @pytest.mark.parametrize("target", ["token", "sequence"])
@@ -142,21 +147,31 @@ class TestRealTraces:
             assert torch.equal(got.values, alone.values)
             assert got.step_texts == alone.step_texts
 
-    @pytest.mark.parametrize("architecture", ["Qwen2", "Gemma2", "GptOss"])
+    @pytest.mark.parametrize("architecture", ARCHITECTURES)
     @pytest.mark.parametrize("target", ["token", "sequence"])
-    def test_bfloat16(self, architecture: str, target: str) -> None:
-        """Against float32 arithmetic on the same (rounded) weights: no worse than the pattern engine in bfloat16."""
+    @pytest.mark.parametrize("strength", [0.4, 1.0])
+    def test_bfloat16(self, architecture: str, target: str, strength: float) -> None:
+        """Against float32 arithmetic on the same (rounded) weights.
+
+        With moderate weights, within 2 %; with those that make patterns sharp, where bfloat16 itself costs more than
+        that, not much worse than the pattern engine in bfloat16. (Sharp experts may be chosen otherwise in bfloat16.)
+        """
+        if architecture == "GptOss" and strength == 1:
+            pytest.skip("rounding changes which expert is chosen")
         wide = tiny_hf_model(architecture, max_position_embeddings=512)
         half = tiny_hf_model(architecture, max_position_embeddings=512)
         with torch.no_grad():
             for p in (*wide.parameters(), *half.parameters()):
-                p.copy_(0.4 * p.bfloat16())
+                p.copy_(strength * p.bfloat16())
         reference = stepsal.load("wide", hf_model=wide, tokenizer=tiny_chat("Qwen2").tokenizer)
         model = stepsal.load("half", hf_model=half, tokenizer=reference.tokenizer, dtype=torch.bfloat16)
         trace = Trace.from_text("How many?", RESPONSE, reference)
         expected = stepsal.step_saliency(reference, trace, engine="pattern", target=target).values
-        got = stepsal.step_saliency(model, trace, engine="streamed", target=target).values
-        assert max(errors(got, expected)) <= 2e-2
+        got, by_pattern = (
+            max(errors(stepsal.step_saliency(model, trace, engine=engine, target=target).values, expected))
+            for engine in ("streamed", "pattern")
+        )
+        assert got <= (2e-2 if strength < 1 else 1.5 * by_pattern)
 
 
 class TestAttention:
@@ -212,6 +227,30 @@ class TestAttention:
         for got, wanted in zip(gradients, (dq, dk, dv), strict=True):
             torch.testing.assert_close(got, wanted)
 
+    @given(n_pos=st.integers(1, 300), n_rows=st.integers(1, 70), window=st.none() | st.integers(1, 80))
+    def test_blocks_cover_all_rows_with_the_largest_first(self, n_pos: int, n_rows: int, window: int | None) -> None:
+        blocks = list(row_blocks(n_pos, n_rows, window))
+        assert sorted(t for b in blocks for t in range(b.first, b.stop)) == list(range(n_pos))
+        sizes = [(b.stop - b.first) * (b.stop - b.first_key) for b in blocks]
+        assert max(sizes) == sizes[0]
+        for b in blocks:
+            assert b.first_key == max(0, b.first - (window or n_pos) + 1)
+
+    def test_a_pass_allocates_its_buffers_once(self, mini: TransformerBridge) -> None:
+        problem = chain.sample(5, length=4)
+        trace = Trace.from_text(problem.question, problem.solution(), mini)
+        taken: dict[str, set[int]] = {}
+
+        class Watched(Workspace):
+            def take(self, name: str, like: Tensor, *shape: int) -> Tensor:
+                buffer = super().take(name, like, *shape)
+                taken.setdefault(name, set()).add(buffer.untyped_storage().data_ptr())
+                return buffer
+
+        arguments = (mini, trace.tokens, trace.step_ids, len(trace.steps))
+        streamed_maps(*arguments, layers=(0, 3, 7), target="token", n_rows=16, workspace=Watched())
+        assert {name: len(pointers) for name, pointers in taken.items()} == {"scores": 1, "pattern": 1, "size": 1}
+
     def test_buffers_are_used_again(self) -> None:
         workspace, like = Workspace(), torch.zeros(1)
         first = workspace.take("scores", like, 4, 5)
@@ -250,7 +289,7 @@ class TestTheModelStaysAsItWas:
             plain = model(trace.tokens[None])
         with model.hooks(fwd_hooks=[(where, hook)]):
             before = self.state(model)
-            monkeypatch.setattr(memory, "_KEPT", 0)  # every layer is checkpointed
+            checkpoint_all(monkeypatch)
             if error is None:
                 stepsal.step_saliency(model, trace, engine="streamed")
                 assert len(calls) == 2
@@ -273,7 +312,7 @@ class TestTheModelStaysAsItWas:
                 raise error
 
         monkeypatch.setattr("stepsal.saliency.streamed.StreamedPass", Fails)
-        monkeypatch.setattr(memory, "_KEPT", 0)
+        checkpoint_all(monkeypatch)
         with pytest.raises(error):
             stepsal.step_saliency(model, trace, engine="streamed")
         gc.collect()
@@ -294,11 +333,16 @@ class TestTheModelStaysAsItWas:
     def test_edits_by_other_hooks_are_part_of_the_model(self) -> None:
         model = tiny_chat("Llama")
         trace = Trace.from_text("How many?", RESPONSE, model)
+
+        def in_place(x: Tensor, hook: object) -> None:
+            x[:, 5:9] += 0.5
+
         edits = [
             ("blocks.0.attn.hook_rot_q", lambda q, hook: 0.5 * q),
             ("blocks.1.attn.v.hook_out", lambda v, hook: v + 0.3),
             ("blocks.2.attn.o.hook_in", lambda z, hook: z.index_fill(2, torch.tensor([1]), 0.0)),
             ("blocks.1.hook_resid_post", lambda x, hook: 1.1 * x),
+            ("blocks.2.hook_resid_pre", in_place),
             ("unembed.hook_in", lambda x, hook: 0.9 * x),
         ]
         plain = stepsal.step_saliency(model, trace, engine="pattern")
@@ -363,7 +407,7 @@ class TestRefusals:
         trace = Trace.from_text("How many?", RESPONSE, model)
         with torch.no_grad():
             model.blocks[3].mlp.gate.original_component.weight[0, 0] = torch.nan
-        with pytest.raises(FloatingPointError, match="NaN or inf in the saliency of layer 3"):
+        with pytest.raises(FloatingPointError, match="NaN or inf in the map of layer 3"):
             stepsal.step_saliency(model, trace, engine="streamed")
 
     def test_stepflow_and_token_maps(self, mini: TransformerBridge) -> None:
@@ -415,6 +459,45 @@ class TestRefusals:
 
 
 class TestMemory:
+    @pytest.mark.parametrize("n_tokens", [512, 4096, 65536])
+    def test_what_fits_with_all_layers_checkpointed_is_not_refused(
+        self, n_tokens: int, mini: TransformerBridge, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        options: dict = {"engine": "streamed", "layers": tuple(range(8)), "keep_heads": False, "keep_tokens": False}
+        options["only_pattern"] = None
+        free = 2**40
+        monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+        with monkeypatch.context() as patch:
+            checkpoint_all(patch)
+            least = memory.plan(mini, n_tokens, 20, **options)
+        assert least.n_kept == 0
+        free = int(1.02 * least.n_bytes)
+        assert memory.plan(mini, n_tokens, 20, **options).n_bytes <= free
+        free = int(0.5 * least.n_bytes)  # a smaller block is no way out, most of it lies elsewhere
+        with pytest.raises(MemoryError, match=r"but .* GB are free"):
+            memory.plan(mini, n_tokens, 20, **options)
+
+    def test_blocks_get_smaller_with_free_memory(
+        self, smollm2: TransformerBridge, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        rows = []
+        for free in (10**12, 136 * 10**6, 68 * 10**6):
+            monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
+            sizes = memory._Sizes(smollm2, 8192, 20, tuple(range(30)), False, False, False)
+            rows.append(sizes.streamed(free).n_rows)
+        assert rows[0] > rows[1] > rows[2] >= 16
+
+    def test_the_limit_of_a_container_counts(self, tmp_path: Path) -> None:
+        own, inner = tmp_path / "self", tmp_path / "root" / "pod" / "box"
+        inner.mkdir(parents=True)
+        own.write_text("0::/pod/box\n")
+        for group, limit, used in ((inner, "max", 70), (inner.parent, "100", 90), (tmp_path / "root", "max", 500)):
+            (group / "memory.max").write_text(f"{limit}\n")
+            (group / "memory.current").write_text(f"{used}\n")
+            (group / "memory.stat").write_text("anon 60\ninactive_file 30\n")
+        assert memory._left_in_control_groups(tmp_path / "root", own) == [40]
+        assert memory._left_in_control_groups(tmp_path / "root", tmp_path / "none") == []
+
     def test_the_engine_is_chosen_by_size(self, smollm2: TransformerBridge) -> None:
         options: dict = {"layers": tuple(range(30)), "keep_heads": False, "keep_tokens": False, "engine": "auto"}
         chosen = {

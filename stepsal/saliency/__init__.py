@@ -4,10 +4,10 @@ For layer l, query position t, key position k and the next-token loss L_t at t (
 
     I^(l)[t <- k] = (1/H) sum_h | A^(l,h)[t, k] * dL_t / dA^(l,h)[t, k] |,
 
-pooled over blocks of query step x key step. `step_saliency` is the entry; the rest are its private parts: `pattern`
-takes A and dL/dA at `attn.hook_pattern`; `streamed` recomputes them block by block from q, k, v and the gradient of z
-(`attention`), in linear memory; `memory` chooses between the two; and `own_position` makes one backward pass give the
-gradient of every target by itself.
+pooled over blocks of query step x key step. `step_saliency` is the entry, and `step_attention` the same without a
+gradient. The rest are their private parts: `pattern` takes A and dL/dA at `attn.hook_pattern`; `streamed` recomputes
+them block by block from q, k, v and the gradient of z (`attention`), in linear memory; `memory` chooses between the
+two; and `own_position` makes one backward pass give the gradient of every target by itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from stepsal.intervention import StepFlowConfig, active_flow
 from stepsal.intervention import stepflow as open_stepflow
-from stepsal.maps import Band, StepSaliency, band_layers, labels_of
+from stepsal.maps import Band, StepSaliency, Target, band_layers, labels_of
 from stepsal.pooling import pair_counts, reduce_blocks, row_counts
 from stepsal.saliency.attention import Workspace
 from stepsal.saliency.common import PooledMaps
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 Engine = Literal["auto", "pattern", "streamed"]
 
-__all__ = ["step_saliency"]
+__all__ = ["step_attention", "step_saliency"]
 
 
 @overload
@@ -89,6 +89,62 @@ def step_saliency(  # type: ignore[misc]  # the overloads leave the options to t
         FloatingPointError: NaN or inf in a map, naming the layer.
     """
     _one_of("target", target, ("token", "sequence"))
+    return _step_maps(
+        model, trace, target=target, engine=engine, layers=layers, reduce=reduce, stepflow=stepflow,
+        keep_heads=keep_heads, keep_tokens=keep_tokens, progress=progress,
+    )  # fmt: skip
+
+
+@overload
+def step_attention(model: TransformerBridge, trace: Trace, **options: Any) -> StepSaliency: ...
+@overload
+def step_attention(model: TransformerBridge, trace: Sequence[Trace], **options: Any) -> list[StepSaliency]: ...
+def step_attention(  # type: ignore[misc]
+    model: TransformerBridge,
+    trace: Trace | Sequence[Trace],
+    *,
+    engine: Engine = "auto",
+    layers: Iterable[int] | int | Band | None = None,
+    reduce: Literal["mean", "sum"] = "mean",
+    stepflow: StepFlowConfig | None = None,
+    keep_heads: bool = False,
+    keep_tokens: bool = False,
+    progress: bool = True,
+) -> StepSaliency | list[StepSaliency]:
+    """Map attention alone by steps, in one forward pass: what saliency is to be compared with.
+
+    Attention says where a token looks, saliency how much its loss depends on what it sees there. Pooled as saliency
+    is, over the same rows: those that predict a token.
+
+    Args:
+        model, trace, engine, layers, reduce, stepflow, keep_heads, keep_tokens, progress: see `step_saliency`.
+
+    Returns:
+        Maps with target="attention": the mean attention of a pair under reduce="mean", the attention of a query token
+        on a step under reduce="sum".
+
+    Raises:
+        ValueError, MemoryError, FloatingPointError: as `step_saliency`.
+    """
+    return _step_maps(
+        model, trace, target="attention", engine=engine, layers=layers, reduce=reduce, stepflow=stepflow,
+        keep_heads=keep_heads, keep_tokens=keep_tokens, progress=progress,
+    )  # fmt: skip
+
+
+def _step_maps(
+    model: TransformerBridge,
+    trace: Trace | Sequence[Trace],
+    *,
+    target: Target,
+    engine: Engine,
+    layers: Iterable[int] | int | Band | None,
+    reduce: Literal["mean", "sum"],
+    stepflow: StepFlowConfig | None,
+    keep_heads: bool,
+    keep_tokens: bool,
+    progress: bool,
+) -> StepSaliency | list[StepSaliency]:
     _one_of("engine", engine, ("auto", "pattern", "streamed"))
     _one_of("reduce", reduce, ("mean", "sum"))
     chosen = _layer_indices(layers, model.cfg.n_layers)
@@ -105,7 +161,7 @@ def step_saliency(  # type: ignore[misc]  # the overloads leave the options to t
         plans = [
             plan(
                 model, len(one.tokens), len(one.steps), engine=engine, layers=chosen, keep_heads=keep_heads,
-                keep_tokens=keep_tokens, only_pattern=only_pattern,
+                keep_tokens=keep_tokens, forward_only=target == "attention", only_pattern=only_pattern,
             )
             for one in traces
         ]  # fmt: skip
@@ -115,13 +171,14 @@ def step_saliency(  # type: ignore[misc]  # the overloads leave the options to t
         for one, planned in several:
             options: dict[str, Any] = {"layers": chosen, "target": target, "keep_heads": keep_heads}
             arguments = (model, one.tokens, one.step_ids, len(one.steps))
-            if planned.engine == "streamed":
-                maps = streamed_maps(
-                    *arguments, **options, n_rows=planned.n_rows, n_kept=planned.n_kept, workspace=workspace,
-                    progress=progress,
-                )  # fmt: skip
-            else:
-                maps = pattern_maps(*arguments, **options, keep_tokens=keep_tokens)
+            with tqdm(total=len(chosen), desc="layers", disable=not progress, delay=2, leave=len(traces) < 2) as bar:
+                options["on_layer"] = bar.update
+                if planned.engine == "streamed":
+                    maps = streamed_maps(
+                        *arguments, **options, n_rows=planned.n_rows, n_kept=planned.n_kept, workspace=workspace
+                    )
+                else:
+                    maps = pattern_maps(*arguments, **options, keep_tokens=keep_tokens)
             metadata: dict[str, Any] = {
                 "engine": planned.engine,
                 "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
@@ -137,7 +194,7 @@ def _labelled(
     trace: Trace,
     maps: PooledMaps,
     layers: tuple[int, ...],
-    target: Literal["token", "sequence"],
+    target: Target,
     reduce: Literal["mean", "sum"],
     metadata: dict[str, Any],
 ) -> StepSaliency:

@@ -1,4 +1,4 @@
-"""Causal attention and its gradient in blocks of query rows, with |A * dL/dA| handed out on the way.
+"""Causal attention and its gradient in blocks of query rows, with A * dL/dA handed out on the way.
 
 For one head, with s[t, k] = scale * q_t . k_k (soft-capped to c tanh(s / c) where the model does so) over the keys k
 that row t sees,
@@ -27,7 +27,8 @@ Here they lie on the diagonal of the block, and two of the five matrix products 
 all: the gradient of every target by itself costs less than that of their sum.
 
 Under grouped-query attention all query heads of a group are one matrix product against the keys they share, which are
-never repeated. Arithmetic is float32 (or float64), whatever the model's dtype.
+never repeated. Arithmetic is float32 (or float64), whatever the model's dtype; how exact a float32 product is on an
+accelerator is for `torch.set_float32_matmul_precision` to say.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 from transformer_lens.model_bridge import TransformerBridge
 
 from stepsal.bridge import sliding_window
@@ -75,7 +78,10 @@ class Block(NamedTuple):
 
 
 class Workspace:
-    """Buffers for blocks, kept between layers and traces: allocated once, for the largest block so far."""
+    """Buffers for blocks, kept between layers and traces, of the size of the largest block so far.
+
+    Blocks come with the largest first (`row_blocks`), so that a pass allocates each buffer once.
+    """
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
@@ -90,13 +96,14 @@ class Workspace:
 
 
 Visit = Callable[[Float[Tensor, "head row key"], Block, slice], None]
-"""Takes |A * dL/dA| of a block for some heads (all of one group); the tensor is overwritten afterwards."""
+"""Takes A * dL/dA (or A) of a block for some heads (all of one group); the tensor is overwritten afterwards."""
 
 
 def row_blocks(n_pos: int, n_rows: int, window: int | None = None) -> Iterator[Block]:
-    """Cut n_pos query rows into blocks of at most n_rows."""
-    for first in range(0, n_pos, n_rows):
-        yield Block(first, min(first + n_rows, n_pos), 0 if window is None else max(0, first - window + 1))
+    """Cut n_pos query rows into blocks of at most n_rows, from the last to the first, which may be a short one."""
+    for stop in range(n_pos, 0, -n_rows):
+        first = max(0, stop - n_rows)
+        yield Block(first, stop, 0 if window is None else max(0, first - window + 1))
 
 
 @torch.no_grad()
@@ -107,14 +114,22 @@ def attend(
     attention: Attention,
     n_rows: int,
     workspace: Workspace,
+    visit: Visit | None = None,
 ) -> Float[Tensor, "head pos d_head"]:
-    """z, the attention output of each head, in the dtype of q. Not differentiable: see `attend_backward`."""
+    """z, the attention output of each head, in the dtype of q. Not differentiable: see `attend_backward`.
+
+    `visit` is given A of each block. Where nobody wants A, a fused kernel gives z, if there is one for this attention.
+    """
+    if visit is None and (z := _fused(q, k, v, attention)) is not None:
+        return z
     z = torch.empty_like(q, memory_format=torch.contiguous_format)
     for heads, kv_head in _groups(q, k):
         keys, values = wide(k[kv_head]), wide(v[kv_head])
         for block in row_blocks(q.shape[1], n_rows, attention.window):
             pattern, _ = _pattern(q[heads], keys, attention, heads, block, workspace)
             z[heads, block.first : block.stop] = (pattern @ values[block.first_key : block.stop]).to(z.dtype)
+            if visit is not None:
+                visit(pattern, block, heads)
     return z
 
 
@@ -142,7 +157,7 @@ def attend_backward(
         workspace: buffers.
         own_position: keep for keys and values only the gradient from their own position's query.
         differentiate: False when only the saliency is wanted.
-        visit: is given the saliency of each block.
+        visit: is given A * dL/dA of each block.
 
     Returns:
         (dq, dk, dv) in the dtype and shape of q, k and v; None without `differentiate`.
@@ -177,6 +192,19 @@ def attend_backward(
                 dk[kv_head, seen].addmm_(ds.flatten(0, 1).T, q_rows.flatten(0, 1), alpha=attention.scale)
                 dv[kv_head, seen].addmm_(pattern.flatten(0, 1).T, dz_rows.flatten(0, 1))
     return (dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)) if differentiate else None
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor | None:
+    """z of plain causal attention by a kernel that never builds the pattern; None if there is none."""
+    n_pos = q.shape[1]
+    if attention.softcap is not None or attention.sinks is not None or n_pos > (attention.window or n_pos):
+        return None
+    k, v = (x.repeat_interleave(len(q) // len(k), dim=0)[None] for x in (k, v))  # [batch=1, head, pos, d_head]
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
+        try:
+            return scaled_dot_product_attention(q[None], k, v, is_causal=True, scale=attention.scale)[0]
+        except RuntimeError:  # no such kernel for this device, dtype or head
+            return None
 
 
 def _groups(q: Tensor, k: Tensor) -> Iterator[tuple[slice, int]]:

@@ -17,7 +17,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 @dataclass(frozen=True, eq=False)
 class PooledMaps:
-    """Block sums of |A * dL/dA|, float32 on the CPU; `reduce_blocks` makes maps of them."""
+    """Block sums of |A * dL/dA|, or of A, float32 on the CPU; `reduce_blocks` makes maps of them."""
 
     sums: Float[Tensor, "layer query_step key_step"]
     head_sums: Float[Tensor, "layer head query_step key_step"] | None
@@ -32,7 +32,7 @@ def check_finite(layer: int, sums: Tensor) -> None:
     """
     if not torch.isfinite(sums).all():
         raise FloatingPointError(
-            f"NaN or inf in the saliency of layer {layer}: try a wider dtype, e.g. load(..., dtype=torch.float32)"
+            f"NaN or inf in the map of layer {layer}: try a wider dtype, e.g. load(..., dtype=torch.float32)"
         )
 
 
@@ -47,7 +47,12 @@ def differentiable(model: nn.Module) -> Iterator[None]:
         for m in training:
             m.training = False
         device = next(model.parameters()).device.type
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(device, enabled=False),
+            torch.autograd.set_multithreading_enabled(False),  # else Ctrl-C would wait for the end of a pass on a GPU
+        ):
             yield
     finally:
         for p in trainable:
@@ -57,7 +62,7 @@ def differentiable(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def freed_at_once() -> Iterator[None]:
+def freed_at_once(device: torch.device) -> Iterator[None]:
     """Give the memory of freed tensors back to the system, where glibc would keep it for itself.
 
     Its allocator learns from the first large tensor that is freed to take tensors of up to 32 MB from the heap, where
@@ -65,7 +70,8 @@ def freed_at_once() -> Iterator[None]:
     holds. Here tensors from 1 MB on are mapped on their own; at the end the allocator is put where it would have ended
     up by itself.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    here = device.type == "cpu" and sys.platform == "linux"
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if here else None
     if mallopt is None:
         yield
         return

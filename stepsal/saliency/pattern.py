@@ -7,13 +7,17 @@ the patterns of the layers from the lowest requested one upwards.
 
 All parameters are frozen; the graph starts at the lowest requested pattern, which becomes a leaf. Nothing below it is
 differentiated, and no parameter gradient is computed.
+
+For target="attention" A alone is pooled, in the forward pass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
@@ -22,6 +26,43 @@ from stepsal.bridge import attention_hooks, first_hooks_on
 from stepsal.pooling import pool_steps
 from stepsal.saliency.common import PooledMaps, check_finite, differentiable
 from stepsal.saliency.own_position import Hook, own_position_hooks
+
+
+class _Pool:
+    """Pooled maps of layers, in whatever order they come."""
+
+    def __init__(
+        self,
+        step_ids: Int[Tensor, " pos"],
+        n_steps: int,
+        keep_heads: bool,
+        keep_tokens: bool,
+        on_layer: Callable[[], object],
+    ) -> None:
+        self.step_ids, self.n_steps = step_ids, n_steps
+        self.keep_heads, self.keep_tokens, self.on_layer = keep_heads, keep_tokens, on_layer
+        self.sums: dict[int, Tensor] = {}
+        self.head_sums: dict[int, Tensor] = {}
+        self.tokens: dict[int, Tensor] = {}
+
+    def add(self, layer: int, maps: Float[Tensor, "head query_pos key_pos"]) -> None:
+        """Mean over heads, sum over step blocks.
+
+        Raises:
+            FloatingPointError: NaN or inf.
+        """
+        if self.keep_heads:
+            self.head_sums[layer] = pool_steps(maps, self.step_ids, self.n_steps).cpu()
+        mean = maps.mean(0)
+        self.sums[layer] = pool_steps(mean, self.step_ids, self.n_steps).cpu()
+        if self.keep_tokens:
+            self.tokens[layer] = mean.cpu()
+        check_finite(layer, self.sums[layer])
+        self.on_layer()
+
+    def result(self, layers: tuple[int, ...]) -> PooledMaps:
+        kept = (torch.stack([m[layer] for layer in layers]) if m else None for m in (self.head_sums, self.tokens))
+        return PooledMaps(torch.stack([self.sums[layer] for layer in layers]), *kept)
 
 
 def pattern_maps(
@@ -34,17 +75,22 @@ def pattern_maps(
     target: str,
     keep_heads: bool = False,
     keep_tokens: bool = False,
+    on_layer: Callable[[], object] = lambda: None,
 ) -> PooledMaps:
     """Sum |A * dL/dA| over step blocks in every layer of `layers`; see `stepsal.step_saliency` for the meaning.
 
+    Args:
+        target: "token", "sequence", or "attention" for A alone.
+        on_layer: called whenever a layer has been pooled.
+
     Raises:
-        FloatingPointError: NaN or inf in the saliency of a layer.
+        FloatingPointError: NaN or inf in the map of a layer.
     """
     device = next(model.parameters()).device
-    step_ids = step_ids.to(device)
-    sums: dict[int, Tensor] = {}
-    head_sums: dict[int, Tensor] = {}
-    token_maps: dict[int, Tensor] = {}
+    pool = _Pool(step_ids.to(device), n_steps, keep_heads, keep_tokens, on_layer)
+    if target == "attention":
+        _forward(model, tokens.to(device), layers, pool)
+        return pool.result(layers)
 
     def capture(layer: int) -> Hook:
         def hook(pattern: Tensor, hook: HookPoint) -> Tensor | None:  # [batch=1, head, query_pos, key_pos]
@@ -53,17 +99,10 @@ def pattern_maps(
                 pattern = pattern.detach().requires_grad_()
             a = pattern.detach()
 
-            def pool(gradient: Tensor) -> None:
-                saliency = (a[0].float() * gradient[0].float()).abs_()  # [head, query_pos, key_pos]
-                if keep_heads:
-                    head_sums[layer] = pool_steps(saliency, step_ids, n_steps).cpu()
-                mean = saliency.mean(0)  # [query_pos, key_pos]
-                sums[layer] = pool_steps(mean, step_ids, n_steps).cpu()
-                if keep_tokens:
-                    token_maps[layer] = mean.cpu()
-                check_finite(layer, sums[layer])
+            def multiply(gradient: Tensor) -> None:
+                pool.add(layer, (a[0].float() * gradient[0].float()).abs_())  # [head, query_pos, key_pos]
 
-            pattern.register_hook(pool)
+            pattern.register_hook(multiply)
             return pattern if first else None
 
         return hook
@@ -83,12 +122,21 @@ def pattern_maps(
         logits = model(inputs, attention_mask=torch.ones_like(inputs), return_type="logits")
         loss = F.cross_entropy(logits[0, :-1].float(), inputs[0, 1:], reduction="sum")
         loss.backward()
+    return pool.result(layers)
 
-    def stack(maps: dict[int, Tensor]) -> Tensor:
-        return torch.stack([maps[layer] for layer in layers])
 
-    return PooledMaps(
-        sums=stack(sums),
-        head_sums=stack(head_sums) if keep_heads else None,
-        tokens=stack(token_maps) if keep_tokens else None,
-    )
+def _forward(model: TransformerBridge, tokens: Int[Tensor, " pos"], layers: tuple[int, ...], pool: _Pool) -> None:
+    """Pool the patterns of a forward pass, one after the other."""
+
+    def capture(layer: int) -> Hook:
+        def hook(pattern: Tensor, hook: HookPoint) -> None:  # [batch=1, head, query_pos, key_pos]
+            pool.add(layer, pattern[0].float())
+
+        return hook
+
+    def last(x: Tensor, hook: HookPoint) -> Tensor:  # [batch=1, pos, d_model]; nobody wants the logits
+        return x[:, -1:]
+
+    fwd_hooks = [(attention_hooks(layer)["pattern"], capture(layer)) for layer in layers]
+    with differentiable(model), torch.no_grad(), model.hooks(fwd_hooks=[*fwd_hooks, ("unembed.hook_in", last)]):
+        model(tokens[None], attention_mask=torch.ones_like(tokens)[None], return_type="logits")

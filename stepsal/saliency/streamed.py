@@ -20,7 +20,9 @@ its turn comes, without the attention, which is the part that grows with the squ
 not (`n_kept`).
 
 What is taken for granted of a model (a scale, a soft-cap, sinks) is held against its own scores and pattern at the
-first key in every pass.
+first key in every pass. That can't show windows, which are read off its configuration.
+
+One pass at a time for each model: the hooks of another would see both.
 """
 
 from __future__ import annotations
@@ -35,14 +37,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from tqdm.auto import tqdm
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
 
 from stepsal.bridge import attention_hooks, first_hooks_on
 from stepsal.pooling import StepSums
-from stepsal.saliency.attention import Block, Workspace, attend, attend_backward, attention_of, wide
+from stepsal.saliency.attention import Block, Visit, Workspace, attend, attend_backward, attention_of, wide
 from stepsal.saliency.common import PooledMaps, check_finite, differentiable, freed_at_once
 
 LOGITS = 2**23  # elements of the largest [chunk, d_vocab] tensor
@@ -52,7 +53,7 @@ class StreamedPass:
     """One forward and one backward pass over one trace; see `streamed_maps`.
 
     Attributes:
-        sums: layer -> block sums, filled in the backward pass.
+        sums: layer -> block sums, filled in the backward pass; in the forward pass for target="attention".
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class StreamedPass:
         self.layers, self.target, self.keep_heads = layers, target, keep_heads
         self.n_rows, self.workspace, self.on_layer = n_rows, workspace or Workspace(), on_layer
         n_layers = model.cfg.n_layers
-        self.checkpointed = range(layers[0], n_layers - n_kept)
+        self.checkpointed = range(layers[0], n_layers - n_kept) if target != "attention" else range(0)
         self.attentions = [attention_of(model, layer) for layer in range(n_layers)]
         self.sums: dict[int, Tensor] = {}
         self._q: dict[int, Tensor] = {}
@@ -82,7 +83,6 @@ class StreamedPass:
 
     def forward(self, tokens: Int[Tensor, " pos"]) -> Float[Tensor, "pos d_model"]:
         """The residual stream before the unembedding; to be called, and differentiated, inside `hooked`."""
-        inputs = tokens[None].clone()  # a copy made here is no inference tensor
         final: list[Tensor] = []
 
         def take(x: Tensor, hook: HookPoint) -> Tensor:  # [batch=1, pos, d_model]
@@ -91,7 +91,7 @@ class StreamedPass:
 
         with self.model.hooks(fwd_hooks=[("unembed.hook_in", take)]):
             logits = self.model(
-                inputs,
+                tokens[None],
                 attention_mask=torch.ones(1, 1, len(tokens), 1, dtype=torch.bool, device=tokens.device),
                 past_key_values=_KeysAndValues(self._kv),
                 return_type="logits",
@@ -125,7 +125,7 @@ class StreamedPass:
         n_layers, blocks = self.model.cfg.n_layers, self.model.blocks
         with ExitStack() as stack:
             stack.enter_context(differentiable(self.model))
-            stack.enter_context(freed_at_once())
+            stack.enter_context(freed_at_once(next(self.model.parameters()).device))
             hooks: list[tuple[str, Callable[..., None]]] = []
             for layer in range(n_layers):
                 names = attention_hooks(layer)
@@ -150,15 +150,17 @@ class StreamedPass:
 
         def hook(x: Tensor, hook: HookPoint) -> None:  # scores or pattern [batch=1, head, pos, key=1]
             attention, q, k = self.attentions[layer], wide(self._q[layer][0]), wide(self._kv[layer][0][0, :, :1])
+            eps = max(torch.finfo(x.dtype).eps, torch.finfo(self._q[layer].dtype).eps)
             q, k = q.detach(), k.detach().repeat_interleave(q.shape[1] // len(k), dim=0).squeeze(1)  # k [head, d_head]
             expected = attention.scale * torch.einsum("phd,hd->hp", q, k)
             wrong = 1e-3 * attention.scale * q.norm(dim=-1).T * k.norm(dim=-1, keepdim=True)  # of the matrix product
             if attention.softcap is not None:
                 expected = attention.softcap * torch.tanh(expected / attention.softcap)
-            if kind == "pattern":
+            wrong = wrong + 8 * eps * expected.abs()  # of rounding
+            if kind == "pattern":  # with one key, a sigmoid of the distance to the sink
                 sinks = -torch.inf if attention.sinks is None else wide(attention.sinks.detach())[:, None]
-                expected, wrong = torch.sigmoid(expected - sinks), wrong.clamp(max=1e-3)
-            wrong = wrong + 8 * torch.finfo(x.dtype).eps * expected.abs()  # of rounding
+                expected = torch.sigmoid(expected - sinks)
+                wrong = expected * (1 - expected) * wrong + 8 * eps * expected
             if ((wide(x.detach()[0, ..., 0]) - expected).abs() > wrong).any():
                 raise ValueError(
                     f"layer {layer} of {self.model.cfg.model_name!r} computes its {kind} in a way that the streamed "
@@ -181,14 +183,30 @@ class StreamedPass:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if layer in self._z:
             return self._z.pop(layer)
-        z = attend(q, k, v, self.attentions[layer], self.n_rows, self.workspace)
+        attention = self.attentions[layer]
+        if self.target == "attention":
+            with self._pooled(layer, q) as visit:
+                return attend(q, k, v, attention, self.n_rows, self.workspace, visit)
+        z = attend(q, k, v, attention, self.n_rows, self.workspace)
         if layer in self.checkpointed:
             self._z[layer] = z.detach()  # z itself will hold the pass, in a circle that nobody could collect
         return z
 
     def attend_backward(self, layer: int, q: Tensor, k: Tensor, v: Tensor, dz: Tensor) -> tuple[Tensor | None, ...]:
-        heads = (len(q),) if self.keep_heads else ()
-        pool = StepSums(self.step_ids.to(q.device), self.n_steps, batch=heads)
+        with self._pooled(layer, q) as visit:
+            gradients = attend_backward(
+                q, k, v, dz, self.attentions[layer], self.n_rows, self.workspace,
+                own_position=self.target == "token", differentiate=layer != self.layers[0], visit=visit,
+            )  # fmt: skip
+        return gradients or (None, None, None)
+
+    @contextmanager
+    def _pooled(self, layer: int, q: Tensor) -> Iterator[Visit | None]:
+        """What sums the blocks of a layer over steps, and puts its map away at the end; None if nobody asked for it."""
+        if layer not in self.layers:
+            yield None
+            return
+        pool = StepSums(self.step_ids.to(q.device), self.n_steps, batch=(len(q),) if self.keep_heads else ())
 
         def visit(product: Tensor, block: Block, group: slice) -> None:  # [head, row, key]
             size = torch.abs(product, out=self.workspace.take("size", product, *product.shape))
@@ -197,16 +215,10 @@ class StreamedPass:
             else:
                 pool.add(size.sum(0), block.first, block.first_key)
 
-        requested, lowest = layer in self.layers, layer == self.layers[0]
-        gradients = attend_backward(
-            q, k, v, dz, self.attentions[layer], self.n_rows, self.workspace,
-            own_position=self.target == "token", differentiate=not lowest, visit=visit if requested else None,
-        )  # fmt: skip
-        if requested:
-            self.sums[layer] = (pool.sums if self.keep_heads else pool.sums / len(q)).cpu()
-            check_finite(layer, self.sums[layer])
-            self.on_layer()
-        return gradients or (None, None, None)
+        yield visit
+        self.sums[layer] = (pool.sums if self.keep_heads else pool.sums / len(q)).cpu()
+        check_finite(layer, self.sums[layer])
+        self.on_layer()
 
 
 class _Attend(torch.autograd.Function):
@@ -240,8 +252,12 @@ class _KeysAndValues(DynamicCache):
 @contextmanager
 def _checkpointed(block: torch.nn.Module) -> Iterator[None]:
     """Compute a block again in the backward pass instead of keeping what it computed."""
-    own = block.__dict__.get("forward")
-    block.__dict__["forward"] = partial(checkpoint, block.forward, use_reentrant=False)
+    own, forward = block.__dict__.get("forward"), block.forward
+
+    def on_a_copy(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return forward(x.clone(), *args, **kwargs)  # a hook may edit its input in place, and it is needed again
+
+    block.__dict__["forward"] = partial(checkpoint, on_a_copy, use_reentrant=False)
     try:
         yield
     finally:
@@ -292,28 +308,31 @@ def streamed_maps(
     n_rows: int = 128,
     n_kept: int = 0,
     workspace: Workspace | None = None,
-    progress: bool = False,
+    on_layer: Callable[[], object] = lambda: None,
 ) -> PooledMaps:
     """Sum |A * dL/dA| over step blocks in every layer of `layers`; see `stepsal.step_saliency` for the meaning.
 
     Args:
+        target: "token", "sequence", or "attention" for A alone, without a backward pass.
         n_rows: query rows per block.
         n_kept: layers, from the top, that are not checkpointed.
         workspace: buffers to use again for the next trace.
-        progress: show a bar over layers.
+        on_layer: called whenever a layer has been pooled.
 
     Raises:
         ValueError: a model or hooks that the engine can't serve; see `why_not`.
-        FloatingPointError: NaN or inf in the saliency of a layer.
+        FloatingPointError: NaN or inf in the map of a layer.
     """
-    device = next(model.parameters()).device
-    tokens, step_ids = tokens.to(device), step_ids.to(device)
-    with tqdm(total=len(layers), desc="layers", disable=not progress, delay=2) as bar:
-        streamed = StreamedPass(
-            model, step_ids, n_steps, layers=layers, target=target, keep_heads=keep_heads, n_rows=n_rows,
-            n_kept=n_kept, workspace=workspace, on_layer=bar.update,
-        )  # fmt: skip
-        with streamed.hooked():
+    streamed = StreamedPass(
+        model, step_ids, n_steps, layers=layers, target=target, keep_heads=keep_heads, n_rows=n_rows, n_kept=n_kept,
+        workspace=workspace, on_layer=on_layer,
+    )  # fmt: skip
+    with streamed.hooked():
+        tokens = tokens.to(next(model.parameters()).device).clone()  # a copy made here is no inference tensor
+        if target == "attention":
+            with torch.no_grad():
+                streamed.forward(tokens)
+        else:
             streamed.backward(tokens, streamed.forward(tokens))
     maps = torch.stack([streamed.sums[layer] for layer in layers])
     return PooledMaps(sums=maps.mean(1) if keep_heads else maps, head_sums=maps if keep_heads else None, tokens=None)
