@@ -2,10 +2,10 @@
 
     python scripts/collect_populations.py            # both; goes on with what is there
     python scripts/collect_populations.py mini       # the embedded reasoner on chains of 8 definitions among 14 others
-    python scripts/collect_populations.py smollm2    # SmolLM2 on sums of two digits
+    python scripts/collect_populations.py smollm2    # SmolLM2 on sums of two digits, each of the 100 several times
 
 Remove a folder to make it anew. Settings were chosen so that there are many traces of either outcome, on seeds that
-are not in the populations: SmolLM2 solves none of 32 sums of three terms, and a quarter of those of two.
+are not in the populations: of other procedural arithmetic SmolLM2 solves hardly anything, or says it in one sentence.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from stepsal.tasks.chain import ChainTask
 from stepsal.tasks.gym import GymTask
 
 INSTRUCTION = "\nThink step by step. Then state the answer in a last paragraph of its own."
+SUMS = {
+    "min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1, "operators": ["+"],
+    "allow_parentheses": False, "allow_negation": False,
+}  # fmt: skip
 DATA = Path(__file__).parents[1] / "data"
 POPULATIONS = {
     "mini": (ChainTask(length=8, distractors=14), 600, {"max_new_tokens": 330}),
     "smollm2": (
-        GymTask("chain_sum", {"min_terms": 2, "max_terms": 2, "max_digits": 1}, INSTRUCTION), 400,
-        {"max_new_tokens": 160, "temperature": 0.7},
+        GymTask("basic_arithmetic", SUMS, INSTRUCTION), 400, {"max_new_tokens": 160, "temperature": 0.6},
     ),
 }  # fmt: skip
 SEED = 700_000

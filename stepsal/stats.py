@@ -64,7 +64,8 @@ def compare_groups(
         One row per matching ("none", "length") and layer:
 
             n_correct, n_wrong      traces compared, the same in all layers: those whose metric is NaN in none. (A layer
-                                    in which most traces have no value is not compared; its row is NaN.)
+                                    in which most traces that have a value anywhere have none is not compared; its row
+                                    is NaN.)
             n_left_out              traces without a value, or without a partner in their stratum
             mean_correct, mean_wrong   of those compared; under matching with the weights of their strata
             difference, low, high   wrong minus correct, with its percentile bootstrap interval, which is somewhat
@@ -438,12 +439,13 @@ def _by_trace(
     table = pd.concat(tables)
     is_wrong = np.repeat([False, True], [len(t) for t in tables])
     layers = table.columns
-    table = table.loc[:, np.isfinite(table.to_numpy(dtype=float)).mean(0) >= 0.5]
+    finite = np.isfinite(table.to_numpy(dtype=float))
+    table = table.loc[:, finite.sum(0) >= 0.5 * finite.any(1).sum()]  # of the traces that have it anywhere
     whole = np.asarray(np.isfinite(table.to_numpy(dtype=float)).all(1) & (table.shape[1] > 0))
     for name, members in (("correct", ~is_wrong), ("wrong", is_wrong)):
         if not (whole & members).any():
             raise ValueError(
-                f"no {name} trace (of {int(members.sum())}) has {metric!r} in the layers that most traces "
+                f"no {name} trace (of {int(members.sum())}) has {metric!r} in all layers that most traces "
                 "have it in: there is nothing to compare"
             )
     covariates = pd.concat(lengths)[whole] if match else pd.DataFrame(index=table.index[whole])

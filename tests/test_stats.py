@@ -77,6 +77,16 @@ def test_mean_profile_averages_traces_and_brackets_the_mean() -> None:
         mean_profile(data, "x", by="group")
 
 
+def test_traces_without_any_value_do_not_cost_layers() -> None:
+    correct, wrong = two_groups(np.random.default_rng(5), 20, 20, 1.0)
+    for frame in (correct, wrong):
+        frame.loc[frame["trace"] % 10 < 7, "x"] = np.nan
+        frame.loc[(frame["trace"] % 10 < 9) & (frame["layer"] == 5), "x"] = np.nan  # a layer that few traces have
+    table = compare_groups(correct, wrong, "x").query("matching == 'none'").set_index("layer")
+    assert table.loc[5, ["difference", "n_correct"]].isna().all()
+    assert (table.drop(5)[["n_correct", "n_wrong", "n_left_out"]] == [6, 6, 28]).all(axis=None)
+
+
 def test_a_planted_effect_is_found_where_it_is() -> None:
     correct, wrong = two_groups(np.random.default_rng(1), 60, 60, 1.5)
     for _, table in compare_groups(correct, wrong, "x").groupby("matching"):
