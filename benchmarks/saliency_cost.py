@@ -48,6 +48,7 @@ from stepsal.saliency.streamed import streamed_maps
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 LONGEST = {"pattern": 2048, "run_with_cache": 2048, "T passes": 128, "floor": 8192}
+WAYS = ("streamed", "pattern", "run_with_cache", "floor", "T passes")
 N_STEPS = 20
 RESULTS = Path(__file__).parent / "results"
 
@@ -168,9 +169,9 @@ def point(name: str, n_tokens: int) -> dict:
             "estimate_bytes": estimate}  # fmt: skip
 
 
-def measure_memory(lengths: list[int]) -> pd.DataFrame:
-    points = [(name, n) for n in lengths for name in ("streamed", "pattern", "run_with_cache", "floor")]
-    points += [("T passes", 64), ("T passes", 128)]
+def measure_memory(lengths: list[int], ways: list[str]) -> pd.DataFrame:
+    points = [(name, n) for n in lengths for name in ways if name != "T passes"]
+    points += [(name, n) for name in ways if name == "T passes" for n in (64, 128)]
     rows = []
     for name, n_tokens in tqdm([p for p in points if p[1] <= LONGEST.get(p[0], p[1])]):
         command = [sys.executable, __file__, "--point", name, "--tokens", str(n_tokens)]
@@ -204,7 +205,7 @@ def measure_time(lengths: list[int], all_turns: int) -> pd.DataFrame:
     model = smollm2()
     rows = []
     for n_tokens in lengths:
-        turns = all_turns if n_tokens <= 2048 else min(all_turns, 3)
+        turns = all_turns if n_tokens <= 2048 else min(all_turns, 3)  # long ones take minutes
         names = ["floor", "streamed", "streamed sequence"] + ["run_with_cache", "pattern"] * (n_tokens <= 2048)
         runs = {name: way(name, model, n_tokens) for name in names}
         times: dict[str, list[float]] = {name: [] for name in names}
@@ -279,13 +280,22 @@ def measure_7b(lengths: list[int]) -> pd.DataFrame:
         torch.cuda.synchronize()
         _, peak = memory_of_this_process()
         rows.append({"tokens": n_tokens, "seconds": time.perf_counter() - start, "model_bytes": before,
-                     "peak_bytes": peak})  # fmt: skip
+                     "peak_bytes": peak, "reserved_bytes": torch.cuda.max_memory_reserved(),
+                     "estimate_bytes": planned(model, n_tokens, "streamed").n_bytes})  # fmt: skip
     return pd.DataFrame(rows)
 
 
 def save(name: str, table: pd.DataFrame, show: bool = True) -> None:
+    """Write a table; of one that is there, rows of lengths and ways that were not measured this time are kept."""
     RESULTS.mkdir(exist_ok=True)
-    table.to_csv(RESULTS / f"{name}.csv", index=False, float_format="%.4g")
+    path, key = RESULTS / f"{name}.csv", [c for c in ("way", "tokens", "steps") if c in table]
+    if path.exists() and "tokens" in key:
+        before = pd.read_csv(path)
+        measured = table.set_index(key).index
+        table = pd.concat([before[~before.set_index(key).index.isin(measured)], table]).sort_values(
+            "tokens", kind="stable"
+        )
+    table.to_csv(path, index=False, float_format="%.4g")
     facts = machine.facts() | {"memory_gb": round(psutil.virtual_memory().total / 1e9)}
     (RESULTS / f"{name}.json").write_text(json.dumps(facts, indent=2) + "\n")
     if show:
@@ -297,6 +307,7 @@ def main() -> None:
     parser.add_argument("what", nargs="?", choices=["all", "memory", "time", "pooling", "7b"], default="all")
     parser.add_argument("--lengths", type=int, nargs="+")
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="of the memory table")
     parser.add_argument("--point", help="measure one way in this process, and print it as JSON")
     parser.add_argument("--tokens", type=int, default=1024)
     args = parser.parse_args()
@@ -309,9 +320,8 @@ def main() -> None:
         else:
             print("not run: there is no CUDA device")
     if args.what in ("memory", "all"):
-        table = measure_memory(args.lengths or list(LENGTHS))
-        save("saliency_memory", table)
-        save("saliency_exponents", exponents(table))
+        save("saliency_memory", measure_memory(args.lengths or list(LENGTHS), args.ways))
+        save("saliency_exponents", exponents(pd.read_csv(RESULTS / "saliency_memory.csv")))
     if args.what in ("time", "all"):
         save("saliency_time", measure_time(args.lengths or [512, 1024, 2048, 8192], args.turns))
     if args.what in ("pooling", "all"):
