@@ -188,10 +188,13 @@ def measure_memory(lengths: list[int], ways: list[str]) -> pd.DataFrame:
 
 
 def exponents(table: pd.DataFrame) -> pd.DataFrame:
-    """Slope of the logarithm against the logarithm of the length, from 1024 tokens on."""
+    """Slope of the logarithm against the logarithm of the length, from 1024 and from 2048 tokens on."""
     rows = []
-    for name, group in table.dropna(subset=["peak_bytes"]).query("tokens >= 1024").groupby("way"):
-        if len(group) > 1:
+    measured = table.dropna(subset=["peak_bytes"])
+    for start, (name, group) in [
+        (n, g) for n in (1024, 2048) for g in measured[measured["tokens"] >= n].groupby("way")
+    ]:
+        if len(group) > 1 and group["tokens"].min() == start:
             x = np.log(group["tokens"])
             fits = {what: np.polyfit(x, np.log(group[what]), 1)[0] for what in ("grown_bytes", "seconds")}
             rows.append({"way": name, "from": group["tokens"].min(), "to": group["tokens"].max(), **fits})

@@ -2,7 +2,7 @@
 
     python scripts/collect_populations.py            # both; goes on with what is there
     python scripts/collect_populations.py mini       # the embedded reasoner on chains of 8 definitions among 14 others
-    python scripts/collect_populations.py smollm2    # SmolLM2 on sums of two digits, each of the 100 several times
+    python scripts/collect_populations.py smollm2    # SmolLM2 on sums of two numbers from 0 to 10, each several times
 
 Remove a folder to make it anew. Settings were chosen so that there are many traces of either outcome, on seeds that
 are not in the populations: of other procedural arithmetic SmolLM2 solves hardly anything, or says it in one sentence.

@@ -4,7 +4,9 @@ All shares are taken on row-normalised maps, R[i, j] = I[i, j] / sum_j' I[i, j']
 nothing. What a share means depends on how long steps are and how many there are; therefore some metrics are set
 against the map U that a *uniform causal* token map would give for the same tokens, row-normalised likewise: under
 reduce="mean" (density) U is the same for all steps that exist, under reduce="sum" (mass) it grows with their number of
-tokens.
+tokens. That takes out what uniform attention explains, not all that length does: where a share is near its ceiling
+whatever the length, the difference from U moves with U alone. So look at the share itself as well, and match for
+length (`stepsal.stats.compare_groups`).
 
 With T the thinking steps in order, S the summary steps, Q the question, and < > a mean over rows that hold saliency:
 
