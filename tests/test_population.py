@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from transformer_lens.model_bridge import TransformerBridge
@@ -54,12 +55,13 @@ def copy(population: Population, folder: Path) -> Path:
 
 
 def same(a: Population, b: Population) -> None:
+    """The same traces, and the same numbers up to rounding, which may differ between processes."""
     assert len(a) == len(b)
-    assert a.traces.equals(b.traces)
-    assert a.metrics.equals(b.metrics)
+    pd.testing.assert_frame_equal(a.traces, b.traces, rtol=1e-4, atol=1e-5)
+    pd.testing.assert_frame_equal(a.metrics, b.metrics, rtol=1e-3, atol=1e-5)
     for i in range(len(a)):
         assert torch.equal(a.trace(i).tokens, b.trace(i).tokens)
-        assert torch.equal(a.saliency(i).values, b.saliency(i).values)
+        torch.testing.assert_close(a.saliency(i).values, b.saliency(i).values, rtol=1e-3, atol=1e-9)
 
 
 def test_traces_maps_and_metrics_come_back(mini: TransformerBridge, whole: Population) -> None:
@@ -85,7 +87,7 @@ def test_traces_maps_and_metrics_come_back(mini: TransformerBridge, whole: Popul
         assert rows.loc[i, "deep_decay"] == pytest.approx(scalars["deep_decay"], rel=1e-3, nan_ok=True)
         logits = mini(trace.tokens[None]).log_softmax(-1)[0, :-1]
         of_answer = logits.gather(1, trace.tokens[1:, None])[trace.n_prompt - 1 :].mean()
-        assert rows.loc[i, "mean_log_prob"] == pytest.approx(float(of_answer), rel=1e-4)
+        assert rows.loc[i, "mean_log_prob"] == pytest.approx(of_answer.item(), rel=1e-4)
 
 
 def test_a_killed_run_goes_on_with_nothing_lost_or_doubled(
