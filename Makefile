@@ -31,7 +31,7 @@ check: install
 
 test: check
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests
-	$(BIN)/pytest -n 2 --nbmake --nbmake-timeout=900 notebooks
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --nbmake --nbmake-timeout=900 notebooks
 
 figures: install
 	$(BIN)/stepsal figures
