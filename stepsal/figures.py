@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 
-from stepsal.maps import write_atomic
+from stepsal.storage import write_atomic
 from stepsal.versions import package_versions
 
 if TYPE_CHECKING:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from stepsal.pooling import Reduce, normalise_rows
 from stepsal.segment import Role
+from stepsal.storage import write_atomic
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -348,17 +347,6 @@ def average(saliencies: Sequence[StepSaliency]) -> StepSaliency:
         step_texts=("",) * first.n_steps,
         metadata={**first.metadata, "averaged": len(saliencies)},
     )
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file that is either complete or not there; parent folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # same folder: os.replace must not cross devices
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _with_suffix(path: str | Path) -> Path:

@@ -22,22 +22,22 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import filelock
 import safetensors
 import safetensors.torch
 import torch
 from tqdm.auto import tqdm
 
-from stepsal.maps import StepSaliency, labels_of, write_atomic
+from stepsal.maps import StepSaliency, labels_of
 from stepsal.metrics import SCALARS, flow_metrics, trace_metrics
 from stepsal.segment import Format
+from stepsal.storage import alone_in, begin_manifest, check_manifest, digest, read_manifest, to_disk
 from stepsal.trace import Step, Trace
 from stepsal.versions import package_versions
 
@@ -124,9 +124,9 @@ def collect(
         "stepflow": None if stepflow is None else stepflow.to_dict(),
         "saliency": {name: _plain(name, value) for name, value in options.items() if name != "engine"},
         "segmentation": {name: _plain(name, value) for name, value in (segmentation or {}).items()},
-        "chat_template": _digest(str(getattr(model.tokenizer, "chat_template", None)).encode()),
+        "chat_template": digest(str(getattr(model.tokenizer, "chat_template", None)).encode()),
     }
-    with _alone_in(folder), ExitStack() as edits:
+    with alone_in(folder), ExitStack() as edits:
         population = _open_or_begin(folder, wanted)
         _clear_unfinished(folder)
         if stepflow is not None:
@@ -175,21 +175,7 @@ class Population:
             ValueError: it is foreign, of another format version, or damaged; names the part, and what to do.
         """
         folder = Path(folder)
-        if not (folder / "manifest.json").is_file():
-            if not folder.is_dir():
-                raise FileNotFoundError(f"{folder} does not exist; stepsal.collect makes it")
-            raise ValueError(f"{folder} is no population: it has no manifest.json; choose another or an empty folder")
-        try:
-            manifest = json.loads((folder / "manifest.json").read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{folder / 'manifest.json'} is damaged ({error}); collect into a new folder") from error
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            raise ValueError(f"{folder} is no population: its manifest.json is not one of stepsal.collect")
-        if manifest.get("version") != FORMAT_VERSION:
-            raise ValueError(
-                f"{folder} has format version {manifest.get('version')}, this stepsal reads {FORMAT_VERSION}; use the "
-                "matching stepsal, or collect again"
-            )
+        manifest = read_manifest(folder, FORMAT, FORMAT_VERSION)
         parts, expected = [], 0
         numbered = [p for p in (folder / "parts").glob("*") if p.name.isdigit()]
         for part in sorted(numbered, key=lambda p: int(p.name)):
@@ -279,16 +265,12 @@ class Population:
 
 def fingerprint(model: TransformerBridge) -> str:
     """A digest of a model's weights: of the shape and up to 64 evenly spaced entries of each parameter."""
-    digest = hashlib.sha256()
+    state = hashlib.sha256()
     for name, parameter in sorted(model.original_model.named_parameters()):
         flat = parameter.detach().flatten()
         some = flat[:: max(1, -(-len(flat) // 64))].float().cpu().numpy()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode() + some.tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
+        state.update(f"{name}{tuple(parameter.shape)}".encode() + some.tobytes())
+    return state.hexdigest()[:16]
 
 
 _TRACE_FIELDS = (
@@ -349,7 +331,7 @@ def _write_part(
             {
                 "trace": i,
                 "seed": seed,
-                "problem": _digest(problem.question.encode()),
+                "problem": digest(problem.question.encode()),
                 "reference": problem.reference,
                 "correct": bool(verdict.correct),
                 "error": getattr(verdict, "error", None),
@@ -383,20 +365,11 @@ def _write_part(
         document = {"n": len(traces), "files": files, "versions": package_versions(PACKAGES)}
         (unfinished / "part.json").write_text(f"{json.dumps(document, indent=2)}\n")
         for path in (*unfinished.iterdir(), unfinished):
-            _to_disk(path)
+            to_disk(path)
         os.rename(unfinished, parts / f"{first:06d}")
-        _to_disk(parts)
+        to_disk(parts)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _to_disk(path: Path) -> None:
-    """Wait until a file, or the list of a folder, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _size_and_hash(path: Path) -> list[int | str]:
@@ -428,40 +401,17 @@ def _clear_unfinished(folder: Path) -> None:
         unfinished.unlink()
 
 
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Keep other processes from collecting into the folder; a killed process lets go of it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with filelock.FileLock(folder / ".lock", timeout=0):
-            yield
-    except filelock.Timeout as error:
-        raise ValueError(f"another process collects into {folder}; wait for it, or choose another folder") from error
-
-
 def _open_or_begin(folder: Path, wanted: dict[str, Any]) -> Population:
     """The population in a folder when it is of the wanted parameters; a new one when the folder has no traces."""
     begun = any(not path.name.startswith(".") for path in folder.iterdir())  # dots: the lock, leftovers
     population = Population.open(folder) if begun else None
     if population is None or len(population) == 0:
-        document = wanted | {"versions": package_versions(PACKAGES)}
-        write_atomic(folder / "manifest.json", f"{json.dumps(document, indent=2, allow_nan=False)}\n".encode())
+        begin_manifest(folder, wanted, package_versions(PACKAGES))
         (folder / "parts").mkdir(exist_ok=True)
-        for path in (folder / "manifest.json", folder, folder.resolve().parent):
-            _to_disk(path)
-        return Population(folder, document, ())
-    for name, (there, here) in _differences(population.manifest, json.loads(json.dumps(wanted))):
-        raise ValueError(
-            f"{folder} holds traces of {name}={there!r}, not {here!r}; collect into another folder, or with the "
-            "parameters of its manifest.json"
-        )
+        to_disk(folder)
+        return Population.open(folder)
+    check_manifest(folder, population.manifest, wanted)
     return population
-
-
-def _differences(there: dict[str, Any], here: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    for name, value in here.items():
-        if there.get(name) != value:
-            yield name, (there.get(name), value)
 
 
 def _plain(name: str, value: Any) -> Any:

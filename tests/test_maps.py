@@ -7,7 +7,6 @@ import pytest
 import safetensors.torch
 import torch
 
-from stepsal import maps
 from stepsal.maps import StepSaliency, band_layers
 from stepsal.pooling import pair_counts, pool_steps, reduce_blocks, row_counts
 
@@ -128,7 +127,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(maps.os, "replace", full_disk)
+    monkeypatch.setattr("stepsal.storage.os.replace", full_disk)
     with pytest.raises(OSError, match="disk full"):
         make(model="other").save(path)
     assert path.read_bytes() == before

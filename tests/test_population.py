@@ -95,7 +95,7 @@ def test_a_killed_run_goes_on_with_nothing_lost_or_doubled(
 ) -> None:
     folder = tmp_path / "killed"
     kills = {  # function -> (on which call it is killed, traces there are then)
-        "stepsal.population._to_disk": (5, 0),  # while the manifest's folder or the first part is brought to the disk
+        "stepsal.population.to_disk": (5, 0),  # while the manifest's folder or the first part is brought to the disk
         "os.rename": (2, 4),  # the second part is complete but not in its place
         "stepsal.population._fields_of": (3, 4),  # grading
     }
@@ -126,7 +126,7 @@ def test_an_interrupted_part_leaves_the_folder_as_it_was(
     def interrupt(path: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("stepsal.population._to_disk", interrupt)
+    monkeypatch.setattr("stepsal.population.to_disk", interrupt)
     with pytest.raises(KeyboardInterrupt):
         collect(mini, TASK, N, folder, **OPTIONS)
     monkeypatch.undo()
