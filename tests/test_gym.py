@@ -6,7 +6,8 @@ import pytest
 
 pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed: pip install 'stepsal[gym]'")
 
-from stepsal.tasks.gym import DATASETS, NUMBER, GymTask, Problem
+from stepsal.tasks.answers import NUMBER, Problem
+from stepsal.tasks.gym import DATASETS, GymTask
 
 
 def test_a_seed_gives_a_problem_whose_answer_grades_as_right() -> None:
@@ -35,7 +36,7 @@ def test_a_seed_gives_a_problem_whose_answer_grades_as_right() -> None:
     ],
 )
 def test_the_last_number_counts(text: str, correct: bool) -> None:
-    verdict = Problem("?", "7").grade(text)
+    verdict = Problem("?", "7", "number").grade(text)
     assert verdict.correct is correct
     assert verdict.reason
     wrong = "no number" if text == "seven" else "wrong number"

@@ -1,0 +1,98 @@
+"""Problems from a JSONL file: one object a line, with a question, an answer, and options where there is a choice.
+
+{"question": "What is 3/4 + 1/4?", "answer": "1"}
+{"question": "Which of these is prime?", "options": ["4", "7", "9"], "answer": "7"}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from string import ascii_uppercase
+
+from stepsal.tasks.answers import MOST_OPTIONS, Grader, Problem
+
+INSTRUCTIONS: dict[Grader, str] = {
+    "number": "Put the answer, a number, at the end.",
+    "math": r"Put the final answer within \boxed{}.",
+    "choice": r"Put the letter of the right option within \boxed{}.",
+}
+
+
+@dataclass(frozen=True)
+class JsonlTask:
+    r"""The lines of a file as a task (`stepsal.tasks.Task`): problem i is line i, counted from 0.
+
+    A line with options is graded by letter; the options are shuffled, each line in its own way, and their letters are
+    the same in every run. Other lines are graded by `grader`.
+
+    Attributes:
+        path: the file.
+        question, answer, options: names of the fields. With options, the answer is the text of one of them.
+        grader: of lines without options.
+        shuffle_seed: for other orders of the options; None keeps that of the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line that can't be read; names the line, and what is wrong.
+    """
+
+    path: str | Path
+    question: str = "question"
+    answer: str = "answer"
+    options: str = "options"
+    grader: Grader = "math"
+    shuffle_seed: int | None = 0
+
+    def __post_init__(self) -> None:
+        if not self.problems:
+            raise ValueError(f"{self.path} has no lines: there is no problem")
+
+    def __len__(self) -> int:
+        return len(self.problems)
+
+    @property
+    def name(self) -> str:
+        digest = hashlib.sha256(Path(self.path).read_bytes()).hexdigest()[:12]
+        fields = [self.question, self.answer, self.options]
+        return f"jsonl {Path(self.path).name} {digest} {fields} {self.grader} options {self.shuffle_seed}"
+
+    def sample(self, seed: int) -> Problem:
+        """The problem of a line.
+
+        Raises:
+            IndexError: there is no such line.
+        """
+        if not 0 <= seed < len(self):
+            raise IndexError(f"{self.path} has problems 0..{len(self) - 1}, not {seed}")
+        return self.problems[seed]
+
+    @cached_property
+    def problems(self) -> tuple[Problem, ...]:
+        found: list[Problem] = []
+        for number, line in enumerate(Path(self.path).read_text(encoding="utf-8").splitlines()):
+            if not line.strip():
+                continue
+            try:
+                found.append(self._problem(json.loads(line), len(found)))
+            except (ValueError, KeyError, TypeError) as error:
+                what = f"there is no field {error}" if isinstance(error, KeyError) else str(error)
+                raise ValueError(f"{self.path}, line {number + 1}: {what}") from error
+        return tuple(found)
+
+    def _problem(self, fields: dict[str, object], number: int) -> Problem:
+        question, answer = str(fields[self.question]), str(fields[self.answer])
+        if not (listed := fields.get(self.options)):
+            return Problem(f"{question}\n{INSTRUCTIONS[self.grader]}", answer, self.grader)
+        options = [str(option) for option in listed]  # type: ignore[attr-defined]
+        if not 2 <= len(options) <= MOST_OPTIONS or len(set(options)) < len(options) or answer not in options:
+            raise ValueError(f"options={options} must be 2..{MOST_OPTIONS} different texts, the answer {answer!r} one")
+        if self.shuffle_seed is not None:
+            random.Random(f"{self.shuffle_seed} {number}").shuffle(options)
+        lines = [f"{letter}) {option}" for letter, option in zip(ascii_uppercase, options, strict=False)]
+        text = "\n".join([question, *lines, INSTRUCTIONS["choice"]])
+        return Problem(text, ascii_uppercase[options.index(answer)], "choice")
