@@ -32,13 +32,14 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     system: str | None = None,
+    put_off: int = 0,
     progress: bool = False,
     **segmentation: Any,
 ) -> Trace:
     """Answer one question; see `generate_batch`, of which this is the batch of one."""
     return generate_batch(
         model, [question], stepflow=stepflow, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-        seed=seed, system=system, progress=progress, **segmentation,
+        seed=seed, system=system, put_off=put_off, progress=progress, **segmentation,
     )[0]  # fmt: skip
 
 
@@ -52,6 +53,7 @@ def generate_batch(
     top_p: float = 1.0,
     seed: int | Sequence[int] = 0,
     system: str | None = None,
+    put_off: int = 0,
     progress: bool = False,
     **segmentation: Any,
 ) -> list[Trace]:
@@ -70,6 +72,9 @@ def generate_batch(
         seed: of the sampling, one for each row; a single one means seed, seed + 1, ... A row's tokens depend on its own
             seed only, so that it is sampled the same in any batch (up to rounding in the logits).
         system: a system prompt; None keeps what the chat template does by itself.
+        put_off: how many times the end of the thinking is replaced by "Wait", so that the model thinks on (budget
+            forcing: s1, arXiv 2501.19393). The end is `</think>`, or the end of the answer where the tokenizer has no
+            such token.
         progress: show a bar over tokens.
         **segmentation: `format`, `split`, `min_chars` of `Trace.from_tokens`.
 
@@ -83,9 +88,10 @@ def generate_batch(
     if not questions or isinstance(questions, str):
         raise ValueError(f"questions={questions!r} must be a list of at least one; for a single one there is generate")
     Trace.check_segmentation(**segmentation)
-    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or put_off < 0:
         raise ValueError(
-            f"max_new_tokens={max_new_tokens} must be >= 1, temperature={temperature} >= 0, top_p={top_p} in (0, 1]"
+            f"max_new_tokens={max_new_tokens} must be >= 1, temperature={temperature} >= 0, top_p={top_p} in (0, 1], "
+            f"put_off={put_off} >= 0"
         )
     seeds = [seed + row for row in range(len(questions))] if isinstance(seed, int) else list(seed)
     if len(seeds) != len(questions):
@@ -101,6 +107,7 @@ def generate_batch(
             f"a prompt of {longest} tokens leaves no room in the context of {n_ctx} tokens of "
             f"{model.cfg.model_name!r}: shorten the question"
         )
+    waiting = _Waiting(model, len(questions), put_off) if put_off else None
     limits = [min(max_new_tokens, n_ctx - len(ids)) for ids in prompt_ids]
     uniforms = None
     if temperature > 0:
@@ -108,7 +115,7 @@ def generate_batch(
         uniforms = torch.stack([torch.rand(max(limits), generator=g, dtype=torch.float64) for g in generators])
 
     with open_stepflow(model, stepflow) if stepflow is not None else nullcontext():
-        answers = _decode(model, prompt_ids, limits, uniforms, temperature, top_p, progress)
+        answers = _decode(model, prompt_ids, limits, uniforms, temperature, top_p, waiting, progress)
     traces = []
     for question, ids, new in zip(questions, prompt_ids, answers, strict=True):
         trace = Trace.from_tokens(
@@ -142,6 +149,7 @@ def _decode(
     uniforms: Float[Tensor, "row new_token"] | None,
     temperature: float,
     top_p: float,
+    waiting: _Waiting | None,
     progress: bool,
 ) -> list[list[int]]:
     """The new tokens of each row."""
@@ -169,6 +177,9 @@ def _decode(
             draws = None if uniforms is None else uniforms[running, n_new - 1]
             chosen = _choose(logits[:, -1], draws, temperature, top_p)  # [row]
             on_host = chosen.cpu()
+            if waiting is not None:
+                on_host = waiting.instead(running, on_host)
+                chosen = on_host.to(device)
             ended = torch.isin(on_host, ends)
             going = []
             for i, (row, token) in enumerate(zip(running, on_host.tolist(), strict=True)):
@@ -188,6 +199,36 @@ def _decode(
             tokens = chosen[:, None]
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
     return answers
+
+
+class _Waiting:
+    """Budget forcing: rows that would end their thinking write "Wait" instead, some times.
+
+    Raises:
+        ValueError: the tokenizer ends thinking by more than one token.
+    """
+
+    def __init__(self, model: TransformerBridge, n_rows: int, times: int) -> None:
+        vocabulary = model.tokenizer.get_vocab()
+        if "<|channel|>" in vocabulary:
+            raise ValueError(
+                f"put_off={times} is not supported for Harmony channels, which end thinking in several tokens"
+            )
+        self.ends = {vocabulary["</think>"]} if "</think>" in vocabulary else _end_tokens(model)
+        self.wait: list[int] = model.tokenizer("Wait", add_special_tokens=False)["input_ids"]
+        self.left = [times] * n_rows
+        self.coming: list[list[int]] = [[] for _ in range(n_rows)]  # tokens of "Wait" still to be written
+
+    def instead(self, rows: list[int], chosen: Int[Tensor, " row"]) -> Int[Tensor, " row"]:
+        """What rows write where the model has chosen these tokens."""
+        tokens = chosen.tolist()
+        for i, row in enumerate(rows):
+            if not self.coming[row] and self.left[row] and tokens[i] in self.ends:
+                self.left[row] -= 1
+                self.coming[row] = list(self.wait)
+            if self.coming[row]:
+                tokens[i] = self.coming[row].pop(0)
+        return torch.tensor(tokens)
 
 
 def _choose(

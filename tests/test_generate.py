@@ -143,3 +143,28 @@ def test_no_question(mini: TransformerBridge) -> None:
         stepsal.generate_batch(mini, [])
     with pytest.raises(ValueError, match="must be a list"):
         stepsal.generate_batch(mini, PROBLEMS[0].question)
+
+
+def test_the_end_of_thinking_can_be_put_off(mini: TransformerBridge) -> None:
+    questions = [chain.sample(seed, length=n).question for seed, n in ((1, 2), (2, 1))]
+    plain = stepsal.generate_batch(mini, questions, max_new_tokens=80)
+    waiting = stepsal.generate_batch(mini, questions, max_new_tokens=80, put_off=2)
+    for a, b in zip(plain, waiting, strict=True):
+        thinking, _, _ = a.response.partition("</think>")
+        assert b.response.startswith(thinking + "Wait")
+        assert len(b) > len(a)
+    alone = stepsal.generate(mini, questions[0], max_new_tokens=80, put_off=2)
+    assert torch.equal(alone.tokens, waiting[0].tokens)
+
+
+def test_without_a_mark_of_thinking_the_end_of_the_answer_is_put_off(smollm2: TransformerBridge) -> None:
+    plain = stepsal.generate(smollm2, "What is 2 + 3?", max_new_tokens=40)
+    assert not plain.truncated
+    waiting = stepsal.generate(smollm2, "What is 2 + 3?", max_new_tokens=60, put_off=1)
+    assert waiting.response.startswith(plain.response.removesuffix("<|im_end|>") + "Wait")
+
+
+def test_harmony_cannot_be_put_off(mini: TransformerBridge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(mini.tokenizer), "get_vocab", lambda self: {"<|channel|>": 0})
+    with pytest.raises(ValueError, match="put_off=1 is not supported for Harmony"):
+        stepsal.generate(mini, "What?", put_off=1)
