@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stepsal.bridge import load
+    from stepsal.evaluation import Evaluation, Variant, evaluate
     from stepsal.generation import generate, generate_batch
     from stepsal.intervention import StepFlowConfig, stepflow
     from stepsal.maps import StepSaliency
@@ -16,12 +17,15 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Evaluation",
     "Population",
     "Step",
     "StepFlowConfig",
     "StepSaliency",
     "Trace",
+    "Variant",
     "collect",
+    "evaluate",
     "generate",
     "generate_batch",
     "load",
@@ -40,12 +44,15 @@ _HOME = {
     "StepSaliency": "stepsal.maps",
     "Population": "stepsal.population",
     "collect": "stepsal.population",
+    "Evaluation": "stepsal.evaluation",
+    "Variant": "stepsal.evaluation",
+    "evaluate": "stepsal.evaluation",
     "step_attention": "stepsal.saliency",
     "step_saliency": "stepsal.saliency",
     "Step": "stepsal.trace",
     "Trace": "stepsal.trace",
 }
-_MODULES = ("figures", "intervention", "maps", "metrics", "plots", "segment", "stats", "tasks")
+_MODULES = ("accuracy", "figures", "flops", "intervention", "maps", "metrics", "plots", "segment", "stats", "tasks")
 
 
 def __getattr__(name: str) -> Any:

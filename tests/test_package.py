@@ -14,12 +14,13 @@ import stepsal
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"segment", "pooling", "versions", "stats"},
+    {"segment", "pooling", "versions", "storage", "stats", "accuracy", "flops"},
     {"trace", "bridge"},
     {"maps", "tracking"},
     {"intervention", "metrics"},
     {"saliency", "generation"},
     {"tasks", "population"},
+    {"evaluation"},
     {"plots", "figures"},
     {"cli"},
 ]

@@ -1,0 +1,393 @@
+"""Variants of a model on the same problems: sampled, graded, kept in a folder, and compared in pairs.
+
+    folder/
+      manifest.json            model, task, parameters, versions
+      answers/<uuid>.parquet   one row per answer: way, problem, draw, verdict, length, text
+
+A *way* is how an answer is written: StepFlow, prompt, budget. A *variant* is a way and a number of votes; variants of
+the same way share its answers. Draw d of problem i has the same seed under every way, so that variants are paired. What
+is missing is known from the rows that are there: an interrupted run goes on when it is called again, with more
+problems, samples or variants too. Files appear whole or not at all.
+
+Ways take each batch of problems in turn, in an order that rotates, so that their times can be compared.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
+
+from stepsal.accuracy import Verdicts, accuracy, paired_difference, pass_at_k
+from stepsal.intervention import StepFlowConfig, active_flow
+from stepsal.population import fingerprint
+from stepsal.storage import alone_in, begin_manifest, check_manifest, digest, read_manifest, write_atomic
+from stepsal.versions import package_versions
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformer_lens.model_bridge import TransformerBridge
+
+    from stepsal.tasks import Problem, Task
+
+FORMAT, FORMAT_VERSION = "stepsal.Evaluation", 1
+PACKAGES = ("stepsal", "torch", "transformer-lens", "transformers", "tokenizers", "math-verify", "reasoning-gym")
+
+PLAN_AND_SOLVE = (  # PS+ of Wang et al. 2023 (arXiv 2305.04091), Table 5
+    "Let's first understand the problem, extract relevant variables and their corresponding numerals, and devise a "
+    "complete plan. Then, let's carry out the plan, calculate intermediate variables (pay attention to correct "
+    "numerical calculation and commonsense), solve the problem step by step, and show the answer."
+)
+HINT = "Before each step, look again at what the question says and at the results of your earlier steps."
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to answer, and how many answers vote.
+
+    Attributes:
+        name: how tables call it.
+        stepflow: decode under StepFlow with these settings.
+        instruction: put after every question (`PLAN_AND_SOLVE`, `HINT`).
+        edit: another intervention. Called with the model and the problems of a batch, it gives a context in which they
+            are answered; its rows leave the batch when they are finished. Known by its `__qualname__`.
+        budget: limit of new tokens; None for that of the run.
+        wait: how many times the end of the thinking is put off by "Wait" (budget forcing, s1).
+        votes: self-consistency: of so many draws, the first with the most frequent answer is given.
+
+    Raises:
+        ValueError: numbers out of range.
+    """
+
+    name: str
+    stepflow: StepFlowConfig | None = None
+    instruction: str | None = None
+    edit: Callable[[TransformerBridge, list[Problem]], AbstractContextManager[object]] | None = None
+    budget: int | None = None
+    wait: int = 0
+    votes: int = 1
+
+    def __post_init__(self) -> None:
+        if self.votes < 1 or self.wait < 0 or (self.budget is not None and self.budget < 1):
+            raise ValueError(
+                f"{self.name!r}: votes={self.votes} and budget={self.budget} must be >= 1, wait={self.wait} >= 0"
+            )
+
+    @property
+    def way(self) -> str:
+        """What tells one way to answer from another, as JSON."""
+        config = None if self.stepflow is None else self.stepflow.to_dict()
+        fields = {"stepflow": config, "instruction": self.instruction, "budget": self.budget, "wait": self.wait}
+        if self.edit is not None:
+            fields["edit"] = f"{self.edit.__module__}.{self.edit.__qualname__}"
+        return json.dumps(fields, sort_keys=True)
+
+
+def evaluate(
+    model: TransformerBridge,
+    task: Task,
+    variants: Sequence[Variant],
+    n_problems: int,
+    n_samples: int = 1,
+    *,
+    folder: str | Path,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    max_new_tokens: int = 512,
+    seed: int = 0,
+    system: str | None = None,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> Evaluation:
+    """Answer `n_problems` problems of a task `n_samples` times under each variant, or go on with what is there.
+
+    Args:
+        model: from `stepsal.load`.
+        task: gives the problem of a seed; problem i is `task.sample(seed + i)`.
+        variants: with names that differ. The first is what the others are compared with, unless told otherwise.
+        n_problems, n_samples: under each variant; one with k votes draws k times as many answers.
+        folder: made if it is not there.
+        temperature, top_p, max_new_tokens, system: see `stepsal.generate`.
+        seed: of problems and draws.
+        batch_size: answers decoded together.
+        progress: show a bar over answers.
+
+    Raises:
+        ValueError: numbers out of range, variants of the same name, several greedy draws, an open `stepsal.stepflow`
+            context, or a folder that is foreign, damaged, of other parameters or in the hands of another process;
+            before any work.
+    """
+    names = [variant.name for variant in variants]
+    if not variants or len(set(names)) < len(names):
+        raise ValueError(f"variants={names} must be at least one, and have names that differ")
+    if min(n_problems, n_samples, batch_size) < 1:
+        raise ValueError(f"n_problems={n_problems}, n_samples={n_samples}, batch_size={batch_size} must be at least 1")
+    n_draws, way_of = {v.way: 0 for v in variants}, {v.way: v for v in variants}
+    for variant in variants:
+        n_draws[variant.way] = max(n_draws[variant.way], n_samples * variant.votes)
+    if temperature == 0 and max(n_draws.values()) > 1:
+        raise ValueError("temperature=0 gives the same answer again: use one sample and no votes, or a temperature")
+    if active_flow(model) is not None:
+        raise ValueError("a stepflow context is open, of which the folder would not know; use Variant(stepflow=...)")
+    folder = Path(folder)
+    wanted = {
+        "format": FORMAT, "version": FORMAT_VERSION, "model": model.cfg.model_name, "weights": fingerprint(model),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "task": task.name, "seed": seed,
+        "decoding": {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "system": system},
+        "chat_template": digest(str(getattr(model.tokenizer, "chat_template", None)).encode()),
+    }  # fmt: skip
+    with alone_in(folder):
+        _begin(folder, wanted)
+        there = _keys(folder)
+        problems = [task.sample(seed + i) for i in range(n_problems)]
+        pairs = [(draw, i) for draw in range(max(n_draws.values())) for i in range(n_problems)]
+        missing = {
+            way: {p for p in pairs if p[0] < n and (way, *p) not in there} for way, n in n_draws.items()
+        }  # fmt: skip
+        total = sum(n * n_problems for n in n_draws.values())
+        run = uuid.uuid4().hex
+        left = sum(map(len, missing.values()))
+        with tqdm(total=total, initial=total - left, desc=f"answers to {task.name}", disable=not progress) as bar:
+            for number, batch in enumerate(_batches(pairs, batch_size)):
+                ways = list(n_draws)
+                for way in ways[number % len(ways) :] + ways[: number % len(ways)]:
+                    if not (now := [pair for pair in batch if pair in missing[way]]):
+                        continue
+                    rows = _answer(
+                        model, way_of[way], [problems[i] for _, i in now], seed=[_seed(seed, i, d) for d, i in now],
+                        temperature=temperature, top_p=top_p, system=system,
+                        max_new_tokens=way_of[way].budget or max_new_tokens,
+                    )  # fmt: skip
+                    for row, (draw, i) in zip(rows, now, strict=True):
+                        row |= {"way": way, "problem": i, "draw": draw, "batch": number, "run": run}
+                    _write(folder, rows)
+                    bar.update(len(rows))
+    return Evaluation(folder, tuple(variants), n_problems, n_samples)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Answers of several variants to the same problems, and what they say.
+
+    Attributes:
+        folder: where they lie.
+        variants: compared ones; the first is the baseline of comparisons.
+        n_problems, n_samples: that every variant has answered.
+    """
+
+    folder: Path
+    variants: tuple[Variant, ...]
+    n_problems: int
+    n_samples: int
+
+    @cached_property
+    def answers(self) -> pd.DataFrame:
+        """One row per answer that the variants need: way, problem, draw, question, correct, answer, error, ..."""
+        frame = _rows(self.folder)
+        needed = {v.way: self.n_samples * v.votes for v in self.variants}
+        wanted = frame["problem"].lt(self.n_problems) & frame["draw"].lt(frame["way"].map(needed))
+        frame = frame[wanted].sort_values(["way", "draw", "problem"], ignore_index=True)
+        for way, n in needed.items():
+            if (found := int((frame["way"] == way).sum())) != n * self.n_problems:
+                raise ValueError(f"{self.folder} has {found} of {n * self.n_problems} answers of {way}: evaluate again")
+        return frame
+
+    def given(self, name: str) -> pd.DataFrame:
+        """The answers that a variant gives, one row per problem and sample: its draws, or what they voted for."""
+        variant = self._variant(name)
+        frame = self.answers[self.answers["way"] == variant.way]
+        frame = frame[frame["draw"] < self.n_samples * variant.votes]
+        frame = frame.assign(sample=frame["draw"] // variant.votes)
+        if variant.votes > 1:
+            groups = frame.sort_values("draw").groupby(["problem", "sample"], sort=True)
+            costs = groups["n_new_tokens"].sum()
+            frame = frame.loc[[_voted(group["answer"]) for _, group in groups]].reset_index(drop=True)
+            frame["n_new_tokens"] = costs.to_numpy()
+        return frame.sort_values(["problem", "sample"], ignore_index=True)
+
+    def verdicts(self, name: str, what: str = "correct") -> Verdicts:
+        """[problem, sample], of a boolean column: correct, or answer_correct where a task tells these apart."""
+        return self.given(name)[what].to_numpy(dtype=bool).reshape(self.n_problems, self.n_samples)
+
+    def accuracy(self, what: str = "correct", k: Iterable[int] = ()) -> pd.DataFrame:
+        """Accuracy of each variant with its interval, pass@k, and its cost in new tokens."""
+        import pandas as pd
+
+        rows = []
+        for variant in self.variants:
+            given, correct = self.given(variant.name), self.verdicts(variant.name, what)
+            share = accuracy(correct)
+            rows.append(
+                {"variant": variant.name, "n_problems": self.n_problems, "n_samples": self.n_samples,
+                 "accuracy": share.value, "low": share.low, "high": share.high}
+                | {f"pass@{n}": pass_at_k(correct, n) for n in k}
+                | {"new_tokens": given["n_new_tokens"].mean(), "truncated": given["truncated"].mean()}
+            )  # fmt: skip
+        return pd.DataFrame(rows)
+
+    def paired(self, baseline: str | None = None, what: str = "correct") -> pd.DataFrame:
+        """Each variant against the baseline: difference, what is fixed and broken, p-values (`PairedDifference`)."""
+        import pandas as pd
+
+        base = self._variant(baseline).name
+        before = self.verdicts(base, what)
+        return pd.DataFrame(
+            {"variant": v.name, "baseline": base} | asdict(paired_difference(before, self.verdicts(v.name, what)))
+            for v in self.variants
+            if v.name != base
+        )
+
+    def errors(self, name: str, baseline: str | None = None) -> pd.DataFrame:
+        """Kinds of first errors before (rows) and after (columns), "none" for correct answers; counts of answers."""
+        import pandas as pd
+
+        before, after = (self.given(n)["error"].fillna("none") for n in (self._variant(baseline).name, name))
+        return pd.crosstab(before.rename("before"), after.rename("after"))
+
+    def times(self, baseline: str | None = None) -> pd.DataFrame:
+        """Time of each variant's way relative to the baseline's, per new token; batches that one run did in turn."""
+        import pandas as pd
+
+        per_token = self.answers.groupby(["way", "run", "batch"]).agg(s=("seconds", "sum"), n=("n_new_tokens", "max"))
+        seconds = (per_token["s"] / per_token["n"]).rename("seconds")
+        base = seconds[self._variant(baseline).way]
+        rows = []
+        for variant in self.variants:
+            ratio = (seconds[variant.way] / base).dropna()
+            found = {"batches": len(ratio), "ratio": ratio.median(), "min": ratio.min(), "max": ratio.max()}
+            rows.append({"variant": variant.name, **found})
+        return pd.DataFrame(rows)
+
+    def _variant(self, name: str | None) -> Variant:
+        named = {v.name: v for v in self.variants}
+        if name is not None and name not in named:
+            raise ValueError(f"there is no variant {name!r}; there is {', '.join(map(repr, named))}")
+        return self.variants[0] if name is None else named[name]
+
+
+def _answer(
+    model: TransformerBridge, variant: Variant, problems: list[Problem], **decoding: Any
+) -> list[dict[str, Any]]:
+    """One row per problem."""
+    from stepsal.generation import generate_batch
+
+    after = "" if variant.instruction is None else f"\n\n{variant.instruction}"
+    questions = [p.question + after for p in problems]
+    start = time.perf_counter()
+    with nullcontext() if variant.edit is None else variant.edit(model, problems):
+        traces = generate_batch(model, questions, stepflow=variant.stepflow, put_off=variant.wait, **decoding)
+    seconds = (time.perf_counter() - start) / len(traces)
+    rows = []
+    for problem, trace in zip(problems, traces, strict=True):
+        verdict = problem.grade(trace)
+        answer = getattr(verdict, "answer", None)
+        rows.append(
+            {
+                "question": digest(problem.question.encode()),
+                "reference": problem.reference,
+                "correct": bool(verdict.correct),
+                "answer_correct": bool(getattr(verdict, "answer_correct", verdict.correct)),
+                "answer": None if answer is None else str(answer),
+                "error": getattr(verdict, "error", None),
+                "reason": verdict.reason,
+                "truncated": trace.truncated,
+                "n_prompt": trace.n_prompt,
+                "n_new_tokens": len(trace) - trace.n_prompt,
+                "n_steps": len(trace.steps),
+                "seconds": seconds,
+                "response": trace.response,
+            }
+        )
+    return rows
+
+
+def _voted(answers: pd.Series) -> Any:
+    """Index of the first answer that says what most say; the first of all where none says anything."""
+    counts = Counter(answers.dropna())
+    if not counts:
+        return answers.index[0]
+    most = max(counts.values())
+    return next(i for i, answer in answers.items() if counts.get(answer, 0) == most)
+
+
+def _seed(seed: int, problem: int, draw: int) -> int:
+    """Of the sampling; far apart for each draw, so that no two answers share one."""
+    return int(digest(f"{seed} {problem} {draw}".encode())[:12], 16)
+
+
+def _batches(pairs: list[tuple[int, int]], size: int) -> Iterable[list[tuple[int, int]]]:
+    for start in range(0, len(pairs), size):
+        yield pairs[start : start + size]
+
+
+def _begin(folder: Path, wanted: dict[str, Any]) -> None:
+    """Make a folder ready, or check that it is of the wanted parameters."""
+    if any(not path.name.startswith(".") for path in folder.iterdir()):  # dots: the lock, leftovers
+        check_manifest(folder, read_manifest(folder, FORMAT, FORMAT_VERSION), wanted)
+    else:
+        begin_manifest(folder, wanted, package_versions(PACKAGES))
+    (folder / "answers").mkdir(exist_ok=True)
+    for unfinished in (folder / "answers").glob(".*.part"):
+        unfinished.unlink()
+
+
+def _write(folder: Path, rows: list[dict[str, Any]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.Table.from_pylist(rows, schema=_schema())
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    write_atomic(folder / "answers" / f"{uuid.uuid4().hex}.parquet", sink.getvalue(), durable=True)
+
+
+def _rows(folder: Path, columns: list[str] | None = None) -> pd.DataFrame:
+    """All rows of a folder.
+
+    Raises:
+        ValueError: a file that is damaged, or an answer that is there twice.
+    """
+    import pandas as pd
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    tables = []
+    for path in sorted((folder / "answers").glob("*.parquet")):
+        try:
+            tables.append(pq.read_table(path, columns=columns, schema=_schema()))
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ValueError(f"{path} is damaged ({error}); delete it, and evaluate again to make it anew") from error
+    frame = pa.concat_tables(tables).to_pandas() if tables else pd.DataFrame(columns=columns or _schema().names)
+    if frame.duplicated(_KEY).any():
+        raise ValueError(f"{folder} has an answer twice: {frame.loc[frame.duplicated(_KEY), _KEY].iloc[0].to_dict()}")
+    return frame
+
+
+def _keys(folder: Path) -> set[tuple[str, int, int]]:
+    """(way, draw, problem) of what is there."""
+    return {(way, draw, problem) for way, draw, problem in _rows(folder, _KEY).itertuples(index=False)}
+
+
+_KEY = ["way", "draw", "problem"]
+
+
+def _schema() -> Any:
+    import pyarrow as pa
+
+    text, number, flag = pa.string(), pa.int64(), pa.bool_()
+    return pa.schema(
+        {"way": text, "draw": number, "problem": number, "question": text, "reference": text, "correct": flag,
+         "answer_correct": flag, "answer": text, "error": text, "reason": text, "truncated": flag, "n_prompt": number,
+         "n_new_tokens": number, "n_steps": number, "seconds": pa.float64(), "batch": number, "run": text,
+         "response": text}
+    )  # fmt: skip

@@ -1,0 +1,223 @@
+"""Runs of variants: paired, resumed after a kill, compared; and a planted help that the harness finds."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from transformer_lens.model_bridge import TransformerBridge
+
+import stepsal
+from stepsal.evaluation import Evaluation, Variant, evaluate
+from stepsal.tasks.chain import ChainTask
+from stepsal.trace import render_prompt
+
+TASK = ChainTask(length=2, distractors=2)
+OPTIONS: dict = {"temperature": 1.5, "max_new_tokens": 30, "batch_size": 4, "progress": False}
+VARIANTS = [
+    Variant("baseline"),
+    Variant("StepFlow", stepflow=stepsal.StepFlowConfig()),
+    Variant("three votes", votes=3),
+    Variant("short", budget=12),
+]
+
+
+@pytest.fixture(scope="module")
+def run(mini: TransformerBridge, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
+    return evaluate(mini, TASK, VARIANTS, 6, 2, folder=tmp_path_factory.mktemp("run"), **OPTIONS)
+
+
+def test_answers_are_those_of_generate(mini: TransformerBridge, run: Evaluation) -> None:
+    given = run.given("StepFlow")
+    row = given[(given["problem"] == 4) & (given["sample"] == 1)].iloc[0]
+    problem = TASK.sample(4)
+    from stepsal.evaluation import _seed
+
+    trace = stepsal.generate(
+        mini, problem.question, stepflow=stepsal.StepFlowConfig(), temperature=1.5, max_new_tokens=30,
+        seed=_seed(0, 4, 1),
+    )  # fmt: skip
+    assert row["response"] == trace.response
+    assert row["correct"] == problem.grade(trace).correct
+    assert row["n_new_tokens"] == len(trace) - trace.n_prompt
+    assert run.given("short")["n_new_tokens"].max() <= 12
+    assert run.given("short")["truncated"].any()
+
+
+def test_variants_of_one_way_share_its_answers(run: Evaluation) -> None:
+    assert len(run.answers) == 6 * (6 + 2 + 2)  # six draws for three votes, of which the first two are the baseline's
+    votes, single = run.given("three votes"), run.given("baseline")
+    assert len(votes) == len(single) == 12
+    assert (votes["n_new_tokens"] > 2 * single["n_new_tokens"].min()).all()
+
+
+def test_tables(run: Evaluation) -> None:
+    table = run.accuracy(k=(1, 2)).set_index("variant")
+    correct = run.verdicts("baseline")
+    assert table.loc["baseline", "accuracy"] == pytest.approx(correct.mean())
+    assert table.loc["baseline", "pass@2"] == pytest.approx(correct.any(1).mean())
+    paired = run.paired().set_index("variant")
+    change = run.verdicts("StepFlow").astype(int) - correct
+    assert paired.loc["StepFlow", "difference"] == pytest.approx(change.mean())
+    assert list(paired.index) == ["StepFlow", "three votes", "short"]
+    errors = run.errors("StepFlow")
+    assert errors.to_numpy().sum() == 12
+    assert errors.loc["none"].sum() == correct.sum() if correct.any() else True
+    times = run.times().set_index("variant")
+    assert times.loc["baseline", "ratio"] == 1.0
+    assert times.loc["StepFlow", "batches"] == 3
+
+
+def test_more_of_everything_goes_on_with_what_is_there(mini: TransformerBridge, tmp_path: Path) -> None:
+    few = evaluate(mini, TASK, VARIANTS[:1], 3, folder=tmp_path / "grown", **OPTIONS)
+    before = few.answers
+    more = evaluate(mini, TASK, VARIANTS[:2], 5, 2, folder=tmp_path / "grown", **OPTIONS)
+    whole = evaluate(mini, TASK, VARIANTS[:2], 5, 2, folder=tmp_path / "whole", **OPTIONS)
+    pd.testing.assert_frame_equal(few.__class__(few.folder, few.variants, 3, 1).answers, before)
+    columns = ["way", "draw", "problem", "response", "correct"]
+    pd.testing.assert_frame_equal(more.answers[columns], whole.answers[columns])
+    with pytest.raises(ValueError, match="temperature"):
+        evaluate(mini, TASK, VARIANTS[:1], 3, folder=tmp_path / "grown", **OPTIONS | {"temperature": 0.5})
+
+
+def test_a_killed_run_goes_on(mini: TransformerBridge, tmp_path: Path) -> None:
+    code = f"""
+import stepsal
+from stepsal.evaluation import Variant, evaluate
+from stepsal.tasks.chain import ChainTask
+variants = [Variant("baseline"), Variant("StepFlow", stepflow=stepsal.StepFlowConfig())]
+evaluate(stepsal.load("mini"), ChainTask(length=2, distractors=2), variants, 8, 2,
+         folder={str(tmp_path / "killed")!r}, **{OPTIONS!r})
+"""
+    answers = tmp_path / "killed" / "answers"
+    process = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(answers.glob("*.parquet"))) < 3 and time.monotonic() < deadline:
+            assert process.poll() is None
+            time.sleep(0.01)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    there = {p.name: p.read_bytes() for p in answers.glob("*.parquet")}
+    assert 3 <= len(there) < 8
+    (answers / ".unfinished.part").write_bytes(b"half")
+    resumed = evaluate(mini, TASK, VARIANTS[:2], 8, 2, folder=tmp_path / "killed", **OPTIONS)
+    whole = evaluate(mini, TASK, VARIANTS[:2], 8, 2, folder=tmp_path / "whole", **OPTIONS)
+    columns = ["way", "draw", "problem", "response", "correct"]
+    pd.testing.assert_frame_equal(resumed.answers[columns], whole.answers[columns])
+    assert all((answers / name).read_bytes() == content for name, content in there.items())
+    assert not list(answers.glob(".*"))
+
+
+def hidden(model: TransformerBridge, problem: object, names: set[str]) -> AbstractContextManager:
+    """No layer sees the definitions of these names."""
+    question = render_prompt(model.tokenizer, problem.question).text
+    offsets = model.tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    spans = [
+        (question.index(f"{d}."), question.index(f"{d}.") + len(f"{d}."))
+        for d in problem.definitions
+        if d.name in names
+    ]
+    keys = [i for i, (start, end) in enumerate(offsets) if any(a <= start and end <= b for a, b in spans)]
+    assert keys
+
+    def hide(scores: torch.Tensor, hook: object) -> torch.Tensor:
+        return scores.index_fill(-1, torch.tensor(keys), -1e9)
+
+    return model.hooks(fwd_hooks=[(f"blocks.{i}.attn.hook_attn_scores", hide) for i in range(model.cfg.n_layers)])
+
+
+def needed_and_not(problem: object) -> tuple[str, set[str]]:
+    """A definition that the goal needs, and those that it does not."""
+    needed, pending = set(), [problem.goal]
+    while pending:
+        needed.add(name := pending.pop())
+        pending += problem.by_name[name].needs
+    return min(needed - {problem.goal}), set(problem.by_name) - needed
+
+
+def forgetful(model: TransformerBridge, problems: list) -> AbstractContextManager:
+    """A premise, and a definition that is not needed, are hidden."""
+    (problem,) = problems
+    needed, others = needed_and_not(problem)
+    return hidden(model, problem, {needed, min(others)})
+
+
+def oracle(model: TransformerBridge, problems: list) -> AbstractContextManager:
+    """Gives the attention on the premise back."""
+    (problem,) = problems
+    return hidden(model, problem, {min(needed_and_not(problem)[1])})
+
+
+def random_help(model: TransformerBridge, problems: list) -> AbstractContextManager:
+    """Gives as much attention back, on what is not needed."""
+    (problem,) = problems
+    return hidden(model, problem, {needed_and_not(problem)[0]})
+
+
+def test_the_harness_can_tell_help_from_none(mini: TransformerBridge, tmp_path: Path) -> None:
+    variants = [
+        Variant("forgetful", edit=forgetful),
+        Variant("oracle", edit=oracle),
+        Variant("random", edit=random_help),
+    ]
+    options = {"temperature": 0.0, "max_new_tokens": 120, "batch_size": 1, "progress": False}
+    found = evaluate(mini, ChainTask(length=3, distractors=3), variants, 20, folder=tmp_path, **options)
+    paired = found.paired().set_index("variant")
+    assert paired.loc["oracle", "low"] > 0.1
+    assert paired.loc["oracle", "mcnemar_p"] < 0.01
+    assert paired.loc["random", "mcnemar_p"] > 0.1
+    assert "wrong premise" in found.errors("oracle").index
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"variants": []}, "at least one"),
+        ({"variants": [Variant("a"), Variant("a", budget=3)]}, "names that differ"),
+        ({"n_problems": 0}, "n_problems=0"),
+        ({"temperature": 0.0, "n_samples": 2}, "temperature=0"),
+        ({"temperature": 0.0, "variants": [Variant("a", votes=2)]}, "temperature=0"),
+    ],
+)
+def test_what_makes_no_run(mini: TransformerBridge, tmp_path: Path, arguments: dict, message: str) -> None:
+    given = {"variants": VARIANTS, "n_problems": 2, "n_samples": 1, **OPTIONS, **arguments}
+    with pytest.raises(ValueError, match=message):
+        evaluate(mini, TASK, folder=tmp_path / "new", **given)
+    assert not (tmp_path / "new").exists()
+
+
+def test_folders_that_are_not_what_they_should_be(mini: TransformerBridge, tmp_path: Path) -> None:
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="no evaluation"):
+        evaluate(mini, TASK, VARIANTS[:1], 1, folder=tmp_path / "foreign", **OPTIONS)
+    evaluate(mini, TASK, VARIANTS[:1], 1, folder=tmp_path / "run", **OPTIONS)
+    (file,) = (tmp_path / "run" / "answers").glob("*.parquet")
+    content = file.read_bytes()
+    file.write_bytes(content[:-20])
+    with pytest.raises(ValueError, match=r"parquet is damaged .* delete it, and evaluate again"):
+        evaluate(mini, TASK, VARIANTS[:1], 1, folder=tmp_path / "run", **OPTIONS)
+    file.write_bytes(content)
+    (file.parent / "copy.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match="an answer twice"):
+        evaluate(mini, TASK, VARIANTS[:1], 1, folder=tmp_path / "run", **OPTIONS)
+
+
+def test_votes() -> None:
+    from stepsal.evaluation import _voted
+
+    assert _voted(pd.Series(["3", "5", "5", None], index=[7, 8, 9, 10])) == 8
+    assert _voted(pd.Series(["3", "5"], index=[7, 8])) == 7
+    assert _voted(pd.Series([None, None], index=[7, 8])) == 7
+    with pytest.raises(ValueError, match="votes=0"):
+        Variant("none", votes=0)
