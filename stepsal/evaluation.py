@@ -60,7 +60,7 @@ class Variant:
         stepflow: decode under StepFlow with these settings.
         instruction: put after every question (`PLAN_AND_SOLVE`, `HINT`).
         edit: another intervention. Called with the model and the problems of a batch, it gives a context in which they
-            are answered; its rows leave the batch when they are finished. Known by its `__qualname__`.
+            are answered; its rows leave the batch when they are finished. A folder knows it by the variant's name.
         budget: limit of new tokens; None for that of the run.
         wait: how many times the end of the thinking is put off by "Wait" (budget forcing, s1).
         votes: self-consistency: of so many draws, the first with the most frequent answer is given.
@@ -89,7 +89,7 @@ class Variant:
         config = None if self.stepflow is None else self.stepflow.to_dict()
         fields = {"stepflow": config, "instruction": self.instruction, "budget": self.budget, "wait": self.wait}
         if self.edit is not None:
-            fields["edit"] = f"{self.edit.__module__}.{self.edit.__qualname__}"
+            fields["edit"] = self.name  # functions may share a name of theirs, or have none
         return json.dumps(fields, sort_keys=True)
 
 
@@ -146,10 +146,10 @@ def evaluate(
         "decoding": {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "system": system},
         "chat_template": digest(str(getattr(model.tokenizer, "chat_template", None)).encode()),
     }  # fmt: skip
+    problems = [task.sample(seed + i) for i in range(n_problems)]
     with alone_in(folder):
         _begin(folder, wanted)
         there = _keys(folder)
-        problems = [task.sample(seed + i) for i in range(n_problems)]
         pairs = [(draw, i) for draw in range(max(n_draws.values())) for i in range(n_problems)]
         missing = {
             way: {p for p in pairs if p[0] < n and (way, *p) not in there} for way, n in n_draws.items()

@@ -213,6 +213,11 @@ def test_folders_that_are_not_what_they_should_be(mini: TransformerBridge, tmp_p
         evaluate(mini, TASK, VARIANTS[:1], 1, folder=tmp_path / "run", **OPTIONS)
 
 
+def test_different_edits_are_different_ways() -> None:
+    one, two = (Variant(name, edit=lambda model, problems: model.hooks()) for name in ("one", "two"))
+    assert one.way != two.way
+
+
 def test_votes() -> None:
     from stepsal.evaluation import _voted
 
