@@ -2,12 +2,12 @@
 
     folder/
       manifest.json            model, task, parameters, versions
-      answers/<uuid>.parquet   one row per answer: way, problem, draw, verdict, length, text
+      answers/<uuid>.parquet   one row per answer: way, problem, draw, verdict, length, FLOPs, text
 
 A *way* is how an answer is written: StepFlow, prompt, budget. A *variant* is a way and a number of votes; variants of
 the same way share its answers. Draw d of problem i has the same seed under every way, so that variants are paired. What
 is missing is known from the rows that are there: an interrupted run goes on when it is called again, with more
-problems, samples or variants too. Files appear whole or not at all.
+problems, samples or variants too. Files appear whole or not at all; those of a finished run become one.
 
 Ways take each batch of problems in turn, in an order that rotates, so that their times can be compared.
 """
@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from stepsal.accuracy import Verdicts, accuracy, paired_difference, pass_at_k
+from stepsal.flops import decoding_flops
 from stepsal.intervention import StepFlowConfig, active_flow
 from stepsal.population import fingerprint
 from stepsal.storage import alone_in, begin_manifest, check_manifest, digest, read_manifest, write_atomic
@@ -36,6 +37,7 @@ from stepsal.versions import package_versions
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
     from transformer_lens.model_bridge import TransformerBridge
 
     from stepsal.tasks import Problem, Task
@@ -127,6 +129,8 @@ def evaluate(
             context, or a folder that is foreign, damaged, of other parameters or in the hands of another process;
             before any work.
     """
+    import pyarrow as pa
+
     names = [variant.name for variant in variants]
     if not variants or len(set(names)) < len(names):
         raise ValueError(f"variants={names} must be at least one, and have names that differ")
@@ -157,6 +161,7 @@ def evaluate(
         total = sum(n * n_problems for n in n_draws.values())
         run = uuid.uuid4().hex
         left = sum(map(len, missing.values()))
+        flops = decoding_flops(model) if left else None
         with tqdm(total=total, initial=total - left, desc=f"answers to {task.name}", disable=not progress) as bar:
             for number, batch in enumerate(_batches(pairs, batch_size)):
                 ways = list(n_draws)
@@ -170,8 +175,10 @@ def evaluate(
                     )  # fmt: skip
                     for row, (draw, i) in zip(rows, now, strict=True):
                         row |= {"way": way, "problem": i, "draw": draw, "batch": number, "run": run}
-                    _write(folder, rows)
+                        row["flops"] = flops.of(row["n_prompt"], row["n_new_tokens"])  # type: ignore[union-attr]
+                    _write(folder, pa.Table.from_pylist(rows, schema=_schema()))
                     bar.update(len(rows))
+        _merge(folder)
     return Evaluation(folder, tuple(variants), n_problems, n_samples)
 
 
@@ -210,9 +217,10 @@ class Evaluation:
         frame = frame.assign(sample=frame["draw"] // variant.votes)
         if variant.votes > 1:
             groups = frame.sort_values("draw").groupby(["problem", "sample"], sort=True)
-            costs = groups["n_new_tokens"].sum()
+            costs = groups[_COSTS].sum()
             frame = frame.loc[[_voted(group["answer"]) for _, group in groups]].reset_index(drop=True)
-            frame["n_new_tokens"] = costs.to_numpy()
+            frame[_COSTS] = costs.to_numpy()
+            frame["n_new_tokens"] = frame["n_new_tokens"].astype(int)
         return frame.sort_values(["problem", "sample"], ignore_index=True)
 
     def verdicts(self, name: str, what: str = "correct") -> Verdicts:
@@ -220,18 +228,18 @@ class Evaluation:
         return self.given(name)[what].to_numpy(dtype=bool).reshape(self.n_problems, self.n_samples)
 
     def accuracy(self, what: str = "correct", k: Iterable[int] = ()) -> pd.DataFrame:
-        """Accuracy of each variant with its interval, pass@k, and its cost in new tokens."""
+        """Accuracy of each variant with its interval, pass@k, and the share of answers that were cut off."""
         import pandas as pd
 
         rows = []
         for variant in self.variants:
-            given, correct = self.given(variant.name), self.verdicts(variant.name, what)
+            correct = self.verdicts(variant.name, what)
             share = accuracy(correct)
             rows.append(
                 {"variant": variant.name, "n_problems": self.n_problems, "n_samples": self.n_samples,
                  "accuracy": share.value, "low": share.low, "high": share.high}
                 | {f"pass@{n}": pass_at_k(correct, n) for n in k}
-                | {"new_tokens": given["n_new_tokens"].mean(), "truncated": given["truncated"].mean()}
+                | {"truncated": self.given(variant.name)["truncated"].mean()}
             )  # fmt: skip
         return pd.DataFrame(rows)
 
@@ -254,18 +262,48 @@ class Evaluation:
         before, after = (self.given(n)["error"].fillna("none") for n in (self._variant(baseline).name, name))
         return pd.crosstab(before.rename("before"), after.rename("after"))
 
-    def times(self, baseline: str | None = None) -> pd.DataFrame:
-        """Time of each variant's way relative to the baseline's, per new token; batches that one run did in turn."""
+    def repairs(self, name: str, baseline: str | None = None) -> pd.DataFrame:
+        """What a variant fixes and breaks, by kind of the first error; counts of answers.
+
+        Columns: error; before (baseline answers with it), fixed (of those, the ones that become correct), changed (that
+        get another first error), broken (correct baseline answers that get it), after (answers of the variant with it).
+        """
         import pandas as pd
 
-        per_token = self.answers.groupby(["way", "run", "batch"]).agg(s=("seconds", "sum"), n=("n_new_tokens", "max"))
-        seconds = (per_token["s"] / per_token["n"]).rename("seconds")
-        base = seconds[self._variant(baseline).way]
+        table = self.errors(name, baseline)
+        kinds = sorted((set(table.index) | set(table.columns)) - {"none"})
+        table = table.reindex(index=["none", *kinds], columns=["none", *kinds], fill_value=0)
+        before, after = table.sum(axis=1)[kinds], table.sum(axis=0)[kinds]
+        fixed, same = table.loc[kinds, "none"], [table.loc[kind, kind] for kind in kinds]
+        columns = {
+            "before": before,
+            "fixed": fixed,
+            "changed": before - fixed - same,
+            "broken": table.loc["none", kinds],
+        }
+        found = pd.DataFrame({**columns, "after": after}, index=kinds)
+        return found.rename_axis("error").sort_values("before", ascending=False, kind="stable").reset_index()
+
+    def costs(self, baseline: str | None = None) -> pd.DataFrame:
+        """What an answer of each variant costs: mean new tokens and FLOPs of decoding, and time next to the baseline's.
+
+        FLOPs are those of all draws that vote, prompt included (`stepsal.flops`). The time ratio is the median over
+        batches that one run did in turn, NaN where there are none; low and high are its quartiles.
+        """
+        import pandas as pd
+
+        seconds = self.answers.groupby(["way", "run", "batch"])["seconds"].sum()
+        base = self._variant(baseline)
         rows = []
         for variant in self.variants:
-            ratio = (seconds[variant.way] / base).dropna()
-            found = {"batches": len(ratio), "ratio": ratio.median(), "min": ratio.min(), "max": ratio.max()}
-            rows.append({"variant": variant.name, **found})
+            given = self.given(variant.name)
+            ratio = (seconds[variant.way] / seconds[base.way]).dropna() * variant.votes / base.votes
+            low, median, high = ratio.quantile([0.25, 0.5, 0.75])
+            rows.append(
+                {"variant": variant.name, "new_tokens": given["n_new_tokens"].mean(), "flops": given["flops"].mean(),
+                 "flops_ratio": given["flops"].mean() / self.given(base.name)["flops"].mean(),
+                 "time_ratio": median, "time_low": low, "time_high": high, "batches": len(ratio)}
+            )  # fmt: skip
         return pd.DataFrame(rows)
 
     def _variant(self, name: str | None) -> Variant:
@@ -341,33 +379,55 @@ def _begin(folder: Path, wanted: dict[str, Any]) -> None:
         unfinished.unlink()
 
 
-def _write(folder: Path, rows: list[dict[str, Any]]) -> None:
-    import pyarrow as pa
+def _write(folder: Path, table: pa.Table) -> None:
     import pyarrow.parquet as pq
 
-    table = pa.Table.from_pylist(rows, schema=_schema())
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
     write_atomic(folder / "answers" / f"{uuid.uuid4().hex}.parquet", sink.getvalue(), durable=True)
 
 
-def _rows(folder: Path, columns: list[str] | None = None) -> pd.DataFrame:
+def _read(folder: Path) -> dict[Path, pa.Table]:
+    """The files of a folder that count. One that was merged into another counts no more, deleted or not.
+
+    Raises:
+        ValueError: a file that is damaged.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    tables = {}
+    for path in sorted((folder / "answers").glob("*.parquet")):
+        try:
+            tables[path] = pq.read_table(path)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ValueError(f"{path} is damaged ({error}); delete it, and evaluate again to make it anew") from error
+    merged = {name for t in tables.values() for name in json.loads((t.schema.metadata or {}).get(_MERGED, b"[]"))}
+    return {path: table for path, table in tables.items() if path.name not in merged}
+
+
+def _merge(folder: Path) -> None:
+    """One file of many; a kill at any moment leaves each answer there once."""
+    import pyarrow as pa
+
+    if len(parts := _read(folder)) > 1:
+        whole = pa.concat_tables([table.replace_schema_metadata(None) for table in parts.values()])
+        whole = whole.sort_by([(name, "ascending") for name in _KEY])
+        _write(folder, whole.replace_schema_metadata({_MERGED: json.dumps([path.name for path in parts])}))
+    for path in set((folder / "answers").glob("*.parquet")) - set(_read(folder)):
+        path.unlink()
+
+
+def _rows(folder: Path) -> pd.DataFrame:
     """All rows of a folder.
 
     Raises:
         ValueError: a file that is damaged, or an answer that is there twice.
     """
-    import pandas as pd
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    tables = []
-    for path in sorted((folder / "answers").glob("*.parquet")):
-        try:
-            tables.append(pq.read_table(path, columns=columns, schema=_schema()))
-        except (OSError, pa.ArrowInvalid) as error:
-            raise ValueError(f"{path} is damaged ({error}); delete it, and evaluate again to make it anew") from error
-    frame = pa.concat_tables(tables).to_pandas() if tables else pd.DataFrame(columns=columns or _schema().names)
+    tables = [table.replace_schema_metadata(None) for table in _read(folder).values()]
+    frame = pa.concat_tables([_schema().empty_table(), *tables]).to_pandas()
     if frame.duplicated(_KEY).any():
         raise ValueError(f"{folder} has an answer twice: {frame.loc[frame.duplicated(_KEY), _KEY].iloc[0].to_dict()}")
     return frame
@@ -375,10 +435,12 @@ def _rows(folder: Path, columns: list[str] | None = None) -> pd.DataFrame:
 
 def _keys(folder: Path) -> set[tuple[str, int, int]]:
     """(way, draw, problem) of what is there."""
-    return {(way, draw, problem) for way, draw, problem in _rows(folder, _KEY).itertuples(index=False)}
+    return {(way, draw, problem) for way, draw, problem in _rows(folder)[_KEY].itertuples(index=False)}
 
 
 _KEY = ["way", "draw", "problem"]
+_COSTS = ["n_new_tokens", "flops"]
+_MERGED = b"stepsal.merged"  # names of the files whose rows a merged one holds
 
 
 def _schema() -> Any:
@@ -389,5 +451,6 @@ def _schema() -> Any:
         {"way": text, "draw": number, "problem": number, "question": text, "reference": text, "correct": flag,
          "answer_correct": flag, "answer": text, "error": text, "reason": text, "truncated": flag, "n_prompt": number,
          "n_new_tokens": number, "n_steps": number, "seconds": pa.float64(), "batch": number, "run": text,
+         "flops": pa.float64(),
          "response": text}
     )  # fmt: skip

@@ -17,11 +17,12 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import stepsal
 from stepsal.evaluation import Evaluation, Variant, evaluate
+from stepsal.flops import decoding_flops
 from stepsal.tasks.chain import ChainTask
 from stepsal.trace import render_prompt
 
-TASK = ChainTask(length=2, distractors=2)
-OPTIONS: dict = {"temperature": 1.5, "max_new_tokens": 30, "batch_size": 4, "progress": False}
+TASK = ChainTask(length=3, distractors=2)
+OPTIONS: dict = {"temperature": 2.0, "max_new_tokens": 100, "batch_size": 4, "progress": False}
 VARIANTS = [
     Variant("baseline"),
     Variant("StepFlow", stepflow=stepsal.StepFlowConfig()),
@@ -42,7 +43,7 @@ def test_answers_are_those_of_generate(mini: TransformerBridge, run: Evaluation)
     from stepsal.evaluation import _seed
 
     trace = stepsal.generate(
-        mini, problem.question, stepflow=stepsal.StepFlowConfig(), temperature=1.5, max_new_tokens=30,
+        mini, problem.question, stepflow=stepsal.StepFlowConfig(), temperature=2.0, max_new_tokens=100,
         seed=_seed(0, 4, 1),
     )  # fmt: skip
     assert row["response"] == trace.response
@@ -70,10 +71,28 @@ def test_tables(run: Evaluation) -> None:
     assert list(paired.index) == ["StepFlow", "three votes", "short"]
     errors = run.errors("StepFlow")
     assert errors.to_numpy().sum() == 12
-    assert errors.loc["none"].sum() == correct.sum() if correct.any() else True
-    times = run.times().set_index("variant")
-    assert times.loc["baseline", "ratio"] == 1.0
-    assert times.loc["StepFlow", "batches"] == 3
+    assert 0 < errors.loc["none"].sum() == correct.sum() < 12
+    costs = run.costs().set_index("variant")
+    assert costs.loc["baseline", "time_ratio"] == costs.loc["baseline", "flops_ratio"] == 1.0
+    assert costs.loc["StepFlow", "batches"] == 3
+    assert costs.loc["three votes", "time_ratio"] == 3.0
+    assert 2 < costs.loc["three votes", "flops_ratio"] < 4
+    assert costs.loc["short", "flops_ratio"] < 1
+    repairs = run.repairs("short").set_index("error")
+    assert repairs["before"].sum() == 12 - correct.sum()
+    assert repairs["after"].sum() == 12 - run.verdicts("short").sum()
+    fixed, broken = paired.loc["short", ["fixed", "broken"]]
+    assert (repairs["fixed"].sum(), repairs["broken"].sum()) == (fixed, broken)
+    assert broken > fixed
+    assert (
+        repairs.loc["truncated", "after"] == run.given("short")["truncated"].sum() > repairs.loc["truncated", "before"]
+    )
+
+
+def test_flops_are_those_of_every_answer(mini: TransformerBridge, run: Evaluation) -> None:
+    flops = decoding_flops(mini)
+    for _, row in run.answers.iterrows():
+        assert row["flops"] == flops.of(row["n_prompt"], row["n_new_tokens"])
 
 
 def test_more_of_everything_goes_on_with_what_is_there(mini: TransformerBridge, tmp_path: Path) -> None:
@@ -94,7 +113,7 @@ import stepsal
 from stepsal.evaluation import Variant, evaluate
 from stepsal.tasks.chain import ChainTask
 variants = [Variant("baseline"), Variant("StepFlow", stepflow=stepsal.StepFlowConfig())]
-evaluate(stepsal.load("mini"), ChainTask(length=2, distractors=2), variants, 8, 2,
+evaluate(stepsal.load("mini"), ChainTask(length=3, distractors=2), variants, 8, 2,
          folder={str(tmp_path / "killed")!r}, **{OPTIONS!r})
 """
     answers = tmp_path / "killed" / "answers"
@@ -107,15 +126,35 @@ evaluate(stepsal.load("mini"), ChainTask(length=2, distractors=2), variants, 8, 
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    there = {p.name: p.read_bytes() for p in answers.glob("*.parquet")}
-    assert 3 <= len(there) < 8
+    assert 3 <= len(list(answers.glob("*.parquet"))) < 8
+    there = pd.concat([pd.read_parquet(path) for path in answers.glob("*.parquet")])
     (answers / ".unfinished.part").write_bytes(b"half")
     resumed = evaluate(mini, TASK, VARIANTS[:2], 8, 2, folder=tmp_path / "killed", **OPTIONS)
     whole = evaluate(mini, TASK, VARIANTS[:2], 8, 2, folder=tmp_path / "whole", **OPTIONS)
     columns = ["way", "draw", "problem", "response", "correct"]
     pd.testing.assert_frame_equal(resumed.answers[columns], whole.answers[columns])
-    assert all((answers / name).read_bytes() == content for name, content in there.items())
-    assert not list(answers.glob(".*"))
+    kept = resumed.answers.merge(there)  # on all columns, times included
+    assert len(kept) == len(there)
+    assert len(list(answers.iterdir())) == 1
+
+
+def test_a_kill_while_files_are_merged_loses_and_doubles_nothing(
+    mini: TransformerBridge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        if path.suffix == ".parquet":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(mini, TASK, VARIANTS[:2], 5, folder=tmp_path, **OPTIONS)
+    monkeypatch.undo()
+    answers = tmp_path / "answers"
+    assert len(list(answers.glob("*.parquet"))) == 5  # two variants, two batches, and all of it in one
+    before = Evaluation(tmp_path, tuple(VARIANTS[:2]), 5, 1).answers
+    after = evaluate(mini, TASK, VARIANTS[:2], 5, folder=tmp_path, **OPTIONS).answers
+    pd.testing.assert_frame_equal(before, after)
+    assert len(list(answers.glob("*.parquet"))) == 1
 
 
 def hidden(model: TransformerBridge, problem: object, names: set[str]) -> AbstractContextManager:
