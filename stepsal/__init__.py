@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stepsal.bridge import load
+    from stepsal.effects import token_effects
     from stepsal.evaluation import Evaluation, Variant, evaluate
     from stepsal.generation import generate, generate_batch
     from stepsal.intervention import StepFlowConfig, stepflow
@@ -32,11 +33,13 @@ __all__ = [
     "step_attention",
     "step_saliency",
     "stepflow",
+    "token_effects",
 ]
 
 # Imported on first use, so that looking at saved maps does not load TransformerLens.
 _HOME = {
     "load": "stepsal.bridge",
+    "token_effects": "stepsal.effects",
     "generate": "stepsal.generation",
     "generate_batch": "stepsal.generation",
     "StepFlowConfig": "stepsal.intervention",

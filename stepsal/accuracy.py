@@ -65,10 +65,13 @@ class PairedDifference:
     Attributes:
         n_problems, n_samples: of each variant.
         fixed, broken: pairs that were wrong and become correct, and the reverse.
-        difference, low, high: of accuracy, with a bootstrap interval over problems.
+        difference, low, high: of accuracy, with a bootstrap interval over problems, as if there were two more, with one
+            sample fixed and one broken (Bonett and Price 2012): that nothing changed in n problems does not mean that
+            nothing can.
         mcnemar_p: exact, two-sided: are fixes and breaks equally likely? NaN for several samples per problem.
         p: two-sided permutation p-value; swaps the two variants of whole problems.
-        detectable: the smallest difference that a sample with this spread shows at 5 % with a power of 80 %.
+        detectable: the smallest difference that a sample with this spread, and these two more, shows at 5 % with a
+            power of 80 %.
     """
 
     n_problems: int
@@ -96,14 +99,15 @@ def paired_difference(
         raise ValueError(f"before is {before.shape} and after {after.shape}: pair the same problems and samples")
     fixed, broken = int((after & ~before).sum()), int((before & ~after).sum())
     change = after.mean(1) - before.mean(1)  # of each problem
-    low, high = _interval(change, level, n_resamples, seed)
+    spread = np.append(change, np.array([1.0, -1.0]) / before.shape[1])
+    low, high = _interval(spread, level, n_resamples, seed)
     mcnemar_p = np.nan
     if before.shape[1] == 1:
         mcnemar_p = float(scipy_stats.binomtest(fixed, fixed + broken).pvalue) if fixed + broken else 1.0
     moved = change[change != 0]  # the others change nothing under a swap
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(n_resamples, len(moved)))
     p = (1 + (np.abs(signs @ moved) >= abs(moved.sum()) - 1e-9).sum()) / (1 + n_resamples)
-    error = change.std(ddof=1) / np.sqrt(len(change)) if len(change) > 1 else np.nan
+    error = spread.std(ddof=1) / np.sqrt(len(spread))
     return PairedDifference(
         n_problems=len(change), n_samples=before.shape[1], fixed=fixed, broken=broken, difference=float(change.mean()),
         low=low, high=high, mcnemar_p=mcnemar_p, p=float(p),

@@ -1,4 +1,4 @@
-"""Axes-level plots of step saliency: step maps, token maps, flow arcs, layer profiles.
+"""Axes-level plots of step saliency: step maps, token maps, flow arcs, layer profiles; estimates with intervals.
 
 Every function takes `ax=None` and returns the Axes it drew on. What is to be shown is settled first, by pure functions
 (`map_view`, `flow_view`, `shared_norm`, `place_labels`), and only then drawn, so that tests and figure data can look
@@ -580,6 +580,70 @@ def layer_profile(
         ax.legend()
     ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     ax.set(xlabel="layer", ylabel=y.replace("_", " "))
+    return ax
+
+
+def forest(
+    data: pd.DataFrame,
+    x: str,
+    *,
+    y: str,
+    low: str,
+    high: str,
+    label: str | None = None,
+    reference: float | None = None,
+    palette: Mapping[str, str] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Estimates with their intervals, one row for each category, from top to bottom in the order of the data.
+
+    Args:
+        data: Tidy, one row per category (and label).
+        x: Column of the estimates.
+        y: Column of the categories.
+        low, high: Columns with the ends of the intervals; NaN draws a point alone.
+        label: Column that tells several estimates of a category apart; they are drawn below each other.
+        reference: Where to draw a vertical line, as at no difference.
+        palette: Colour of each label.
+        ax: Where to draw; default the current Axes.
+
+    Raises:
+        ValueError: If a column is missing, if there are no rows, or if a category (and label) has several.
+    """
+    columns = [column for column in (x, y, low, high, label) if column is not None]
+    if missing := [column for column in columns if column not in data]:
+        raise ValueError(f"data has no column {missing[0]!r}; it has {', '.join(map(str, data.columns))}")
+    if data.empty:
+        raise ValueError("data has no rows; there is nothing to draw")
+    keys = [y] if label is None else [y, label]
+    if data.duplicated(keys).any():
+        raise ValueError(f"{data.loc[data.duplicated(keys), keys].iloc[0].to_dict()} has several rows; name label=")
+
+    ax = plt.gca() if ax is None else ax
+    categories = list(dict.fromkeys(data[y]))
+    labels = [None] if label is None else list(dict.fromkeys(data[label]))
+    colors = dict(GROUP_COLORS) | dict(palette or {})
+    free = [color for color in LINE_COLORS if color not in {colors.get(str(name)) for name in labels}]
+    if reference is not None:
+        ax.axvline(reference, color="0.6", linewidth=0.6, linestyle=":", zorder=0)
+    for i, name in enumerate(labels):
+        rows = data if label is None else data[data[label] == name]
+        offset = (i - (len(labels) - 1) / 2) * 0.7 / len(labels)
+        at = np.array([categories.index(category) for category in rows[y]]) + offset
+        values = rows[x].to_numpy(float)
+        ends = np.array([values - rows[low].to_numpy(float), rows[high].to_numpy(float) - values])
+        color = colors.get(str(name)) or (free.pop(0) if free else INK)
+        ax.errorbar(
+            values, at, xerr=np.abs(np.nan_to_num(ends)), fmt="osD^v"[i % 5], color=color, markersize=3, linewidth=0.9,
+            label=None if name is None else str(name),
+        )  # fmt: skip
+    ax.set_yticks(range(len(categories)), [str(category) for category in categories])
+    ax.set_ylim(len(categories) - 0.5, -0.5)  # the first on top
+    ax.tick_params(axis="y", length=0)
+    ax.spines["left"].set_visible(False)
+    ax.set_xlabel(x.replace("_", " "))
+    if label is not None:
+        ax.legend()
     return ax
 
 

@@ -47,7 +47,7 @@ def test_mcnemar_by_hand() -> None:
     assert found.mcnemar_p == pytest.approx(0.125)
     assert found.p == pytest.approx(0.125, abs=0.02)  # the permutation test of the same pairs
     assert found.difference == pytest.approx(5 / 20)
-    spread = np.sqrt((7 - 25 / 20) / 19 / 20)  # of the mean of six +1, one -1, thirteen 0
+    spread = np.sqrt((9 - 25 / 22) / 21 / 22)  # of the mean of six +1, one -1, thirteen 0, and one +1 and one -1 more
     assert found.detectable == pytest.approx(2.8016 * spread, rel=1e-3)
     assert found.low <= found.difference <= found.high
 
@@ -56,6 +56,11 @@ def test_no_change_is_no_finding() -> None:
     same = column(1, 0, 1, 1)
     found = paired_difference(same, same)
     assert (found.difference, found.mcnemar_p, found.p) == (0.0, 1.0, 1.0)
+    same = np.ones((1000, 1), dtype=bool)
+    found = paired_difference(same, same)
+    assert found.low == -found.high
+    assert 0.002 <= found.high <= 0.004  # the share of changes may be up to 0.0037 (Clopper and Pearson)
+    assert found.high < found.detectable < 0.01
 
 
 def test_p_values_hold_their_level_where_nothing_differs_and_intervals_cover() -> None:

@@ -18,7 +18,7 @@ FLOORS = [
     {"trace", "bridge"},
     {"maps", "tracking"},
     {"intervention", "metrics"},
-    {"saliency", "generation"},
+    {"saliency", "generation", "effects"},
     {"tasks", "population"},
     {"evaluation"},
     {"plots", "figures"},

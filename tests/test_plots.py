@@ -354,6 +354,47 @@ def test_layer_profile_refuses_unclear_data(ax, arguments, message):
         plots.layer_profile(profile().iloc[:0], "intensity", ax=ax)
 
 
+def estimates(**columns):
+    rows = [{"task": t, "variant": v, "value": x, "low": x - 1, "high": x + 2} for t, v, x in
+            [("b", "one", 1.0), ("b", "two", 2.0), ("a", "one", 3.0)]]  # fmt: skip
+    return pd.DataFrame(rows).assign(**columns)
+
+
+def test_forest_draws_estimates_in_the_order_of_the_data(ax):
+    plots.forest(estimates(), "value", y="task", low="low", high="high", label="variant", reference=0.5, ax=ax)
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["b", "a"]
+    assert ax.yaxis_inverted()
+    one, two = ax.containers
+    assert (one.get_label(), two.get_label()) == ("one", "two")
+    (points, _, (bars,)) = one
+    assert points.get_xdata().tolist() == [1, 3]
+    assert [segment[:, 0].tolist() for segment in bars.get_segments()] == [[0, 3], [2, 5]]
+    below = two[0].get_ydata()[0] - points.get_ydata()[0]
+    assert 0 < below < 1
+    assert ax.lines[0].get_xdata() == [0.5, 0.5]
+    assert ax.get_xlabel() == "value"
+
+
+def test_forest_draws_what_has_no_interval(ax):
+    data = estimates(low=np.nan, high=np.nan).iloc[[0, 2]]
+    plots.forest(data, "value", y="task", low="low", high="high", ax=ax)
+    assert [segment[:, 0].tolist() for segment in ax.containers[0][2][0].get_segments()] == [[1, 1], [3, 3]]
+    assert ax.get_legend() is None
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (estimates().drop(columns="low"), "no column 'low'"),
+        (estimates().iloc[:0], "no rows"),
+        (estimates(), "'task': 'b'} has several rows"),
+    ],
+)
+def test_forest_refuses_unclear_data(ax, data, message):
+    with pytest.raises(ValueError, match=message):
+        plots.forest(data, "value", y="task", low="low", high="high", ax=ax)
+
+
 # ----------------------------------------------------------------------------------------------------- house
 
 
