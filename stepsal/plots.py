@@ -14,10 +14,10 @@ at the state instead of the pixels. Nothing here changes matplotlib's settings o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
@@ -29,11 +29,22 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap, LogNorm, Normalize
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
-from matplotlib.textpath import TextPath
-from matplotlib.ticker import Formatter, Locator, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation, blended_transform_factory
 
 from stepsal.maps import StepSaliency, band_layers
+from stepsal.ticks import (
+    POINTS_PER_INCH,
+    FittedFormatter,
+    FittedLocator,
+    axis_points,
+    fitted_log_ticks,
+    font_points,
+    number_labels,
+    place_labels,
+    step_ticks,
+    text_width,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,7 +65,6 @@ CMAP = "magma_r"
 INK = "#333333"
 EMPTY = "#F3F3F3"  # what is not there: the future
 
-POINTS_PER_INCH = 72.0
 STRIP_GAP, STRIP_WIDTH = 2.5, 4.0  # points, role strips
 
 
@@ -213,77 +223,6 @@ def shared_norm(maps: Iterable[StepSaliency | ArrayLike] | StepSaliency, quantil
     return LogNorm(floor if floor < top else top / 10, top)
 
 
-def step_ticks(n: int, at_most: int = 8) -> list[int]:
-    """Multiples of 1, 2, 5, 10, 20, 50, ... below `n`, no more than `at_most` of them."""
-    step = next(s for e in range(12) for s in (10**e, 2 * 10**e, 5 * 10**e) if (n - 1) // s < max(1, at_most))
-    return list(range(0, n, step))
-
-
-def log_ticks(low: float, high: float, at_most: int = 4) -> list[float]:
-    """Round numbers in low..high for a logarithmic axis: decades, or 1-2-5 where there are fewer than two decades."""
-    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    slack = 1e-9
-    ticks: list[float] = []
-    for mantissas in ((1.0,), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0)):
-        ticks = [m * 10.0**e for e in exponents for m in mantissas]
-        ticks = [tick for tick in ticks if low * (1 - slack) <= tick <= high * (1 + slack)]
-        if len(ticks) >= 2:
-            break
-    else:
-        ticks = [low, high]
-    return ticks[:: math.ceil(len(ticks) / max(1, at_most))]
-
-
-def number_labels(values: Sequence[float]) -> list[str]:
-    """Plain if all lie between 0.01 and 100, otherwise all in powers of ten."""
-    if all(0.0099 < value < 101 for value in values):
-        return [f"{value:.3g}" for value in values]
-    texts = []
-    for value in values:
-        exponent = math.floor(math.log10(value) + 1e-9)
-        mantissa = value / 10.0**exponent
-        times = "" if abs(mantissa - 1) < 1e-6 else rf"{mantissa:.2g}{{\times}}"
-        texts.append(f"${times}10^{{{exponent}}}$")
-    return texts
-
-
-def fitted_log_ticks(low: float, high: float, length: float, font_size: float) -> list[float]:
-    """`log_ticks`, at most four and as many as have room for their labels on an axis of `length` points."""
-    for at_most in (4, 3, 2):
-        ticks = log_ticks(low, high, at_most)
-        widest = max((_text_width(label, font_size) for label in number_labels(ticks)), default=0.0)
-        if len(ticks) < 2:
-            return ticks
-        closest = min(math.log(b / a) for a, b in pairwise(ticks)) / math.log(high / low) * length
-        if closest >= widest + 0.4 * font_size:
-            return ticks
-    return ticks[:1]
-
-
-def place_labels(centres: Sequence[float], widths: Sequence[float], length: float) -> list[float] | None:
-    """Positions for labels of given widths near their centres, inside 0..length and clear of one another.
-
-    Args:
-        centres: Wanted positions, ascending.
-        widths: Width of each label with its margin, in the same unit.
-        length: Length of the axis.
-
-    Returns:
-        The centres of the labels, or None if they do not fit.
-    """
-    if sum(widths) > length:
-        return None
-    placed, edge = [], 0.0
-    for centre, width in zip(centres, widths, strict=True):
-        placed.append(max(centre, edge + width / 2))
-        edge = placed[-1] + width / 2
-    edge = length
-    for i in reversed(range(len(placed))):
-        placed[i] = min(placed[i], edge - widths[i] / 2)
-        edge = placed[i] - widths[i] / 2
-    return placed
-
-
 def role_labels(view: MapView, length: float, font_size: float) -> tuple[list[float], list[str]]:
     """Where to write which role name along an axis of a map, full or short as it fits; one name per role.
 
@@ -302,7 +241,7 @@ def role_labels(view: MapView, length: float, font_size: float) -> tuple[list[fl
     for wording in (ROLE_LABELS, ROLE_SHORT):
         names = [wording[span.role] for span in spans]
         gap = 0.5 * font_size  # half of it before the first label and after the last is not needed
-        widths = [_text_width(name, font_size) + gap for name in names]
+        widths = [text_width(name, font_size) + gap for name in names]
         placed = place_labels([centre + gap / 2 for centre in centres], widths, length + gap)
         if placed is not None:
             return [(position - gap / 2) / length * view.size - 0.5 for position in placed], names
@@ -454,7 +393,7 @@ def flow_arcs(
     view = flow_view(*_resolve(saliency, layer, roles), top_k=top_k)
     ax = plt.gca() if ax is None else ax
     n = len(view.roles)
-    length = _axis_points(ax)[0]
+    length = axis_points(ax)[0]
     spacing = length / n
     thickest = min(2.4, max(0.6, 0.25 * spacing))  # points; arcs of neighbouring steps must not merge
 
@@ -488,8 +427,8 @@ def flow_arcs(
         zorder=3,
         clip_on=False,
     )
-    font_size = 0.85 * _points("xtick.labelsize")
-    widest = _text_width(str(n), font_size) + 0.3 * font_size
+    font_size = 0.85 * font_points("xtick.labelsize")
+    widest = text_width(str(n), font_size) + 0.3 * font_size
     for step, label in _sparse_labels(view, at_most=max(4, int(length / widest))).items():
         role = view.roles[step]
         ax.annotate(
@@ -562,7 +501,7 @@ def layer_profile(
                 transform=ax.get_xaxis_transform(),
                 ha="center",
                 va="top",
-                fontsize=0.9 * _points("xtick.labelsize"),
+                fontsize=0.9 * font_points("xtick.labelsize"),
                 color="#777777",
             )
         ax.set_xlim(-0.5, n_layers - 0.5)
@@ -664,10 +603,10 @@ def _draw_map(view: MapView, ax: Axes, norm: Normalize | None, cmap: str, labels
     lines = [line for e in view.separators for line in ([(-0.5, e), (e, e)], [(e, e), (e, n - 0.5)])]
     ax.add_collection(LineCollection(lines, colors=INK, linewidths=0.5), autolim=False)
 
-    font_size = _points("xtick.labelsize")
-    spacing = _text_width(str(n), font_size) + 1.2 * font_size
+    font_size = font_points("xtick.labelsize")
+    spacing = text_width(str(n), font_size) + 1.2 * font_size
     for line in (ax.xaxis, ax.yaxis):
-        line.set_major_locator(_FittedLocator(lambda length: step_ticks(n, min(8, int(length / spacing)))))
+        line.set_major_locator(FittedLocator(lambda length: step_ticks(n, min(8, int(length / spacing)))))
     ax.tick_params(length=0, pad=2)
     for axis in ("x", "y"):
         _role_strip(ax, view, axis, labels)
@@ -705,11 +644,11 @@ def _role_strip(ax: Axes, view: MapView, axis: str, labels: bool) -> None:
     strip.set(xticks=[], yticks=[])
     if not labels:
         return
-    font_size = _points("xtick.labelsize")
+    font_size = font_points("xtick.labelsize")
     (strip.xaxis.tick_top if axis == "x" else strip.yaxis.tick_right)()
     line = strip.xaxis if axis == "x" else strip.yaxis
-    line.set_major_locator(_FittedLocator(lambda length: role_labels(view, length, font_size)[0]))
-    line.set_major_formatter(_FittedFormatter(lambda length, _: role_labels(view, length, font_size)[1]))
+    line.set_major_locator(FittedLocator(lambda length: role_labels(view, length, font_size)[0]))
+    line.set_major_formatter(FittedFormatter(lambda length, _: role_labels(view, length, font_size)[1]))
     strip.tick_params(length=0, pad=1.5, labelsize=font_size)
     if axis == "y":
         strip.tick_params(labelrotation=270)
@@ -723,59 +662,12 @@ def _inset_colorbar(ax: Axes, image: Any, norm: Normalize, quantity: str) -> Non
     bar.set_label("colorbar")
     colorbar = ax.figure.colorbar(image, cax=bar, orientation="horizontal")
     colorbar.outline.set_visible(False)
-    font_size = 0.85 * _points("xtick.labelsize")
+    font_size = 0.85 * font_points("xtick.labelsize")
     if isinstance(norm, LogNorm) and norm.vmin is not None and norm.vmax is not None:
         low, high = norm.vmin, norm.vmax
-        colorbar.locator = _FittedLocator(lambda length: fitted_log_ticks(low, high, length, font_size))
-        colorbar.formatter = _FittedFormatter(lambda _, values: number_labels(values))
+        colorbar.locator = FittedLocator(lambda length: fitted_log_ticks(low, high, length, font_size))
+        colorbar.formatter = FittedFormatter(lambda _, values: number_labels(values))
         colorbar.update_ticks()
         bar.minorticks_off()
     bar.tick_params(length=1.5, width=0.5, pad=1, labelsize=font_size)
     bar.set_title(quantity, fontsize=font_size, pad=2, loc="center", fontweight="normal")
-
-
-def _text_width(text: str, font_size: float) -> float:
-    return float(TextPath((0, 0), text, size=font_size).get_extents().width)
-
-
-class _FittedLocator(Locator):
-    """Ticks chosen for the length in points that the axis turns out to have when it is drawn."""
-
-    def __init__(self, choose: Callable[[float], Sequence[float]]):
-        self.choose = choose
-
-    def __call__(self) -> Sequence[float]:
-        return self.choose(_drawn_points(self.axis))
-
-    def tick_values(self, vmin: float, vmax: float) -> Sequence[float]:
-        return self()
-
-
-class _FittedFormatter(Formatter):
-    """Labels of the ticks of a `_FittedLocator`, from the same length."""
-
-    def __init__(self, write: Callable[[float, Sequence[float]], list[str]]):
-        self.write = write
-
-    def __call__(self, x: float, pos: int | None = None) -> str:
-        return f"{x:g}"
-
-    def format_ticks(self, values: Sequence[float]) -> list[str]:
-        return self.write(_drawn_points(self.axis), values)
-
-
-def _drawn_points(axis: Any) -> float:
-    box = axis.axes.bbox
-    return (box.width if axis.axis_name == "x" else box.height) / axis.axes.figure.dpi * POINTS_PER_INCH
-
-
-def _axis_points(ax: Axes) -> tuple[float, float]:
-    """Width and height of the Axes in points, as far as known before the layout is settled: rather too small."""
-    figure: Any = ax.figure
-    box = ax.get_window_extent()
-    return tuple(0.95 * extent / figure.dpi * POINTS_PER_INCH for extent in (box.width, box.height))  # type: ignore[return-value]
-
-
-def _points(name: Any) -> float:
-    """A font size setting in points ("medium" and the like resolved)."""
-    return mpl.font_manager.FontProperties(size=mpl.rcParams[name]).get_size_in_points()

@@ -14,7 +14,7 @@ import stepsal
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"segment", "pooling", "versions", "storage", "stats", "accuracy", "flops"},
+    {"segment", "pooling", "versions", "storage", "stats", "accuracy", "flops", "ticks"},
     {"trace", "bridge"},
     {"maps", "tracking"},
     {"intervention", "metrics"},

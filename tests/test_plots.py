@@ -21,6 +21,7 @@ from matplotlib.patches import PathPatch
 from stepsal import plots
 from stepsal.maps import StepSaliency
 from stepsal.pooling import pair_counts, pool_steps, reduce_blocks, row_counts
+from stepsal.ticks import fitted_log_ticks, log_ticks, place_labels, step_ticks
 
 
 def make(n_thinking=14, n_summary=1, layers=(0, 3, 7), n_layers=8, keep_tokens=True) -> StepSaliency:
@@ -128,7 +129,7 @@ def test_shared_norm_spans_all_maps_above_the_floor():
 
 @given(st.integers(1, 10_000), st.integers(1, 12))
 def test_ticks_are_few_and_inside(n, at_most):
-    ticks = plots.step_ticks(n, at_most)
+    ticks = step_ticks(n, at_most)
     assert ticks[0] == 0
     assert ticks[-1] < n
     assert 1 <= len(ticks) <= at_most
@@ -137,7 +138,7 @@ def test_ticks_are_few_and_inside(n, at_most):
 @given(st.floats(-12, 3), st.floats(0.01, 9), st.integers(2, 5))
 def test_log_ticks_lie_inside(exponent, decades, at_most):
     low, high = 10**exponent, 10 ** (exponent + decades)
-    ticks = plots.log_ticks(low, high, at_most)
+    ticks = log_ticks(low, high, at_most)
     assert 1 <= len(ticks) <= at_most
     assert all(low * 0.999 <= tick <= high * 1.001 for tick in ticks)
 
@@ -146,7 +147,7 @@ def test_log_ticks_lie_inside(exponent, decades, at_most):
 def test_labels_are_placed_apart_and_inside(labels):
     labels.sort()
     centres, widths = zip(*labels, strict=True)
-    placed = plots.place_labels(centres, widths, 100.0)
+    placed = place_labels(centres, widths, 100.0)
     assert (placed is None) == (sum(widths) > 100)
     assume(placed is not None)
     edges = [edge for c, w in zip(placed, widths, strict=True) for edge in (c - w / 2, c + w / 2)]
@@ -156,7 +157,7 @@ def test_labels_are_placed_apart_and_inside(labels):
 @given(st.floats(-9, 3), st.floats(0.05, 6), st.floats(20, 200))
 def test_colour_bar_labels_have_room(exponent, decades, length):
     low, high = 10**exponent, 10 ** (exponent + decades)
-    ticks = plots.fitted_log_ticks(low, high, length, 6.0)
+    ticks = fitted_log_ticks(low, high, length, 6.0)
     at = np.log(np.array(ticks) / low) / np.log(high / low) * length
     assert len(ticks) <= 4
     assert len(ticks) < 2 or np.diff(at).min() > 6.0
