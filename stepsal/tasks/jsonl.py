@@ -25,7 +25,7 @@ INSTRUCTIONS: dict[Grader, str] = {
 
 @dataclass(frozen=True)
 class JsonlTask:
-    r"""The lines of a file as a task (`stepsal.tasks.Task`): problem i is line i, counted from 0.
+    r"""The lines of a file as a task (`stepsal.tasks.Task`): problem i is line i, counted from 0, empty lines left out.
 
     A line with options is graded by letter; the options are shuffled, each line in its own way, and their letters are
     the same in every run. Other lines are graded by `grader`.
@@ -68,13 +68,16 @@ class JsonlTask:
             IndexError: there is no such line.
         """
         if not 0 <= seed < len(self):
-            raise IndexError(f"{self.path} has problems 0..{len(self) - 1}, not {seed}")
+            raise IndexError(
+                f"{self.path} has problems 0..{len(self) - 1}, not {seed}: ask for fewer, from a lower seed"
+            )
         return self.problems[seed]
 
     @cached_property
     def problems(self) -> tuple[Problem, ...]:
         found: list[Problem] = []
-        for number, line in enumerate(Path(self.path).read_text(encoding="utf-8").splitlines()):
+        text = Path(self.path).read_text(encoding="utf-8-sig")
+        for number, line in enumerate(text.split("\n")):  # not at the other line ends that a JSON text may hold
             if not line.strip():
                 continue
             try:
@@ -85,12 +88,17 @@ class JsonlTask:
         return tuple(found)
 
     def _problem(self, fields: dict[str, object], number: int) -> Problem:
+        for name in (self.question, self.answer):
+            if isinstance(fields[name], bool) or not isinstance(fields[name], (str, int, float)):
+                raise ValueError(f"{name}={fields[name]!r} is no text or number")
         question, answer = str(fields[self.question]), str(fields[self.answer])
-        if not (listed := fields.get(self.options)):
+        if (listed := fields.get(self.options)) is None:
             return Problem(f"{question}\n{INSTRUCTIONS[self.grader]}", answer, self.grader)
-        options = [str(option) for option in listed]  # type: ignore[attr-defined]
+        options = [str(option) for option in listed] if isinstance(listed, list) else []
         if not 2 <= len(options) <= MOST_OPTIONS or len(set(options)) < len(options) or answer not in options:
-            raise ValueError(f"options={options} must be 2..{MOST_OPTIONS} different texts, the answer {answer!r} one")
+            raise ValueError(
+                f"options={listed!r} must be a list of 2..{MOST_OPTIONS} different texts, the answer {answer!r} one"
+            )
         if self.shuffle_seed is not None:
             random.Random(f"{self.shuffle_seed} {number}").shuffle(options)
         lines = [f"{letter}) {option}" for letter, option in zip(ascii_uppercase, options, strict=False)]
