@@ -2,7 +2,7 @@
 
 All functions take verdicts as [problem, sample]: sample j of two variants has the same problem and the same seed. The
 problem is the unit: samples of one problem are not independent, so bootstraps draw, and permutations flip, whole
-problems.
+problems. Where problems repeat, `groups` says which are the same, and the group is the unit.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Int
 from scipy import stats as scipy_stats
 from scipy.special import gammaln
 
 POWER = 0.8
 Verdicts = Bool[np.ndarray, "problem sample"]
+Groups = Int[np.ndarray, " problem"]
 
 
 @dataclass(frozen=True)
@@ -27,19 +28,29 @@ class Share:
     high: float
 
 
-def accuracy(correct: Verdicts, *, level: float = 0.95, n_resamples: int = 4999, seed: int = 0) -> Share:
-    """Share of correct answers; Wilson's interval for one sample per problem, else a bootstrap over problems.
+def accuracy(
+    correct: Verdicts, *, groups: Groups | None = None, level: float = 0.95, n_resamples: int = 4999, seed: int = 0
+) -> Share:
+    """Share of correct answers; Wilson's interval for one sample of each of different problems, else a bootstrap.
+
+    The bootstrap draws problems as if there were two more, one solved and one not: that all are solved does not mean
+    that every one would be.
+
+    Args:
+        correct: the verdicts.
+        groups: a number for each problem, equal for equal problems; None where all are different.
 
     Raises:
-        ValueError: no verdicts.
+        ValueError: no verdicts, or groups of another length.
     """
     correct = _checked(correct)
-    if correct.shape[1] == 1:
+    sums, sizes = _by_group(correct.sum(1), correct.shape[1], groups)
+    if correct.shape[1] == 1 and len(sums) == len(correct):
         found = scipy_stats.binomtest(int(correct.sum()), correct.size).proportion_ci(level, method="wilson")
         return Share(float(correct.mean()), found.low, found.high)
-    of_problem = correct.mean(1)
-    low, high = _interval(of_problem, level, n_resamples, seed)
-    return Share(float(of_problem.mean()), low, high)
+    size = correct.shape[1]
+    low, high = _interval(np.append(sums, [0, size]), np.append(sizes, [size, size]), level, n_resamples, seed)
+    return Share(float(correct.mean()), low, high)
 
 
 def pass_at_k(correct: Verdicts, k: int) -> float:
@@ -63,18 +74,21 @@ class PairedDifference:
     """How accuracy changes from one variant to another, on the same problems and seeds.
 
     Attributes:
-        n_problems, n_samples: of each variant.
+        n_problems, n_different, n_samples: problems, different ones among them, samples of each.
         fixed, broken: pairs that were wrong and become correct, and the reverse.
-        difference, low, high: of accuracy, with a bootstrap interval over problems, as if there were two more, with one
-            sample fixed and one broken (Bonett and Price 2012): that nothing changed in n problems does not mean that
-            nothing can.
-        mcnemar_p: exact, two-sided: are fixes and breaks equally likely? NaN for several samples per problem.
-        p: two-sided permutation p-value; swaps the two variants of whole problems.
+        difference, low, high: of accuracy, with a bootstrap interval over problems, as if there were two more, one of
+            which is fixed and one broken (for one sample, the adjustment of Bonett and Price 2012): that nothing
+            changed in n problems does not mean that nothing can.
+        mcnemar_p: exact, two-sided: are fixes and breaks equally likely? NaN for several samples or equal problems,
+            which are not independent.
+        p: two-sided permutation p-value; swaps the two variants of whole problems. Not corrected for how many variants
+            are compared; no smaller than 1 / (1 + n_resamples).
         detectable: the smallest difference that a sample with this spread, and these two more, shows at 5 % with a
             power of 80 %.
     """
 
     n_problems: int
+    n_different: int
     n_samples: int
     fixed: int
     broken: int
@@ -87,42 +101,64 @@ class PairedDifference:
 
 
 def paired_difference(
-    before: Verdicts, after: Verdicts, *, level: float = 0.95, n_resamples: int = 4999, seed: int = 0
+    before: Verdicts,
+    after: Verdicts,
+    *,
+    groups: Groups | None = None,
+    level: float = 0.95,
+    n_resamples: int = 4999,
+    seed: int = 0,
 ) -> PairedDifference:
     """Compare two variants.
 
+    Args:
+        before, after: the verdicts.
+        groups: as in `accuracy`.
+
     Raises:
-        ValueError: shapes that differ, or no verdicts.
+        ValueError: shapes that differ, no verdicts, or groups of another length.
     """
     before, after = _checked(before), _checked(after)
     if before.shape != after.shape:
         raise ValueError(f"before is {before.shape} and after {after.shape}: pair the same problems and samples")
-    fixed, broken = int((after & ~before).sum()), int((before & ~after).sum())
-    change = after.mean(1) - before.mean(1)  # of each problem
-    spread = np.append(change, np.array([1.0, -1.0]) / before.shape[1])
-    low, high = _interval(spread, level, n_resamples, seed)
+    fixed, broken, n_samples = int((after & ~before).sum()), int((before & ~after).sum()), before.shape[1]
+    changes, sizes = _by_group(after.sum(1) - before.sum(1).astype(int), n_samples, groups)
+    changes_and_two, sizes_and_two = np.append(changes, [n_samples, -n_samples]), np.append(sizes, [n_samples] * 2)
+    low, high = _interval(changes_and_two, sizes_and_two, level, n_resamples, seed)
     mcnemar_p = np.nan
-    if before.shape[1] == 1:
+    if n_samples == 1 and len(changes) == len(before):
         mcnemar_p = float(scipy_stats.binomtest(fixed, fixed + broken).pvalue) if fixed + broken else 1.0
-    moved = change[change != 0]  # the others change nothing under a swap
+    moved = changes[changes != 0]  # the others change nothing under a swap
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(n_resamples, len(moved)))
     p = (1 + (np.abs(signs @ moved) >= abs(moved.sum()) - 1e-9).sum()) / (1 + n_resamples)
-    error = spread.std(ddof=1) / np.sqrt(len(spread))
+    residual = changes_and_two - sizes_and_two * changes_and_two.sum() / sizes_and_two.sum()  # of a ratio of sums
+    error = residual.std(ddof=1) * np.sqrt(len(residual)) / sizes_and_two.sum()
     return PairedDifference(
-        n_problems=len(change), n_samples=before.shape[1], fixed=fixed, broken=broken, difference=float(change.mean()),
-        low=low, high=high, mcnemar_p=mcnemar_p, p=float(p),
+        n_problems=len(before), n_different=len(changes), n_samples=n_samples, fixed=fixed, broken=broken,
+        difference=float(changes.sum() / sizes.sum()), low=low, high=high, mcnemar_p=mcnemar_p, p=float(p),
         detectable=float((scipy_stats.norm.ppf(0.975) + scipy_stats.norm.ppf(POWER)) * error),
     )  # fmt: skip
 
 
-def _interval(of_problem: np.ndarray, level: float, n_resamples: int, seed: int) -> tuple[float, float]:
-    if len(of_problem) < 2:
-        return np.nan, np.nan
-    found = scipy_stats.bootstrap(
-        (of_problem,), np.mean, n_resamples=n_resamples, confidence_level=level, method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval  # fmt: skip
-    return float(found.low), float(found.high)
+def _by_group(
+    of_problem: Int[np.ndarray, " problem"], n_samples: int, groups: Groups | None
+) -> tuple[Float[np.ndarray, " group"], Float[np.ndarray, " group"]]:
+    """Sum over the problems of each group, and its number of answers."""
+    group = np.arange(len(of_problem)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    if len(group) != len(of_problem):
+        raise ValueError(f"groups has {len(group)} entries for {len(of_problem)} problems")
+    return np.bincount(group, weights=of_problem), np.bincount(group).astype(float) * n_samples
+
+
+def _interval(
+    sums: Float[np.ndarray, " group"], sizes: Float[np.ndarray, " group"], level: float, n_resamples: int, seed: int
+) -> tuple[float, float]:
+    """Of the ratio of sums; percentiles of a bootstrap over groups."""
+    rng, n = np.random.default_rng(seed), len(sums)
+    draws = (rng.integers(n, size=n) for _ in range(n_resamples))
+    ratios = [sums[drawn].sum() / sizes[drawn].sum() for drawn in draws]
+    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def _log_choose(n: np.ndarray, k: int) -> np.ndarray:

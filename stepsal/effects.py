@@ -20,6 +20,8 @@ from torch import Tensor
 from stepsal.intervention import StepFlowConfig, active_flow
 from stepsal.intervention import stepflow as open_stepflow
 
+CHUNK = 256  # tokens whose distributions are in double precision at a time
+
 if TYPE_CHECKING:
     import pandas as pd
     from transformer_lens.model_bridge import TransformerBridge
@@ -40,7 +42,7 @@ def token_effects(model: TransformerBridge, trace: Trace, stepflow: StepFlowConf
         One row per token of the answer, in order. Columns: position (of the token, in the trace), step (-1: template),
         role, in_step (0 for the first token of a step; -1 in the template), entropy (nats, of the distribution without
         StepFlow from which the token comes), kl (nats, from that distribution to the one with StepFlow), switched (the
-        most likely token differs), log_prob and log_prob_after (of the token that is there, without and with).
+        most likely token differs).
 
     Raises:
         ValueError: a `stepsal.stepflow` context is open already.
@@ -52,33 +54,35 @@ def token_effects(model: TransformerBridge, trace: Trace, stepflow: StepFlowConf
     before = _next_token(model, trace)
     with open_stepflow(model, stepflow):
         after = _next_token(model, trace)
+    compared = [_compare(*each) for each in zip(before.split(CHUNK), after.split(CHUNK), strict=True)]
+    of_token = {name: np.concatenate([chunk[name] for chunk in compared]) for name in compared[0]}
     positions = np.arange(trace.n_prompt, len(trace))
     step_ids = trace.step_ids.numpy()[positions]
     starts = np.array([step.start for step in trace.steps])
-    written = trace.tokens[positions, None]
     return pd.DataFrame(
         {
             "position": positions,
             "step": step_ids,
             "role": ["template" if i < 0 else trace.steps[i].role for i in step_ids],
             "in_step": np.where(step_ids < 0, -1, positions - starts[step_ids]),
-            "entropy": -_expected(before, before),
-            "kl": _expected(before, before - after),
-            "switched": (before.argmax(-1) != after.argmax(-1)).numpy(),
-            "log_prob": before.gather(-1, written)[:, 0].numpy(),
-            "log_prob_after": after.gather(-1, written)[:, 0].numpy(),
+            **of_token,
         }
     )
 
 
 def _next_token(model: TransformerBridge, trace: Trace) -> Float[Tensor, "answer_token d_vocab"]:
-    """Log-probabilities from which each token of the answer comes."""
+    """Logits from which each token of the answer comes."""
     tokens = trace.tokens.to(next(model.parameters()).device)
     logits = model(tokens[None], attention_mask=torch.ones_like(tokens)[None])[0]
-    return logits[trace.n_prompt - 1 : -1].cpu().double().log_softmax(-1)  # a small KL is a difference of large terms
+    return logits[trace.n_prompt - 1 : -1].float().cpu()
 
 
-def _expected(log_p: Float[Tensor, "token d_vocab"], x: Float[Tensor, "token d_vocab"]) -> Float[np.ndarray, " token"]:
-    """Mean of x under p; what has no probability counts nothing."""
+def _compare(before: Float[Tensor, "token d_vocab"], after: Float[Tensor, "token d_vocab"]) -> dict[str, np.ndarray]:
+    """What two rows of logits say; in double precision, as a small divergence is a difference of large terms."""
+    log_p, log_q = before.double().log_softmax(-1), after.double().log_softmax(-1)
     p = log_p.exp()
-    return torch.where(p > 0, p * x, 0.0).sum(-1).numpy()
+    return {
+        "entropy": -torch.where(p > 0, p * log_p, 0.0).sum(-1).numpy(),
+        "kl": torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).numpy(),
+        "switched": (before.argmax(-1) != after.argmax(-1)).numpy(),
+    }

@@ -20,16 +20,18 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import numpy as np
 from tqdm.auto import tqdm
 
-from stepsal.accuracy import Verdicts, accuracy, paired_difference, pass_at_k
+from stepsal.accuracy import Groups, PairedDifference, Verdicts, accuracy, paired_difference, pass_at_k
 from stepsal.flops import decoding_flops
+from stepsal.generation import check_generation, generate, generate_batch
 from stepsal.intervention import StepFlowConfig, active_flow
 from stepsal.population import fingerprint
 from stepsal.storage import alone_in, begin_manifest, check_manifest, digest, read_manifest, write_atomic
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 
     from stepsal.tasks import Problem, Task
 
+What = Literal["correct", "answer_correct"]
 FORMAT, FORMAT_VERSION = "stepsal.Evaluation", 1
 PACKAGES = ("stepsal", "torch", "transformer-lens", "transformers", "tokenizers", "math-verify", "reasoning-gym")
 
@@ -61,11 +64,12 @@ class Variant:
         name: how tables call it.
         stepflow: decode under StepFlow with these settings.
         instruction: put after every question (`PLAN_AND_SOLVE`, `HINT`).
-        edit: another intervention. Called with the model and the problems of a batch, it gives a context in which they
-            are answered; its rows leave the batch when they are finished. A folder knows it by the variant's name.
+        edit: another intervention. Called with the model and a problem, it gives a context in which that problem is
+            answered, alone. A folder knows it by the variant's name: call a changed edit by another.
         budget: limit of new tokens; None for that of the run.
         wait: how many times the end of the thinking is put off by "Wait" (budget forcing, s1).
-        votes: self-consistency: of so many draws, the first with the most frequent answer is given.
+        votes: self-consistency: of so many draws, the first with the most frequent answer is given. Sample j has draws
+            j * votes, ..., (j + 1) * votes - 1.
 
     Raises:
         ValueError: numbers out of range.
@@ -74,7 +78,7 @@ class Variant:
     name: str
     stepflow: StepFlowConfig | None = None
     instruction: str | None = None
-    edit: Callable[[TransformerBridge, list[Problem]], AbstractContextManager[object]] | None = None
+    edit: Callable[[TransformerBridge, Problem], AbstractContextManager[object]] | None = None
     budget: int | None = None
     wait: int = 0
     votes: int = 1
@@ -84,6 +88,10 @@ class Variant:
             raise ValueError(
                 f"{self.name!r}: votes={self.votes} and budget={self.budget} must be >= 1, wait={self.wait} >= 0"
             )
+
+    def ask(self, problem: Problem) -> str:
+        """The question with the instruction."""
+        return problem.question + ("" if self.instruction is None else f"\n\n{self.instruction}")
 
     @property
     def way(self) -> str:
@@ -126,8 +134,9 @@ def evaluate(
 
     Raises:
         ValueError: numbers out of range, variants of the same name, several greedy draws, an open `stepsal.stepflow`
-            context, or a folder that is foreign, damaged, of other parameters or in the hands of another process;
-            before any work.
+            context, a prompt that fills the model's context, or a folder that is foreign, damaged, of other parameters
+            or problems, or in the hands of another process; before any work. After the first batch: votes of a task
+            whose verdicts have no `answer`.
     """
     import pyarrow as pa
 
@@ -136,9 +145,7 @@ def evaluate(
         raise ValueError(f"variants={names} must be at least one, and have names that differ")
     if min(n_problems, n_samples, batch_size) < 1:
         raise ValueError(f"n_problems={n_problems}, n_samples={n_samples}, batch_size={batch_size} must be at least 1")
-    n_draws, way_of = {v.way: 0 for v in variants}, {v.way: v for v in variants}
-    for variant in variants:
-        n_draws[variant.way] = max(n_draws[variant.way], n_samples * variant.votes)
+    n_draws, way_of = _draws(variants, n_samples), {v.way: v for v in variants}
     if temperature == 0 and max(n_draws.values()) > 1:
         raise ValueError("temperature=0 gives the same answer again: use one sample and no votes, or a temperature")
     if active_flow(model) is not None:
@@ -151,9 +158,15 @@ def evaluate(
         "chat_template": digest(str(getattr(model.tokenizer, "chat_template", None)).encode()),
     }  # fmt: skip
     problems = [task.sample(seed + i) for i in range(n_problems)]
+    for variant in {(v.instruction, v.budget, v.wait): v for v in variants}.values():
+        questions = [variant.ask(problem) for problem in problems]
+        check_generation(
+            model, questions, temperature=temperature, top_p=top_p, max_new_tokens=variant.budget or max_new_tokens,
+            system=system, put_off=variant.wait,
+        )  # fmt: skip
     with alone_in(folder):
         _begin(folder, wanted)
-        there = _keys(folder)
+        there = _check_problems(folder, problems)
         pairs = [(draw, i) for draw in range(max(n_draws.values())) for i in range(n_problems)]
         missing = {
             way: {p for p in pairs if p[0] < n and (way, *p) not in there} for way, n in n_draws.items()
@@ -173,6 +186,8 @@ def evaluate(
                         temperature=temperature, top_p=top_p, system=system,
                         max_new_tokens=way_of[way].budget or max_new_tokens,
                     )  # fmt: skip
+                    if n_draws[way] > n_samples and not all(row["can_vote"] for row in rows):
+                        raise ValueError(f"verdicts of {task.name} have no `answer` to vote with: use votes=1")
                     for row, (draw, i) in zip(rows, now, strict=True):
                         row |= {"way": way, "problem": i, "draw": draw, "batch": number, "run": run}
                         row["flops"] = flops.of(row["n_prompt"], row["n_new_tokens"])  # type: ignore[union-attr]
@@ -199,9 +214,15 @@ class Evaluation:
 
     @cached_property
     def answers(self) -> pd.DataFrame:
-        """One row per answer that the variants need: way, problem, draw, question, correct, answer, error, ..."""
+        """One row per answer that the variants need: way, problem, draw, correct, answer, error, n_new_tokens, ...
+
+        `question` tells different questions apart (a digest); `response` is what the model wrote.
+
+        Raises:
+            ValueError: the folder lacks some.
+        """
         frame = _rows(self.folder)
-        needed = {v.way: self.n_samples * v.votes for v in self.variants}
+        needed = _draws(self.variants, self.n_samples)
         wanted = frame["problem"].lt(self.n_problems) & frame["draw"].lt(frame["way"].map(needed))
         frame = frame[wanted].sort_values(["way", "draw", "problem"], ignore_index=True)
         for way, n in needed.items():
@@ -223,37 +244,54 @@ class Evaluation:
             frame["n_new_tokens"] = frame["n_new_tokens"].astype(int)
         return frame.sort_values(["problem", "sample"], ignore_index=True)
 
-    def verdicts(self, name: str, what: str = "correct") -> Verdicts:
-        """[problem, sample], of a boolean column: correct, or answer_correct where a task tells these apart."""
+    def verdicts(self, name: str, what: What = "correct") -> Verdicts:
+        """[problem, sample]: correct, or answer_correct where a task tells these apart."""
+        if what not in get_args(What):
+            raise ValueError(f"what={what!r} is no verdict; use one of {', '.join(map(repr, get_args(What)))}")
         return self.given(name)[what].to_numpy(dtype=bool).reshape(self.n_problems, self.n_samples)
 
-    def accuracy(self, what: str = "correct", k: Iterable[int] = ()) -> pd.DataFrame:
+    @cached_property
+    def groups(self) -> Groups:
+        """A number for each problem, the same for problems with the same question."""
+        import pandas as pd
+
+        questions = self.answers.drop_duplicates("problem").set_index("problem")["question"].sort_index()
+        return np.asarray(pd.factorize(questions)[0])
+
+    def accuracy(self, what: What = "correct", k: Sequence[int] = ()) -> pd.DataFrame:
         """Accuracy of each variant with its interval, pass@k, and the share of answers that were cut off."""
         import pandas as pd
 
         rows = []
         for variant in self.variants:
             correct = self.verdicts(variant.name, what)
-            share = accuracy(correct)
+            share = accuracy(correct, groups=self.groups)
             rows.append(
-                {"variant": variant.name, "n_problems": self.n_problems, "n_samples": self.n_samples,
-                 "accuracy": share.value, "low": share.low, "high": share.high}
+                {"variant": variant.name, "n_problems": self.n_problems, "n_different": len(set(self.groups)),
+                 "n_samples": self.n_samples, "accuracy": share.value, "low": share.low, "high": share.high}
                 | {f"pass@{n}": pass_at_k(correct, n) for n in k}
                 | {"truncated": self.given(variant.name)["truncated"].mean()}
             )  # fmt: skip
         return pd.DataFrame(rows)
 
-    def paired(self, baseline: str | None = None, what: str = "correct") -> pd.DataFrame:
-        """Each variant against the baseline: difference, what is fixed and broken, p-values (`PairedDifference`)."""
+    def paired(self, baseline: str | None = None, what: What = "correct") -> pd.DataFrame:
+        """Each variant against the baseline: difference, what is fixed and broken, p-values (`PairedDifference`).
+
+        Sample j of a variant that votes has other draws than sample j of one that does not, from j = 1 on.
+        """
         import pandas as pd
 
         base = self._variant(baseline).name
-        before = self.verdicts(base, what)
-        return pd.DataFrame(
-            {"variant": v.name, "baseline": base} | asdict(paired_difference(before, self.verdicts(v.name, what)))
+        rows = [
+            {"variant": v.name, "baseline": base} | asdict(self.difference(base, v.name, what))
             for v in self.variants
             if v.name != base
-        )
+        ]
+        return pd.DataFrame(rows, columns=["variant", "baseline", *(f.name for f in fields(PairedDifference))])
+
+    def difference(self, before: str, after: str, what: What = "correct") -> PairedDifference:
+        """How accuracy changes from one variant to another."""
+        return paired_difference(self.verdicts(before, what), self.verdicts(after, what), groups=self.groups)
 
     def errors(self, name: str, baseline: str | None = None) -> pd.DataFrame:
         """Kinds of first errors before (rows) and after (columns), "none" for correct answers; counts of answers."""
@@ -287,17 +325,24 @@ class Evaluation:
     def costs(self, baseline: str | None = None) -> pd.DataFrame:
         """What an answer of each variant costs: mean new tokens and FLOPs of decoding, and time next to the baseline's.
 
-        FLOPs are those of all draws that vote, prompt included (`stepsal.flops`). The time ratio is the median over
-        batches that one run did in turn, NaN where there are none; low and high are its quartiles.
+        FLOPs are those of all draws that vote, prompt included (`stepsal.flops`); what an `edit` computes is not in
+        them. The time ratio is the median over batches of the same answers that one run did in turn, with quartiles,
+        times the number of votes over the baseline's; NaN where there is no such batch.
         """
         import pandas as pd
 
-        seconds = self.answers.groupby(["way", "run", "batch"])["seconds"].sum()
+        self.answers  # noqa: B018  all are there
+        frame = _rows(self.folder).sort_values(["draw", "problem"])
+        frame["member"] = list(zip(frame["draw"], frame["problem"], strict=True))
+        batches = frame.groupby(["way", "run", "batch"])
+        seconds, members = batches["seconds"].sum(), batches["member"].agg(tuple)
         base = self._variant(baseline)
         rows = []
         for variant in self.variants:
             given = self.given(variant.name)
-            ratio = (seconds[variant.way] / seconds[base.way]).dropna() * variant.votes / base.votes
+            both = pd.concat([members[variant.way], members[base.way]], axis=1, join="inner", keys=["this", "base"])
+            alike = both.index[both["this"] == both["base"]]
+            ratio = seconds[variant.way][alike] / seconds[base.way][alike] * variant.votes / base.votes
             low, median, high = ratio.quantile([0.25, 0.5, 0.75])
             rows.append(
                 {"variant": variant.name, "new_tokens": given["n_new_tokens"].mean(), "flops": given["flops"].mean(),
@@ -314,16 +359,19 @@ class Evaluation:
 
 
 def _answer(
-    model: TransformerBridge, variant: Variant, problems: list[Problem], **decoding: Any
+    model: TransformerBridge, variant: Variant, problems: list[Problem], *, seed: list[int], **decoding: Any
 ) -> list[dict[str, Any]]:
     """One row per problem."""
-    from stepsal.generation import generate_batch
-
-    after = "" if variant.instruction is None else f"\n\n{variant.instruction}"
-    questions = [p.question + after for p in problems]
+    options = {"stepflow": variant.stepflow, "put_off": variant.wait, **decoding}
+    questions = [variant.ask(problem) for problem in problems]
     start = time.perf_counter()
-    with nullcontext() if variant.edit is None else variant.edit(model, problems):
-        traces = generate_batch(model, questions, stepflow=variant.stepflow, put_off=variant.wait, **decoding)
+    if variant.edit is None:
+        traces = generate_batch(model, questions, seed=seed, **options)
+    else:
+        traces = []
+        for problem, question, s in zip(problems, questions, seed, strict=True):
+            with variant.edit(model, problem):
+                traces.append(generate(model, question, seed=s, **options))
     seconds = (time.perf_counter() - start) / len(traces)
     rows = []
     for problem, trace in zip(problems, traces, strict=True):
@@ -332,11 +380,12 @@ def _answer(
         rows.append(
             {
                 "question": digest(problem.question.encode()),
-                "reference": problem.reference,
+                "reference": str(problem.reference),
                 "correct": bool(verdict.correct),
                 "answer_correct": bool(getattr(verdict, "answer_correct", verdict.correct)),
                 "answer": None if answer is None else str(answer),
-                "error": getattr(verdict, "error", None),
+                "error": getattr(verdict, "error", None) or (None if verdict.correct else "wrong"),
+                "can_vote": hasattr(verdict, "answer"),
                 "reason": verdict.reason,
                 "truncated": trace.truncated,
                 "n_prompt": trace.n_prompt,
@@ -377,6 +426,32 @@ def _begin(folder: Path, wanted: dict[str, Any]) -> None:
     (folder / "answers").mkdir(exist_ok=True)
     for unfinished in (folder / "answers").glob(".*.part"):
         unfinished.unlink()
+    _sweep(folder)  # before more is written, so that a merged file always names all that it replaces
+
+
+def _check_problems(folder: Path, problems: list[Problem]) -> set[tuple[str, int, int]]:
+    """(way, draw, problem) of what is there.
+
+    Raises:
+        ValueError: answers to other questions than those of today's task.
+    """
+    frame = _rows(folder)
+    asked = dict(enumerate(digest(problem.question.encode()) for problem in problems))
+    for problem, question in frame[["problem", "question"]].drop_duplicates().itertuples(index=False):
+        if question != asked.get(problem, question):
+            raise ValueError(
+                f"{folder} has answers to another question as problem {problem}: the task has changed under its name "
+                "(another version of a package, or of a file?); use another folder"
+            )
+    return set(frame[_KEY].itertuples(index=False, name=None))
+
+
+def _draws(variants: Iterable[Variant], n_samples: int) -> dict[str, int]:
+    """How many draws each way needs, for the variant with the most votes."""
+    needed: dict[str, int] = {}
+    for variant in variants:
+        needed[variant.way] = max(needed.get(variant.way, 0), n_samples * variant.votes)
+    return needed
 
 
 def _write(folder: Path, table: pa.Table) -> None:
@@ -400,6 +475,8 @@ def _read(folder: Path) -> dict[Path, pa.Table]:
     for path in sorted((folder / "answers").glob("*.parquet")):
         try:
             tables[path] = pq.read_table(path)
+        except FileNotFoundError:  # merged into another while we read
+            return _read(folder)
         except (OSError, pa.ArrowInvalid) as error:
             raise ValueError(f"{path} is damaged ({error}); delete it, and evaluate again to make it anew") from error
     merged = {name for t in tables.values() for name in json.loads((t.schema.metadata or {}).get(_MERGED, b"[]"))}
@@ -414,7 +491,13 @@ def _merge(folder: Path) -> None:
         whole = pa.concat_tables([table.replace_schema_metadata(None) for table in parts.values()])
         whole = whole.sort_by([(name, "ascending") for name in _KEY])
         _write(folder, whole.replace_schema_metadata({_MERGED: json.dumps([path.name for path in parts])}))
-    for path in set((folder / "answers").glob("*.parquet")) - set(_read(folder)):
+    _sweep(folder)
+
+
+def _sweep(folder: Path) -> None:
+    """Delete the files that were merged into another."""
+    counting = _read(folder)
+    for path in set((folder / "answers").glob("*.parquet")) - set(counting):
         path.unlink()
 
 
@@ -431,11 +514,6 @@ def _rows(folder: Path) -> pd.DataFrame:
     if frame.duplicated(_KEY).any():
         raise ValueError(f"{folder} has an answer twice: {frame.loc[frame.duplicated(_KEY), _KEY].iloc[0].to_dict()}")
     return frame
-
-
-def _keys(folder: Path) -> set[tuple[str, int, int]]:
-    """(way, draw, problem) of what is there."""
-    return {(way, draw, problem) for way, draw, problem in _rows(folder)[_KEY].itertuples(index=False)}
 
 
 _KEY = ["way", "draw", "problem"]

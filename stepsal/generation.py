@@ -85,30 +85,16 @@ def generate_batch(
     Raises:
         ValueError: no or empty question, numbers out of range, or a prompt that fills the context.
     """
-    if not questions or isinstance(questions, str):
-        raise ValueError(f"questions={questions!r} must be a list of at least one; for a single one there is generate")
     Trace.check_segmentation(**segmentation)
-    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or put_off < 0:
-        raise ValueError(
-            f"max_new_tokens={max_new_tokens} must be >= 1, temperature={temperature} >= 0, top_p={top_p} in (0, 1], "
-            f"put_off={put_off} >= 0"
-        )
+    prompt_ids = check_generation(
+        model, questions, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, system=system,
+        put_off=put_off,
+    )  # fmt: skip
     seeds = [seed + row for row in range(len(questions))] if isinstance(seed, int) else list(seed)
     if len(seeds) != len(questions):
         raise ValueError(f"{len(seeds)} seeds for {len(questions)} questions: give one for each, or a single one")
-    tokenizer, n_ctx = model.tokenizer, model.cfg.n_ctx
-    if tokenizer is None:
-        raise ValueError(f"{model.cfg.model_name!r} has no tokenizer: pass one to stepsal.load(..., tokenizer=...)")
-    prompts = [render_prompt(tokenizer, question, system).text for question in questions]
-    prompt_ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-    longest = max(map(len, prompt_ids))
-    if longest >= n_ctx:
-        raise ValueError(
-            f"a prompt of {longest} tokens leaves no room in the context of {n_ctx} tokens of "
-            f"{model.cfg.model_name!r}: shorten the question"
-        )
     waiting = _Waiting(model, len(questions), put_off) if put_off else None
-    limits = [min(max_new_tokens, n_ctx - len(ids)) for ids in prompt_ids]
+    limits = [min(max_new_tokens, model.cfg.n_ctx - len(ids)) for ids in prompt_ids]
     uniforms = None
     if temperature > 0:
         generators = [torch.Generator().manual_seed(s) for s in seeds]
@@ -124,6 +110,40 @@ def generate_batch(
         )  # fmt: skip
         traces.append(trace)
     return traces
+
+
+def check_generation(
+    model: TransformerBridge,
+    questions: Sequence[str],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    system: str | None,
+    put_off: int,
+) -> list[list[int]]:
+    """Prompt ids of each question, if they can be answered so; arguments and errors are those of `generate_batch`."""
+    if not questions or isinstance(questions, str):
+        raise ValueError(f"questions={questions!r} must be a list of at least one; for a single one there is generate")
+    if max_new_tokens < 1 or not 0 <= temperature < float("inf") or not 0 < top_p <= 1 or put_off < 0:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens} must be >= 1, temperature={temperature} >= 0, top_p={top_p} in (0, 1], "
+            f"put_off={put_off} >= 0"
+        )
+    tokenizer, n_ctx = model.tokenizer, model.cfg.n_ctx
+    if tokenizer is None:
+        raise ValueError(f"{model.cfg.model_name!r} has no tokenizer: pass one to stepsal.load(..., tokenizer=...)")
+    prompts = [render_prompt(tokenizer, question, system).text for question in questions]
+    prompt_ids: list[list[int]] = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    longest = max(map(len, prompt_ids))
+    if longest >= n_ctx:
+        raise ValueError(
+            f"a prompt of {longest} tokens leaves no room in the context of {n_ctx} tokens of "
+            f"{model.cfg.model_name!r}: shorten the question"
+        )
+    if put_off:
+        _Waiting(model, 0, put_off)
+    return prompt_ids
 
 
 @torch.no_grad()

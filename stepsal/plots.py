@@ -563,18 +563,24 @@ def forest(
     labels = [None] if label is None else list(dict.fromkeys(data[label]))
     colors = dict(GROUP_COLORS) | dict(palette or {})
     free = [color for color in LINE_COLORS if color not in {colors.get(str(name)) for name in labels}]
+    beside = {
+        c: [n for n in labels if label is None or ((data[y] == c) & (data[label] == n)).any()] for c in categories
+    }
+    offsets = {  # labels that a category lacks leave no gap
+        (category, name): (i - (len(names) - 1) / 2) * 0.7 / len(labels)
+        for category, names in beside.items()
+        for i, name in enumerate(names)
+    }
     if reference is not None:
         ax.axvline(reference, color="0.6", linewidth=0.6, linestyle=":", zorder=0)
     for i, name in enumerate(labels):
         rows = data if label is None else data[data[label] == name]
-        offset = (i - (len(labels) - 1) / 2) * 0.7 / len(labels)
-        at = np.array([categories.index(category) for category in rows[y]]) + offset
+        at = np.array([categories.index(category) + offsets[category, name] for category in rows[y]])
         values = rows[x].to_numpy(float)
-        ends = np.array([values - rows[low].to_numpy(float), rows[high].to_numpy(float) - values])
         color = colors.get(str(name)) or (free.pop(0) if free else INK)
-        ax.errorbar(
-            values, at, xerr=np.abs(np.nan_to_num(ends)), fmt="osD^v"[i % 5], color=color, markersize=3, linewidth=0.9,
-            label=None if name is None else str(name),
+        ax.hlines(at, rows[low].to_numpy(float), rows[high].to_numpy(float), color=color, linewidth=0.9)
+        ax.plot(
+            values, at, "osD^v"[i % 5], color=color, markersize=3, label=None if name is None else str(name)
         )  # fmt: skip
     ax.set_yticks(range(len(categories)), [str(category) for category in categories])
     ax.set_ylim(len(categories) - 0.5, -0.5)  # the first on top

@@ -52,6 +52,53 @@ def test_mcnemar_by_hand() -> None:
     assert found.low <= found.difference <= found.high
 
 
+def test_equal_problems_are_one_unit() -> None:
+    """200 copies of 10 problems tell no more about other problems than the 10 alone do."""
+    rng = np.random.default_rng(4)
+    before, after = rng.random((10, 1)) < 0.5, rng.random((10, 1)) < 0.5
+    groups = np.tile(np.arange(10), 20)
+    alone, copies = (
+        paired_difference(before, after),
+        paired_difference(np.tile(before, (20, 1)), np.tile(after, (20, 1)), groups=groups),
+    )
+    assert (copies.n_problems, copies.n_different) == (200, 10)
+    assert copies.difference == alone.difference
+    assert copies.high - copies.low > 0.8 * (alone.high - alone.low)
+    assert copies.p == pytest.approx(alone.p, abs=0.02)
+    assert np.isnan(copies.mcnemar_p)
+    share = accuracy(np.tile(before, (20, 1)), groups=groups)
+    assert share.high - share.low > 0.3
+    with pytest.raises(ValueError, match="groups has 3 entries for 10 problems"):
+        accuracy(before, groups=np.arange(3))
+
+
+def test_groups_of_unlike_size_are_weighted_by_their_answers() -> None:
+    before = column(0, 0, 0, 1)
+    after = column(1, 1, 1, 1)
+    found = paired_difference(before, after, groups=np.array([0, 0, 0, 1]))
+    assert found.difference == 0.75
+    assert found.n_different == 2
+
+
+@pytest.mark.parametrize("n_samples", [1, 8])
+def test_intervals_cover_where_few_whole_problems_change(n_samples: int) -> None:
+    rng = np.random.default_rng(5)
+    covered = []
+    for seed in range(300):
+        flips = rng.random((50, 1)) < 0.02  # from all wrong to all right
+        before, after = np.zeros((50, n_samples), dtype=bool), np.repeat(flips, n_samples, axis=1)
+        found = paired_difference(before, after, n_resamples=299, seed=seed)
+        covered.append(found.low <= 0.02 <= found.high)
+    assert np.mean(covered) > 0.93
+
+
+def test_all_right_is_not_certainty() -> None:
+    one, two = (accuracy(np.ones((10, n), dtype=bool)) for n in (1, 2))
+    assert (one.high, two.high) == (1.0, 1.0)
+    assert one.low == pytest.approx(0.722, abs=0.001)
+    assert two.low < 0.85
+
+
 def test_no_change_is_no_finding() -> None:
     same = column(1, 0, 1, 1)
     found = paired_difference(same, same)
@@ -73,27 +120,24 @@ def test_p_values_hold_their_level_where_nothing_differs_and_intervals_cover() -
         p_values.append(found.p)
         covered.append(found.low <= 0 <= found.high)
         assert np.isnan(found.mcnemar_p)
-    for level in (
-        0.05,
-        0.1,
-        0.3,
-    ):  # ties make the test a little careful
+    for level in (0.05, 0.1, 0.3):  # ties make the test a little careful
         assert scipy_stats.binomtest(int((np.array(p_values) <= level).sum()), 300, level).pvalue > 0.01
-    assert scipy_stats.binomtest(int(np.sum(covered)), 300, 0.95).pvalue > 0.01
+    assert scipy_stats.binomtest(int(np.sum(covered)), 300, 0.95, alternative="less").pvalue > 0.01
 
 
 def test_an_effect_of_the_detectable_size_is_found_four_times_in_five() -> None:
     rng = np.random.default_rng(3)
     found, detectable = [], []
-    for seed in range(200):
+    for seed in range(400):
         draw = rng.random((200, 1))
+        fixed, broken = 0.227, 0.113  # shares; their difference is 0.114
         result = paired_difference(
-            draw < 0.5, (draw < 0.4) | ((draw > 0.5) & (draw < 0.74)), n_resamples=499, seed=seed
+            draw < 0.5, (draw < 0.5 - broken) | ((draw > 0.5) & (draw < 0.5 + fixed)), n_resamples=499, seed=seed
         )
         found.append(result.p < 0.05)
         detectable.append(result.detectable)
-    assert np.mean(detectable) == pytest.approx(0.114, abs=0.01)  # 2.8 sqrt(0.34 - 0.14^2) / sqrt(200), near 0.14
-    assert np.mean(found) > 0.8
+    assert np.mean(detectable) == pytest.approx(fixed - broken, abs=0.003)
+    assert abs(np.mean(found) - 0.8) < 0.08
 
 
 @pytest.mark.parametrize("bad", [np.zeros((0, 1), bool), np.zeros(4, bool), np.zeros((4, 1))])

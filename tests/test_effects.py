@@ -9,7 +9,6 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import stepsal
 from stepsal.effects import token_effects
-from stepsal.generation import log_probabilities
 from stepsal.tasks import chain
 
 ONLY_SMI = stepsal.StepFlowConfig(oeb_layers=None, alpha=0.5)
@@ -43,7 +42,6 @@ def test_columns(mini: TransformerBridge, traces: list[stepsal.Trace]) -> None:
     trace = traces[0]
     effects = token_effects(mini, trace, stepsal.StepFlowConfig())
     assert effects["position"].tolist() == list(range(trace.n_prompt, len(trace)))
-    np.testing.assert_allclose(effects["log_prob"], log_probabilities(mini, trace)[trace.n_prompt - 1 :], atol=1e-5)
     for i, step in enumerate(trace.steps):
         rows = effects[effects["step"] == i]
         assert rows["in_step"].tolist() == (list(range(step.end - step.start)) if i else [])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -95,6 +96,102 @@ def test_flops_are_those_of_every_answer(mini: TransformerBridge, run: Evaluatio
         assert row["flops"] == flops.of(row["n_prompt"], row["n_new_tokens"])
 
 
+def test_the_order_of_variants_changes_nothing(run: Evaluation) -> None:
+    other = Evaluation(run.folder, run.variants[::-1], 6, 2)
+    pd.testing.assert_frame_equal(other.answers, run.answers)
+    for name in ("baseline", "three votes"):
+        pd.testing.assert_frame_equal(other.given(name), run.given(name))
+
+
+def test_times_are_compared_on_the_same_answers(mini: TransformerBridge, tmp_path: Path) -> None:
+    same = [Variant("one", votes=2), Variant("other", budget=100)]  # the run's limit: the same decoding
+    found = evaluate(mini, TASK, same, 3, folder=tmp_path, **OPTIONS)
+    costs = found.costs("other").set_index("variant")  # batches of 4: two draws of three problems, and one draw
+    assert costs.loc["one", "batches"] == 0
+    assert pd.isna(costs.loc["one", "time_ratio"])
+    single = Evaluation(tmp_path, (same[1], Variant("one")), 3, 1).costs().set_index("variant")
+    assert single.loc["one", "batches"] == 0
+    assert found.costs().set_index("variant").loc["one", "time_ratio"] == 1.0
+
+
+def test_every_part_of_a_way_reaches_the_model(mini: TransformerBridge, tmp_path: Path) -> None:
+    variants = [
+        Variant("baseline"), Variant("asked", instruction="What is Anna?"), Variant("wait", wait=1),
+        Variant("cut", edit=cut),
+    ]  # fmt: skip
+    options = OPTIONS | {"temperature": 0.0}
+    found = evaluate(mini, TASK, variants, 3, folder=tmp_path, **options)
+    for i in range(3):
+        question = TASK.sample(i).question
+        expected = {
+            "baseline": stepsal.generate(mini, question, max_new_tokens=100),
+            "asked": stepsal.generate(mini, f"{question}\n\nWhat is Anna?", max_new_tokens=100),
+            "wait": stepsal.generate(mini, question, max_new_tokens=100, put_off=1),
+        }
+        with cut(mini, TASK.sample(i)):
+            expected["cut"] = stepsal.generate(mini, question, max_new_tokens=100)
+        responses = [trace.response for trace in expected.values()]
+        assert len(set(responses)) == 4
+        assert [found.given(name)["response"][i] for name in expected] == responses
+
+
+def cut(model: TransformerBridge, problem: object) -> AbstractContextManager:
+    """A layer attends to nothing: an edit that shows."""
+    return model.hooks(fwd_hooks=[("blocks.2.attn.hook_z", lambda z, hook: z * 0)])
+
+
+class Plain:
+    """A task of the smallest protocol."""
+
+    name = "plain"
+
+    def __init__(self, word: str = "What") -> None:
+        self.word = word
+
+    def sample(self, seed: int) -> PlainProblem:
+        return PlainProblem(f"{self.word} is {seed % 2}?")
+
+
+@dataclass
+class PlainProblem:
+    question: str
+    reference: int = 3
+
+    def grade(self, trace: stepsal.Trace) -> PlainVerdict:
+        return PlainVerdict("1" in self.question)
+
+
+@dataclass
+class PlainVerdict:
+    correct: bool
+    reason: str = "so it is"
+
+
+def test_tasks_of_the_smallest_protocol(mini: TransformerBridge, tmp_path: Path) -> None:
+    options = OPTIONS | {"max_new_tokens": 5}
+    variants = [Variant("baseline"), Variant("short", budget=2)]
+    found = evaluate(mini, Plain(), variants, 6, folder=tmp_path, **options)
+    assert found.errors("short").to_dict() == {"none": {"none": 3, "wrong": 0}, "wrong": {"none": 0, "wrong": 3}}
+    table = found.accuracy()
+    assert table["n_different"].tolist() == [2, 2]  # two questions, three times each
+    assert (table["high"] - table["low"] > 0.6).all()
+    assert pd.isna(found.paired()["mcnemar_p"]).all()
+    with pytest.raises(ValueError, match="no `answer` to vote with"):
+        evaluate(mini, Plain(), [Variant("votes", votes=2)], 6, folder=tmp_path / "votes", **options)
+    with pytest.raises(ValueError, match="another question as problem 0: the task has changed under its name"):
+        evaluate(mini, Plain("How much"), variants, 6, folder=tmp_path, **options)
+
+
+def test_a_single_variant_has_tables_too(run: Evaluation) -> None:
+    alone = Evaluation(run.folder, run.variants[:1], 6, 2)
+    assert len(alone.paired()) == 0
+    assert "mcnemar_p" in alone.paired()
+    with pytest.raises(ValueError, match="what='corect'"):
+        alone.accuracy("corect")
+    with pytest.raises(ValueError, match="there is no variant 'x'"):
+        alone.given("x")
+
+
 def test_more_of_everything_goes_on_with_what_is_there(mini: TransformerBridge, tmp_path: Path) -> None:
     few = evaluate(mini, TASK, VARIANTS[:1], 3, folder=tmp_path / "grown", **OPTIONS)
     before = few.answers
@@ -152,8 +249,19 @@ def test_a_kill_while_files_are_merged_loses_and_doubles_nothing(
     answers = tmp_path / "answers"
     assert len(list(answers.glob("*.parquet"))) == 5  # two variants, two batches, and all of it in one
     before = Evaluation(tmp_path, tuple(VARIANTS[:2]), 5, 1).answers
-    after = evaluate(mini, TASK, VARIANTS[:2], 5, folder=tmp_path, **OPTIONS).answers
-    pd.testing.assert_frame_equal(before, after)
+
+    def killed_later(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("stepsal.evaluation._merge", killed_later)  # a second kill, with more answers beside
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(mini, TASK, VARIANTS[:2], 6, folder=tmp_path, **OPTIONS)
+    monkeypatch.undo()
+    assert len(list(answers.glob("*.parquet"))) == 3  # what was merged is gone; two new ones
+    pd.testing.assert_frame_equal(before, Evaluation(tmp_path, tuple(VARIANTS[:2]), 5, 1).answers)
+    after = evaluate(mini, TASK, VARIANTS[:2], 6, folder=tmp_path, **OPTIONS)
+    pd.testing.assert_frame_equal(before, Evaluation(tmp_path, tuple(VARIANTS[:2]), 5, 1).answers)
+    assert len(after.answers) == 12
     assert len(list(answers.glob("*.parquet"))) == 1
 
 
@@ -184,22 +292,19 @@ def needed_and_not(problem: object) -> tuple[str, set[str]]:
     return min(needed - {problem.goal}), set(problem.by_name) - needed
 
 
-def forgetful(model: TransformerBridge, problems: list) -> AbstractContextManager:
+def forgetful(model: TransformerBridge, problem: object) -> AbstractContextManager:
     """A premise, and a definition that is not needed, are hidden."""
-    (problem,) = problems
     needed, others = needed_and_not(problem)
     return hidden(model, problem, {needed, min(others)})
 
 
-def oracle(model: TransformerBridge, problems: list) -> AbstractContextManager:
+def oracle(model: TransformerBridge, problem: object) -> AbstractContextManager:
     """Gives the attention on the premise back."""
-    (problem,) = problems
     return hidden(model, problem, {min(needed_and_not(problem)[1])})
 
 
-def random_help(model: TransformerBridge, problems: list) -> AbstractContextManager:
+def random_help(model: TransformerBridge, problem: object) -> AbstractContextManager:
     """Gives as much attention back, on what is not needed."""
-    (problem,) = problems
     return hidden(model, problem, {needed_and_not(problem)[0]})
 
 
@@ -209,7 +314,7 @@ def test_the_harness_can_tell_help_from_none(mini: TransformerBridge, tmp_path: 
         Variant("oracle", edit=oracle),
         Variant("random", edit=random_help),
     ]
-    options = {"temperature": 0.0, "max_new_tokens": 120, "batch_size": 1, "progress": False}
+    options = {"temperature": 0.0, "max_new_tokens": 120, "batch_size": 10, "progress": False}
     found = evaluate(mini, ChainTask(length=3, distractors=3), variants, 20, folder=tmp_path, **options)
     paired = found.paired().set_index("variant")
     assert paired.loc["oracle", "low"] > 0.1
@@ -225,6 +330,11 @@ def test_the_harness_can_tell_help_from_none(mini: TransformerBridge, tmp_path: 
         ({"variants": [Variant("a"), Variant("a", budget=3)]}, "names that differ"),
         ({"n_problems": 0}, "n_problems=0"),
         ({"temperature": 0.0, "n_samples": 2}, "temperature=0"),
+        ({"temperature": -1.0}, "temperature=-1"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"top_p": 0.0}, "top_p=0"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"variants": [Variant("long", instruction="what " * 2000)]}, "leaves no room in the context"),
         ({"temperature": 0.0, "variants": [Variant("a", votes=2)]}, "temperature=0"),
     ],
 )

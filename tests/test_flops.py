@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from conftest import tiny_chat
 from torch.utils.flop_counter import FlopCounterMode
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -22,6 +23,22 @@ def test_what_an_answer_costs(mini: TransformerBridge, stepflow: stepsal.StepFlo
         n_new = len(trace) - trace.n_prompt
         assert n_new == budget
         assert flops.of(trace.n_prompt, n_new) == pytest.approx(counter.get_total_flops(), rel=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["Qwen2", "Gemma2"])
+def test_windows_bound_what_a_token_sees(architecture: str) -> None:
+    options = {"sliding_window": 32} if architecture == "Gemma2" else {}
+    model = tiny_chat(architecture, **options)
+    flops = decoding_flops(model)
+    assert set(flops.windows) == ({None, 32} if options else {None})
+    with FlopCounterMode(display=False) as counter:
+        trace = stepsal.generate(model, "a" * 20, max_new_tokens=60, seed=1, temperature=5.0)
+    assert flops.of(trace.n_prompt, len(trace) - trace.n_prompt) == pytest.approx(counter.get_total_flops(), rel=1e-6)
+
+
+def test_a_window_too_short_to_count_is_refused() -> None:
+    with pytest.raises(ValueError, match="window of 6 keys"):
+        decoding_flops(tiny_chat("Gemma2"))
 
 
 def test_longer_prompts_and_answers_cost_more(mini: TransformerBridge) -> None:

@@ -14,8 +14,8 @@ import stepsal
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"segment", "pooling", "versions", "storage", "stats", "accuracy", "flops", "ticks"},
-    {"trace", "bridge"},
+    {"segment", "pooling", "versions", "storage", "stats", "accuracy", "ticks"},
+    {"trace", "bridge", "flops"},
     {"maps", "tracking"},
     {"intervention", "metrics"},
     {"saliency", "generation", "effects"},

@@ -365,13 +365,11 @@ def test_forest_draws_estimates_in_the_order_of_the_data(ax):
     plots.forest(estimates(), "value", y="task", low="low", high="high", label="variant", reference=0.5, ax=ax)
     assert [t.get_text() for t in ax.get_yticklabels()] == ["b", "a"]
     assert ax.yaxis_inverted()
-    one, two = ax.containers
+    _, one, two = ax.lines
     assert (one.get_label(), two.get_label()) == ("one", "two")
-    (points, _, (bars,)) = one
-    assert points.get_xdata().tolist() == [1, 3]
-    assert [segment[:, 0].tolist() for segment in bars.get_segments()] == [[0, 3], [2, 5]]
-    below = two[0].get_ydata()[0] - points.get_ydata()[0]
-    assert 0 < below < 1
+    assert one.get_xdata().tolist() == [1, 3]
+    assert [segment[:, 0].tolist() for segment in ax.collections[0].get_segments()] == [[0, 3], [2, 5]]
+    assert 0 < two.get_ydata()[0] - one.get_ydata()[0] < 1
     assert ax.lines[0].get_xdata() == [0.5, 0.5]
     assert ax.get_xlabel() == "value"
 
@@ -379,7 +377,7 @@ def test_forest_draws_estimates_in_the_order_of_the_data(ax):
 def test_forest_draws_what_has_no_interval(ax):
     data = estimates(low=np.nan, high=np.nan).iloc[[0, 2]]
     plots.forest(data, "value", y="task", low="low", high="high", ax=ax)
-    assert [segment[:, 0].tolist() for segment in ax.containers[0][2][0].get_segments()] == [[1, 1], [3, 3]]
+    assert ax.lines[0].get_xdata().tolist() == [1, 3]
     assert ax.get_legend() is None
 
 
