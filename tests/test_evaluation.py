@@ -136,8 +136,8 @@ def test_every_part_of_a_way_reaches_the_model(mini: TransformerBridge, tmp_path
 
 
 def cut(model: TransformerBridge, problem: object) -> AbstractContextManager:
-    """A layer attends to nothing: an edit that shows."""
-    return model.hooks(fwd_hooks=[("blocks.2.attn.hook_z", lambda z, hook: z * 0)])
+    """The first layer attends to nothing: an edit that shows."""
+    return model.hooks(fwd_hooks=[("blocks.0.attn.o.hook_in", lambda z, hook: z * 0)])
 
 
 class Plain:
