@@ -6,6 +6,8 @@ machines; a wrong figure differs in the first.
 
 from __future__ import annotations
 
+import fnmatch
+import re
 from pathlib import Path
 
 import nbformat
@@ -26,6 +28,21 @@ def test_every_figure_is_complete() -> None:
     assert names == {p.stem for p in (ROOT / "figures").glob("*.pdf")}
     for ending in ("csv", "json"):
         assert names == {p.stem for p in (ROOT / "figures" / "data").glob(f"*.{ending}")}
+
+
+def test_the_readme_says_where_each_figure_of_the_paper_is() -> None:
+    text = (ROOT / "README.md").read_text().partition("### The paper's figures and tables")[2].partition("\n### ")[0]
+    rows = [row.split("|")[1:-1] for row in text.splitlines() if row.startswith("| ")][1:]
+    figures = {p.stem for p in (ROOT / "figures").glob("*.png")}
+    named = set()
+    for _, notebook, cell, _ in rows:
+        assert len(list((ROOT / "notebooks").glob(f"{notebook.strip()}_*.ipynb"))) == 1
+        for pattern in re.findall(r"`([^`]+)`", cell):
+            found = set(fnmatch.filter(figures, pattern))
+            assert found, f"there is no figure {pattern}"
+            named |= found
+    assert len(rows) == 10  # the items of the paper that are recreated
+    assert {name for name in figures - named if not name.startswith("quickstart")} == set()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
