@@ -55,7 +55,19 @@ _HOME = {
     "Step": "stepsal.trace",
     "Trace": "stepsal.trace",
 }
-_MODULES = ("accuracy", "figures", "flops", "intervention", "maps", "metrics", "plots", "segment", "stats", "tasks")
+_MODULES = (
+    "accuracy",
+    "figures",
+    "flops",
+    "intervention",
+    "maps",
+    "metrics",
+    "plots",
+    "segment",
+    "stats",
+    "tasks",
+    "widgets",
+)
 
 
 def __getattr__(name: str) -> Any:

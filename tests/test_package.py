@@ -22,6 +22,7 @@ FLOORS = [
     {"tasks", "population"},
     {"evaluation"},
     {"plots", "figures"},
+    {"widgets"},
     {"cli"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
@@ -60,7 +61,16 @@ def run(code: str) -> str:
 
 @pytest.mark.parametrize(
     "module",
-    ["stepsal", "stepsal.plots", "stepsal.figures", "stepsal.maps", "stepsal.metrics", "stepsal.stats", "stepsal.cli"],
+    [
+        "stepsal",
+        "stepsal.plots",
+        "stepsal.figures",
+        "stepsal.maps",
+        "stepsal.metrics",
+        "stepsal.stats",
+        "stepsal.cli",
+        "stepsal.widgets.explorer",
+    ],
 )
 def test_imports_no_model_code(module: str) -> None:
     heavy = ("transformer_lens", "transformers")

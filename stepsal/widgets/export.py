@@ -1,0 +1,68 @@
+"""An explorer as one HTML file that needs no kernel and no network."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+from stepsal.storage import write_atomic
+from stepsal.widgets.scene import Scene
+
+STATIC = Path(__file__).parent / "static"
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:">
+<title>stepsal: step maps</title>
+<style>
+{css}</style>
+</head>
+<body class="stepsal-page">
+<div id="explorer"></div>
+<script type="application/json" id="state">{state}</script>
+<script type="module">
+{script}
+const stored = JSON.parse(document.getElementById("state").textContent);
+for (const [name, text] of Object.entries(stored.buffers)) {{
+  stored.buffers[name] = new DataView(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer);
+}}
+const listeners = {{}};
+const model = {{
+  get: (name) => stored[name],
+  set(name, value) {{
+    if (String(stored[name]) === String(value)) return;
+    stored[name] = value;
+    for (const each of listeners[`change:${{name}}`] ?? []) each();
+  }},
+  save_changes() {{}},
+  on(event, each) {{ (listeners[event] ??= []).push(each); }},
+  off(event, each) {{ listeners[event] = (listeners[event] ?? []).filter((x) => x !== each); }},
+}};
+render({{ model, el: document.getElementById("explorer") }});
+</script>
+</body>
+</html>
+"""
+
+
+def page(scene: Scene, view: dict[str, Any], path: Path) -> Path:
+    """Write the page of a scene; `view` are the choices as indices (`Scene.to_view`).
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+    """
+    if not path.resolve().parent.is_dir():
+        raise FileNotFoundError(f"the folder {path.resolve().parent} does not exist")
+    buffers = {name: base64.b64encode(data).decode() for name, data in scene.buffers().items()}
+    stored = {"scene": scene.describe(), "buffers": buffers, "controls": True, **view}
+    state = json.dumps(stored, ensure_ascii=True).replace("<", "\\u003c")  # no text of a trace can end the script
+    script = (STATIC / "explorer.js").read_text().replace("export default { render };", "")
+    css = (STATIC / "explorer.css").read_text()
+    write_atomic(path, _PAGE.format(css=css, state=state, script=script).encode())
+    return path

@@ -1,0 +1,185 @@
+"""StepFlow live: choose layers and strength, let the model answer without and with it, see where the answers part.
+
+panel = stepsal.widgets.StepFlowPanel(model, "Hugo is 4 plus 3. Anna is Hugo plus 9. What is Anna?")
+panel                        # in a notebook cell: sliders, run and stop
+panel.run()                  # or from code; panel.traces, panel.saliency, panel.explorer
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import ipywidgets
+import torch
+
+from stepsal.generation import generate
+from stepsal.intervention import StepFlowConfig
+from stepsal.saliency import step_saliency
+from stepsal.widgets.explorer import Explorer
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    from stepsal.maps import StepSaliency
+    from stepsal.trace import Trace
+
+PLAIN, EDITED = "without StepFlow", "with StepFlow"
+
+
+class Stopped(Exception):
+    """The reader pressed stop."""
+
+
+class StepFlowPanel(ipywidgets.VBox):
+    """Answer a question without and with StepFlow, and look at both.
+
+    The answers are written in a thread, so that the stop button is heard; it takes effect before the next forward pass.
+
+    Args:
+        model: from `stepsal.load`.
+        question: to begin with; it can be edited.
+        max_new_tokens, temperature, seed: of both answers.
+
+    Attributes:
+        traces, saliency: of the last run, by "without StepFlow" and "with StepFlow"; the maps of the edited answer are
+            computed under StepFlow.
+        explorer: of these maps, side by side; None before the first run.
+    """
+
+    def __init__(
+        self,
+        model: TransformerBridge,
+        question: str,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.model = model
+        self.decoding: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        self.traces: dict[str, Trace] = {}
+        self.saliency: dict[str, StepSaliency] = {}
+        self.explorer: Explorer | None = None
+        self._stop, self._thread = threading.Event(), threading.Thread()
+        default, last = StepFlowConfig(), model.cfg.n_layers - 1
+        oeb, smi = default.resolve(model.cfg.n_layers)
+        wide = ipywidgets.Layout(width="420px")
+        self.question = ipywidgets.Textarea(question, description="question", layout=ipywidgets.Layout(width="860px"))
+        self.tau_max = ipywidgets.FloatSlider(default.tau_max, min=0.01, max=0.9, step=0.01, description="tau_max")
+        self.alpha = ipywidgets.FloatSlider(default.alpha, min=0.0, max=1.0, step=0.01, description="alpha")
+        self.oeb = ipywidgets.Checkbox(True, description="bridge (OEB) in layers", indent=False)
+        self.smi = ipywidgets.Checkbox(True, description="momentum (SMI) in layers", indent=False)
+        self.oeb_layers = ipywidgets.IntRangeSlider(value=(oeb[0], oeb[-1]), min=0, max=last)
+        self.smi_layers = ipywidgets.IntRangeSlider(value=(smi[0], smi[-1]), min=0, max=last)
+        for slider in (self.tau_max, self.alpha, self.oeb_layers, self.smi_layers):
+            slider.layout = wide
+        self.run_button = ipywidgets.Button(description="run", button_style="primary")
+        self.stop_button = ipywidgets.Button(description="stop", disabled=True)
+        self.bar = ipywidgets.IntProgress(0, 0, 2 * max_new_tokens, layout=wide)
+        self.status = ipywidgets.Label("")  # plain text: answers are never interpreted
+        self.parting = ipywidgets.Label("")
+        self.place = ipywidgets.VBox([])  # of the explorer
+        self.run_button.on_click(lambda _: self.start())
+        self.stop_button.on_click(lambda _: self.stop())
+        self.stop_button.add_class("stepsal-stop")
+        self.run_button.add_class("stepsal-run")
+        self.status.add_class("stepsal-status")
+        self.parting.add_class("stepsal-parting")
+        super().__init__(
+            [
+                self.question,
+                ipywidgets.HBox([ipywidgets.VBox([self.oeb, self.oeb_layers, self.tau_max]),
+                                 ipywidgets.VBox([self.smi, self.smi_layers, self.alpha])]),
+                ipywidgets.HBox([self.run_button, self.stop_button, self.bar, self.status]),
+                self.parting,
+                self.place,
+            ]
+        )  # fmt: skip
+
+    @property
+    def config(self) -> StepFlowConfig:
+        """What the sliders say."""
+
+        def layers(used: ipywidgets.Checkbox, slider: ipywidgets.IntRangeSlider) -> tuple[int, ...] | None:
+            return tuple(range(slider.value[0], slider.value[1] + 1)) if used.value else None
+
+        return StepFlowConfig(
+            oeb_layers=layers(self.oeb, self.oeb_layers), smi_layers=layers(self.smi, self.smi_layers),
+            tau_max=self.tau_max.value, alpha=self.alpha.value,
+        )  # fmt: skip
+
+    def start(self) -> None:
+        """Run in the background."""
+        if not self._thread.is_alive():
+            self._thread = threading.Thread(target=self.run, daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """End the run before its next forward pass; what was shown before stays."""
+        self._stop.set()
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Until the run in the background is over."""
+        self._thread.join(timeout)
+
+    def run(self) -> None:
+        """Answer without and with StepFlow, compute both maps, show them."""
+        self._stop.clear()
+        self.run_button.disabled, self.stop_button.disabled = True, False
+        self.bar.value = 0
+        handle = self.model.original_model.register_forward_pre_hook(self._before_pass)
+        try:
+            config, question = self.config, self.question.value
+            configs = {PLAIN: None, EDITED: config}
+            traces, saliency = {}, {}
+            for name, settings in configs.items():
+                self.status.value = f"answering {name} ..."
+                traces[name] = generate(self.model, question, stepflow=settings, **self.decoding)
+            for name, settings in configs.items():
+                self.status.value = f"computing maps {name} ..."
+                saliency[name] = step_saliency(self.model, traces[name], stepflow=settings, progress=False)
+            self.traces, self.saliency = traces, saliency
+            self._show()
+            self.status.value = "done"
+        except Stopped:
+            self.status.value = "stopped"
+        except (ValueError, RuntimeError) as error:
+            self.status.value = f"error: {error}"
+        finally:
+            handle.remove()
+            self.run_button.disabled, self.stop_button.disabled = False, True
+
+    def _before_pass(self, module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+        if self._stop.is_set():
+            raise Stopped
+        self.bar.value += 1
+
+    def _show(self) -> None:
+        plain, edited = self.traces[PLAIN], self.traces[EDITED]
+        self.parting.value = tell_parting(plain, edited)
+        self.explorer = Explorer(self.saliency)
+        self.explorer.state = {"compare": EDITED, "metric": "share"}
+        self.place.children = (self.explorer,)
+
+
+def first_difference(plain: Trace, edited: Trace) -> int | None:
+    """Position of the first token that differs, or that only one of them has; None if there is none."""
+    n = min(len(plain), len(edited))
+    differ = (plain.tokens[:n] != edited.tokens[:n]).nonzero()
+    if len(differ):
+        return int(differ[0, 0])
+    return None if len(plain) == len(edited) else n
+
+
+def tell_parting(plain: Trace, edited: Trace) -> str:
+    """In words, where two answers to the same question part."""
+    position = first_difference(plain, edited)
+    if position is None:
+        return "Both answers are the same."
+    words = [
+        " ".join(t.text[t.offsets[position, 0] :].split())[:60] if position < len(t) else "" for t in (plain, edited)
+    ]
+    step = int(plain.step_ids[position]) if position < len(plain) else len(plain.steps)
+    where = f"in step {step}" if step >= 0 else "between steps"
+    return f"They part {where}, after {position - plain.n_prompt} tokens: “{words[0]} …” becomes “{words[1]} …”"
