@@ -21,7 +21,7 @@ from matplotlib.patches import PathPatch
 from stepsal import plots
 from stepsal.maps import StepSaliency
 from stepsal.pooling import pair_counts, pool_steps, reduce_blocks, row_counts
-from stepsal.ticks import fitted_log_ticks, log_ticks, place_labels, step_ticks
+from stepsal.ticks import fitted_log_ticks, log_ticks, number_labels, place_labels, step_ticks, text_width
 
 
 def make(n_thinking=14, n_summary=1, layers=(0, 3, 7), n_layers=8, keep_tokens=True) -> StepSaliency:
@@ -160,7 +160,8 @@ def test_colour_bar_labels_have_room(exponent, decades, length):
     ticks = fitted_log_ticks(low, high, length, 6.0)
     at = np.log(np.array(ticks) / low) / np.log(high / low) * length
     assert len(ticks) <= 4
-    assert len(ticks) < 2 or np.diff(at).min() > 6.0
+    widths = np.array([text_width(label, 6.0) for label in number_labels(ticks)])
+    assert len(ticks) < 2 or np.all(np.diff(at) > (widths[1:] + widths[:-1]) / 2 + 2)
 
 
 def test_role_labels_are_shortened_or_dropped_when_there_is_no_room():
