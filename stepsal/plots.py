@@ -195,7 +195,7 @@ def flow_view(values: Float[ArrayLike, "query_step key_step"], roles: Sequence[s
         query_steps=np.array([query for _, _, query in arcs], dtype=int),
         shares=np.array([share for share, _, _ in arcs], dtype=float),
         roles=tuple(roles),
-        labels=_step_labels(roles),
+        labels=step_labels(roles),
     )
 
 
@@ -248,7 +248,7 @@ def role_labels(view: MapView, length: float, font_size: float) -> tuple[list[fl
     return [], []
 
 
-def _step_labels(roles: Sequence[str]) -> tuple[str, ...]:
+def step_labels(roles: Sequence[str]) -> tuple[str, ...]:
     """Q, 1, 2, ..., S; with several questions or summaries Q1, Q2, ..."""
     seen = dict.fromkeys(roles, 0)
     labels = []

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stepsal.maps import Band, StepSaliency
 from stepsal.metrics import flow_metrics
-from stepsal.plots import LINE_COLORS, ROLE_COLORS, ROLE_SHORT
+from stepsal.plots import LINE_COLORS, ROLE_COLORS, step_labels
 from stepsal.pooling import normalise_rows
 
 METRICS = {  # and how they are called on the screen; the order is that of explorer.js
@@ -73,20 +73,12 @@ class Scene:
         }
 
     def _describe(self, label: str, saliency: StepSaliency) -> dict[str, Any]:
-        roles, seen = saliency.roles, dict.fromkeys(ROLE_SHORT, 0)
-        labels = []
-        for role in roles:
-            seen[role] += 1
-            many = roles.count(role) > 1
-            labels.append(
-                str(seen[role]) if role == "thinking" else ROLE_SHORT[role] + (str(seen[role]) if many else "")
-            )
         metrics = flow_metrics(saliency)
         has_tokens = self._tokens(saliency) is not None
         return {
             "label": label,
-            "roles": list(roles),
-            "labels": labels,
+            "roles": list(saliency.roles),
+            "labels": list(step_labels(saliency.roles)),
             "texts": [" ".join(text.split()) for text in saliency.step_texts],
             "layers": list(saliency.layers),
             "bands": {band: self._positions(saliency, band) for band in get_args(Band)},
