@@ -17,8 +17,6 @@ app = typer.Typer(
 )
 console = Console()
 
-WIDGET = "application/vnd.jupyter.widget-view+json"
-
 ROLE_STYLES = {"question": "bold blue", "thinking": "default", "summary": "bold green"}
 
 
@@ -101,11 +99,12 @@ def figures(
     """
     try:
         import nbformat
-        from nbclient import NotebookClient
         from nbclient.exceptions import CellExecutionError
     except ImportError as error:
         console.print(Text("error: running notebooks needs pip install 'stepsal[notebooks]'", style="bold red"))
         raise typer.Exit(1) from error
+
+    from stepsal.notebook import execute, tidy
 
     found = sorted(notebooks.glob("*.ipynb"))
     chosen = [p for p in found if not names or any(p.stem == n or p.stem.split("_")[0] == n for n in names)]
@@ -115,20 +114,14 @@ def figures(
         console.print(Text(f"error: {unknown or str(notebooks)!r} not found; there is: {there}", style="bold red"))
         raise typer.Exit(1)
     for path in chosen:
-        notebook = nbformat.read(path, as_version=4)
         with console.status(f"running {path.stem} ..."):
             try:
-                NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(path.parent)}}).execute()
+                notebook = execute(path)
             except CellExecutionError as error:
                 console.print(Text(f"{path.stem} failed:\n{error}", style="red"))
                 raise typer.Exit(1) from error
         if inplace:
-            notebook.metadata.pop("widgets", None)
-            for cell in notebook.cells:  # times of day and progress bars: noise in the history
-                cell.metadata.pop("execution", None)
-                if cell.cell_type == "code":
-                    shown = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
-                    cell.outputs = [o for o in shown if o.get("name") != "stderr"]
+            tidy(notebook)
             nbformat.write(notebook, path)
         console.print(f"[green]done[/] {path.stem}")
 

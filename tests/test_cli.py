@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from stepsal.cli import app
 from stepsal.maps import StepSaliency
+from stepsal.notebook import WIDGET_STATE, WIDGET_VIEW
 from stepsal.tasks import chain
 
 QUESTION = chain.sample(1, length=2).question
@@ -89,6 +90,28 @@ class TestFigures:
         cell = nbformat.read(tmp_path / "00_noisy.ipynb", as_version=4).cells[1]
         assert [o.text for o in cell.outputs] == ["kept\n"]
         assert "execution" not in cell.metadata
+
+    def test_keeps_widgets_but_no_progress_bars_and_is_the_same_each_time(self, tmp_path: Path) -> None:
+        sources = [
+            "from tqdm.notebook import tqdm\nfor _ in tqdm(range(3)): pass",
+            "import ipywidgets as w\na, b, c = w.IntSlider(2), w.IntText(2), w.IntText(7)\n"
+            "w.jslink((a, 'value'), (b, 'value')), w.jslink((a, 'value'), (c, 'value'))\nw.HBox([a, b])",
+        ]
+        texts = []
+        for _ in range(2):
+            cells = [nbformat.v4.new_code_cell(source, id=f"cell-{i}") for i, source in enumerate(sources)]
+            nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "00_widgets.ipynb")
+            invoke("figures", "--notebooks", str(tmp_path), "--inplace")
+            texts.append((tmp_path / "00_widgets.ipynb").read_text())
+        assert texts[0] == texts[1]
+        notebook = nbformat.read(tmp_path / "00_widgets.ipynb", as_version=4)
+        state = notebook.metadata.widgets[WIDGET_STATE]["state"]
+        names = sorted(
+            model["model_name"] for model in state.values() if not model["model_name"].endswith("StyleModel")
+        )
+        assert names == ["HBoxModel", "IntSliderModel", "IntTextModel", *["LayoutModel"] * 3, "LinkModel"]
+        assert notebook.cells[0].outputs == []
+        assert notebook.cells[1].outputs[0].data[WIDGET_VIEW]["model_id"] in state
 
     def test_reports_a_notebook_that_fails(self, notebooks: Path) -> None:
         output = invoke("figures", "--notebooks", str(notebooks), code=1)

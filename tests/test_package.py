@@ -23,6 +23,7 @@ FLOORS = [
     {"evaluation"},
     {"plots", "figures"},
     {"widgets"},
+    {"notebook"},
     {"cli"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
@@ -94,6 +95,7 @@ def test_the_example_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monk
     assert blocks
     assert len(blocks[0].strip().splitlines()) <= 12
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(ROOT / "data")
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
     assert list(tmp_path.glob("*.png"))
