@@ -303,7 +303,7 @@ def step_map(
     norm: Normalize | None = None,
     cmap: str = CMAP,
     labels: bool = True,
-    colorbar: bool = True,
+    colorbar: bool | str = True,
 ) -> Axes:
     """Heat map of the saliency between steps: query steps run down, key steps to the right.
 
@@ -315,13 +315,13 @@ def step_map(
         norm: Colour scale; default `shared_norm` of this map alone. Zero takes the first colour.
         cmap: Sequential colour map.
         labels: Write Q, Thinking and Summary along the role strips at the top and on the right.
-        colorbar: Draw a colour bar in the empty half.
+        colorbar: Draw a colour bar in the empty half; a text says what its numbers are, if not the saliency.
 
     Raises:
         ValueError: If the layer was not computed, or if roles and map do not fit.
     """
     view = map_view(*_resolve(saliency, layer, roles))
-    ax = _draw_map(view, plt.gca() if ax is None else ax, norm, cmap, labels, _quantity(saliency) if colorbar else None)
+    ax = _draw_map(view, plt.gca() if ax is None else ax, norm, cmap, labels, _quantity(saliency, colorbar))
     ax.set(xlabel="key step", ylabel="query step")
     return ax
 
@@ -335,7 +335,7 @@ def token_map(
     norm: Normalize | None = None,
     cmap: str = CMAP,
     labels: bool = True,
-    colorbar: bool = True,
+    colorbar: bool | str = True,
 ) -> Axes:
     """Heat map of the saliency between tokens, drawn like `step_map`; template tokens are grey in the role strips.
 
@@ -360,7 +360,7 @@ def token_map(
     view = map_view(values, roles)
     if norm is None:
         norm = shared_norm([view.values.compressed()], quantile_floor=0.5)
-    ax = _draw_map(view, plt.gca() if ax is None else ax, norm, cmap, labels, _quantity(saliency) if colorbar else None)
+    ax = _draw_map(view, plt.gca() if ax is None else ax, norm, cmap, labels, _quantity(saliency, colorbar))
     ax.set(xlabel="key position", ylabel="query position")
     return ax
 
@@ -592,9 +592,12 @@ def forest(
     return ax
 
 
-def _quantity(saliency: StepSaliency | ArrayLike) -> str:
-    """What the colours of a map stand for."""
-    return "attention" if isinstance(saliency, StepSaliency) and saliency.target == "attention" else "saliency"
+def _quantity(saliency: StepSaliency | ArrayLike, colorbar: bool | str) -> str | None:
+    """What the colours of a map stand for; None for no colour bar."""
+    if not isinstance(colorbar, bool):
+        return colorbar
+    attention = isinstance(saliency, StepSaliency) and saliency.target == "attention"
+    return ("attention" if attention else "saliency") if colorbar else None
 
 
 def _draw_map(view: MapView, ax: Axes, norm: Normalize | None, cmap: str, labels: bool, colorbar: str | None) -> Axes:

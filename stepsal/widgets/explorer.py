@@ -117,7 +117,7 @@ class Explorer(ipywidgets.VBox):
     def figure(self) -> Figure:
         """The current view as a matplotlib figure."""
         import matplotlib.pyplot as plt
-        from matplotlib.colors import Normalize
+        from matplotlib.colors import LogNorm, Normalize
 
         from stepsal import plots
 
@@ -126,8 +126,8 @@ class Explorer(ipywidgets.VBox):
         if state["compare"] not in (None, state["trace"]) and state["metric"] != "difference":
             labels.append(state["compare"])
         shown = {label: self.scene.shown(label, state) for label in labels}
-        top = max(float(values.abs().max()) for values in shown.values()) or 1.0
-        norm = Normalize(0, top) if state["scale"] == "linear" else plots.shared_norm(shown.values())
+        low, high = self.scene.color_range(labels, state)
+        norm = LogNorm(low, high) if low > 0 else Normalize(low, high)
         with plots.style():
             size = (3.6 * len(labels), 3.6 if state["view"] == "map" else 2.0)
             fig, axes = plt.subplots(1, len(labels), figsize=size, layout="constrained", squeeze=False)
@@ -135,12 +135,13 @@ class Explorer(ipywidgets.VBox):
                 roles = self.scene.maps[label].roles
                 if state["view"] == "arcs":
                     plots.flow_arcs(values.abs(), roles=roles, ax=ax, top_k=max(1, state["top_k"]))
-                elif state["metric"] == "difference":
-                    plots.step_map(values, roles=roles, ax=ax, norm=Normalize(-top, top), cmap="RdBu_r")
                 else:
-                    plots.step_map(values, roles=roles, ax=ax, norm=norm)
+                    cmap = "RdBu_r" if state["metric"] == "difference" else "magma_r"
+                    bar = METRICS[state["metric"]] if label == labels[-1] else False
+                    plots.step_map(values, roles=roles, ax=ax, norm=norm, cmap=cmap, colorbar=bar)
                 where = f"layer {state['layer']}" if state["band"] is None else f"{state['band']} layers"
-                ax.set_title(f"{label}: {where}, {METRICS[state['metric']]}")
+                against = f" − {state['compare']}" if state["metric"] == "difference" else ""
+                ax.set_title(f"{label}{against}: {where}")
         return fig
 
     # -------------------------------------------------------------------------------------------- controls
@@ -152,7 +153,7 @@ class Explorer(ipywidgets.VBox):
         self.play = ipywidgets.Play(min=0, max=layers - 1, interval=400, show_repeat=False)
         named = [name or "one layer" for name in BANDS]
         self.band_buttons = ipywidgets.ToggleButtons(options=named)
-        self.band_buttons.style.button_width = "76px"
+        self.band_buttons.style.button_width = "84px"
         self.metric_choice = ipywidgets.Dropdown(options=list(METRICS.values()), description="metric")
         self.scale_choice = ipywidgets.Dropdown(options=SCALES, description="scale")
         self.view_choice = ipywidgets.Dropdown(options=VIEWS, description="view")
@@ -174,6 +175,7 @@ class Explorer(ipywidgets.VBox):
             traitlets.link((view, name), (widget, trait))  # and in the browser, where no kernel has to answer:
             ipywidgets.jslink((widget, trait), (view, name))
         traitlets.link((view, "compare"), (self.compare_choice, "value"))
+        traitlets.link((view, "layer"), (self.play, "value"))  # it plays on from here
         self.layer_slider.observe(self._one_layer, names="value")
         rows = [
             ipywidgets.HBox([self.play, self.layer_slider, self.band_buttons]),

@@ -30,7 +30,9 @@ _PAGE = """<!doctype html>
 {script}
 const stored = JSON.parse(document.getElementById("state").textContent);
 for (const [name, text] of Object.entries(stored.buffers)) {{
-  stored.buffers[name] = new DataView(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer);
+  const characters = atob(text), bytes = new Uint8Array(characters.length);
+  for (let i = 0; i < bytes.length; i++) bytes[i] = characters.charCodeAt(i);
+  stored.buffers[name] = new DataView(bytes.buffer);
 }}
 const listeners = {{}};
 const model = {{

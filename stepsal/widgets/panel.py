@@ -96,6 +96,7 @@ class StepFlowPanel(ipywidgets.VBox):
                 self.place,
             ]
         )  # fmt: skip
+        self.add_class("stepsal-panel-live")
 
     @property
     def config(self) -> StepFlowConfig:
@@ -141,7 +142,7 @@ class StepFlowPanel(ipywidgets.VBox):
                 saliency[name] = step_saliency(self.model, traces[name], stepflow=settings, progress=False)
             self.traces, self.saliency = traces, saliency
             self._show()
-            self.status.value = "done"
+            self.status.value, self.bar.value = "done", self.bar.max
         except Stopped:
             self.status.value = "stopped"
         except (ValueError, RuntimeError) as error:

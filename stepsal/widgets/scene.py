@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import matplotlib as mpl
 import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -23,6 +24,7 @@ BANDS = (None, *get_args(Band))
 SCALES = ("log", "linear")
 VIEWS = ("map", "arcs")
 MOST_LINKS = 5
+DECADES = 4  # that logarithmic colours span at most
 LARGEST_TOKEN_MAP = 256 * 2**20  # bytes that are sent to the browser
 LINES = {"lock_in": "lock-in of thinking rows", "summary_thinking": "summary on thinking"}
 
@@ -203,18 +205,50 @@ class Scene:
 
     def shown(self, label: str, state: State) -> Float[Tensor, "query_step key_step"]:
         """The map of a trace under the choices: the mean over layers of what the metric says."""
+        return self._values(label, state, self._chosen(label, state))
+
+    def color_range(self, labels: Sequence[str], state: State) -> tuple[float, float]:
+        """Lowest and highest value of the colours of these traces: of what is shown, or of all layers if `shared`.
+
+        A logarithmic scale begins at the 5 % quantile of what is not zero, at most four decades below the top.
+        """
+        shown = []
+        for label in labels:
+            every = [[i] for i in range(len(self.maps[label].layers))] if state["shared"] else []
+            shown += [self._values(label, state, p).flatten() for p in every or [self._chosen(label, state)]]
+        values = torch.cat(shown).abs()
+        top = float(values.max())
+        if state["metric"] == "difference":
+            return -top or -1.0, top or 1.0
+        if top == 0:
+            return 0.0, 1.0
+        if state["scale"] == "linear":
+            return 0.0, top
+        positive = values[values > 0].sort().values
+        floor = max(float(positive[int(0.05 * len(positive))]), top / 10**DECADES)
+        return (floor if floor < top else top / 10), top
+
+    def _chosen(self, label: str, state: State) -> list[int]:
+        """Positions of the layers that are shown. A trace without the chosen layer shows the one in its place."""
+        saliency = self.maps[label]
+        if state["band"] is not None:
+            return self._positions(saliency, state["band"])
+        return self._within(label, self.maps[state["trace"]].positions(state["layer"]))
+
+    def _values(self, label: str, state: State, positions: list[int]) -> Float[Tensor, "query_step key_step"]:
         metric = state["metric"]
         if metric == "difference":
-            sides = (self.shown(name, state | {"metric": "share"}) for name in (label, state["compare"]))
-            return next(sides) - next(sides)
-        source = self.attention.get(label) if metric == "attention" else None
-        saliency = source or self.maps[label]
-        if state["band"] is None:
-            layers = [saliency.layers.index(min(saliency.layers, key=lambda x: abs(x - state["layer"])))]
-        else:
-            layers = self._positions(saliency, state["band"])
-        mean = saliency.values[layers].mean(0)
+            share = state | {"metric": "share"}
+            other = self._within(state["compare"], positions)
+            return self._values(label, share, positions) - self._values(state["compare"], share, other)
+        source = self.attention if metric == "attention" and label in self.attention else self.maps
+        saliency = source[label]  # without attention, as the view: saliency, and the title says so
+        mean = saliency.values[positions].mean(0)
         return normalise_rows(mean[None])[0] if metric == "share" else mean
+
+    def _within(self, label: str, positions: list[int]) -> list[int]:
+        last = len(self.maps[label].layers) - 1
+        return [min(position, last) for position in positions]
 
 
 def _span(saliency: StepSaliency, step: int) -> list[int]:

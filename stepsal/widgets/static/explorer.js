@@ -11,9 +11,11 @@
 
 const METRICS = ["saliency", "share", "attention", "difference"];
 const BANDS = ["layer", "shallow", "middle", "deep"];
-const SHORT = { question: "Q", thinking: "T", summary: "S" };
 const STATE = ["trace", "compare", "layer", "band", "metric", "scale", "shared", "top_k", "view", "pinned", "zoom"];
-const MAP = 400, STRIP = 10, THUMB = 44;
+const MAP = 400, LEFT = 32, BOTTOM = 22, STRIP = 6; // CSS pixels: the map, room for labels beside and below it, roles
+const SMALLEST_CELL = 2; // where a map has more steps than that leaves room for, it scrolls
+const THUMB = 44, PATIENCE = 6; // pixels of a thumbnail; milliseconds for those that are not there yet
+const DECADES = 4, KEPT = 6e7; // that logarithmic colours span at most; numbers that are kept for later
 
 const packed = (n) => (n * (n + 1)) / 2;
 const at = (i, j) => (i * (i + 1)) / 2 + j;
@@ -42,12 +44,20 @@ class Maps {
     this.data = {};
     for (const [name, view] of Object.entries(buffers)) this.data[name] = floats(view);
     this.kept = new Map();
+    this.size = 0;
   }
 
+  /** What `make` gives for a key; the oldest results are forgotten when there are too many numbers. */
   remember(key, make) {
     if (!this.kept.has(key)) {
-      if (this.kept.size > 400) this.kept.delete(this.kept.keys().next().value);
-      this.kept.set(key, make());
+      const made = make(), size = made.length ?? 0;
+      for (const [old, value] of this.kept) {
+        if (this.size + size <= KEPT) break;
+        this.size -= value.length ?? 0;
+        this.kept.delete(old);
+      }
+      this.size += size;
+      this.kept.set(key, made);
     }
     return this.kept.get(key);
   }
@@ -67,22 +77,22 @@ class Maps {
 
   /** The shown map, packed: the mean over layers of what the metric says. */
   values(map, metric, compare, positions) {
+    const n = this.maps[map].roles.length, size = packed(n);
+    const all = this.data[`${map}/${metric === 2 ? "attention" : "saliency"}`];
+    const one = (p) => all.subarray(p * size, (p + 1) * size);
+    if (metric % 2 === 0 && positions.length === 1) return one(positions[0]);
     return this.remember([map, metric, compare, positions].join("/"), () => {
       if (metric === 3) {
         const [a, b] = [map, compare].map((m) => this.values(m, 1, -1, this.within(m, positions)));
         return a.map((x, i) => x - b[i]);
       }
-      const n = this.maps[map].roles.length, size = packed(n);
-      const all = this.data[`${map}/${metric === 2 ? "attention" : "saliency"}`];
       const mean = new Float32Array(size);
-      for (const p of positions) {
-        for (let i = 0; i < size; i++) mean[i] += all[p * size + i] / positions.length;
-      }
+      for (const layer of positions.map(one)) for (let i = 0; i < size; i++) mean[i] += layer[i] / positions.length;
       if (metric !== 1) return mean;
-      for (let i = 0; i < n; i++) {
+      for (let i = 0, first = 0; i < n; first += ++i) {
         let sum = 0;
-        for (let j = 0; j <= i; j++) sum += mean[at(i, j)];
-        if (sum > 0) for (let j = 0; j <= i; j++) mean[at(i, j)] /= sum;
+        for (let c = first; c <= first + i; c++) sum += mean[c];
+        if (sum > 0) for (let c = first; c <= first + i; c++) mean[c] /= sum;
       }
       return mean;
     });
@@ -94,29 +104,14 @@ class Maps {
 
   /** Lowest and highest value of the colours: of one map, or of all layers of the traces shown. */
   range(traces, metric, compare, positions, scale, shared) {
-    const sets = shared ? this.maps[traces[0]].layers.map((_, p) => [p]) : [positions];
-    return this.remember(["range", traces, metric, compare, sets.length, shared ? "" : positions, scale].join("/"), () => {
-      let top = 0, low = Infinity;
-      const counts = new Uint32Array(2048); // of binary logarithms, 16 bins each
-      for (const trace of traces) {
-        for (const set of sets) {
-          for (const x of this.values(trace, metric, compare, this.within(trace, set))) {
-            const size = Math.abs(x);
-            if (size > top) top = size;
-            if (size > 0) {
-              if (size < low) low = size;
-              counts[Math.max(0, Math.min(2047, Math.floor((Math.log2(size) + 100) * 16)))]++;
-            }
-          }
-        }
-      }
+    return this.remember(["range", traces, metric, compare, shared ? "all" : positions, scale].join("/"), () => {
+      const sets = (trace) => (shared ? this.maps[trace].layers.map((_, p) => [p]) : [this.within(trace, positions)]);
+      const shown = traces.flatMap((trace) => sets(trace).map((set) => this.values(trace, metric, compare, set)));
+      const [quantile, top] = spread(shown, 0.05);
       if (metric === 3) return [-top || -1, top || 1];
-      if (!(top > 0)) return [0, 1];
-      if (scale === 1) return [0, top];
-      let left = counts.reduce((a, b) => a + b, 0) * 0.05, bin = 0; // the colours begin at the 5 % quantile
-      while ((left -= counts[bin]) > 0) bin++;
-      const floor = 2 ** (bin / 16 - 100);
-      return [floor < top ? Math.max(floor, low) : top / 10, top];
+      if (top === 0) return [0, 1];
+      const floor = Math.max(quantile, top / 10 ** DECADES);
+      return [scale === 1 ? 0 : floor < top ? floor : top / 10, top];
     });
   }
 
@@ -131,7 +126,30 @@ class Maps {
   }
 }
 
-/** value -> 0..255, or -1 where there is nothing. */
+/** A quantile of the sizes that are not zero, and the largest: radix selection on the bits of float32, which sort as sizes do. */
+function spread(arrays, share) {
+  const counts = new Uint32Array(1 << 15), inside = [];
+  const all = arrays.map((values) => new Int32Array(values.buffer, values.byteOffset, values.length));
+  let zeros = 0, n = 0, top = 0;
+  for (const bits of all) {
+    n += bits.length;
+    for (let i = 0; i < bits.length; i++) {
+      const size = bits[i] & 0x7fffffff;
+      counts[size >>> 16]++;
+      if (size === 0) zeros++;
+      if (size > top) top = size;
+    }
+  }
+  counts[0] -= zeros;
+  let left = Math.floor(share * (n - zeros)), bin = 0;
+  while (bin < counts.length - 1 && left >= counts[bin]) left -= counts[bin++];
+  for (const bits of all) {
+    for (let i = 0; i < bits.length; i++) if ((bits[i] & 0x7fffffff) >>> 16 === bin && bits[i] << 1 !== 0) inside.push(bits[i] & 0x7fffffff);
+  }
+  return new Float32Array(Uint32Array.of(Uint32Array.from(inside).sort()[left] ?? 0, top).buffer);
+}
+
+/** value -> 0..255, an index of the palette. */
 function shade(low, high, scale, metric) {
   if (metric === 3) return (x) => Math.round(127.5 + (127.5 * x) / high);
   if (scale === 1) return (x) => Math.round((255 * x) / high);
@@ -148,8 +166,25 @@ function picture(values, n, toShade, palette) {
   return canvas;
 }
 
+/** A packed map of at most so many rows: of the cells that fall together, the strongest. */
+function shrunk(values, n, most) {
+  if (n <= most) return [values, n];
+  const small = new Float32Array(packed(most)), place = Uint16Array.from({ length: n }, (_, i) => (i * most) / n);
+  for (let i = 0, c = 0; i < n; i++) {
+    for (let j = 0; j <= i; j++, c++) {
+      const to = at(place[i], place[j]);
+      if (Math.abs(values[c]) > Math.abs(small[to])) small[to] = values[c];
+    }
+  }
+  return [small, most];
+}
+
 function palette(rgb) {
   return Uint32Array.from({ length: 256 }, (_, i) => 0xff000000 | (rgb[3 * i + 2] << 16) | (rgb[3 * i + 1] << 8) | rgb[3 * i]);
+}
+
+function css(pixel) {
+  return `rgb(${pixel & 255},${(pixel >> 8) & 255},${(pixel >> 16) & 255})`;
 }
 
 /** A canvas of so many CSS pixels, sharp on any screen; gives its drawing context. */
@@ -170,75 +205,119 @@ function sized(canvas, width, height) {
 /** Map, read-out and text of one trace. */
 class Panel {
   constructor(explorer, parent, map) {
-    Object.assign(this, { explorer, map, info: explorer.maps.maps[map], hover: null, step: null });
+    Object.assign(this, { explorer, map, info: explorer.maps.maps[map], hover: null, step: null, marked: [] });
     this.n = this.info.roles.length;
+    this.cell = Math.max(MAP / this.n, SMALLEST_CELL);
     this.marking = () => this.mark();
     this.root = node(parent, "section", "panel");
     this.root.dataset.label = this.info.label;
-    this.title = node(this.root, "div", "title", this.info.label);
-    const columns = node(this.root, "div", "columns");
-    const left = node(columns, "div", "left");
-    this.frame = node(left, "div", "frame");
-    this.canvas = node(this.frame, "canvas", "map");
-    this.overlay = node(this.frame, "canvas", "overlay");
+    this.title = node(this.root, "div", "title");
+    const columns = node(this.root, "div", "columns"), left = node(columns, "div", "left"), right = node(columns, "div", "right");
+    this.buildMap(left);
+    this.buildText(right);
+    this.listen();
+  }
+
+  buildMap(parent) {
+    this.frame = node(parent, "div", "frame");
+    const whole = node(this.frame, "div", "whole"), seen = node(whole, "div", "seen");
+    Object.assign(whole.style, { width: `${LEFT + this.n * this.cell}px`, height: `${this.n * this.cell + BOTTOM}px` });
+    Object.assign(seen.style, { width: `${LEFT + MAP}px`, height: `${MAP + BOTTOM}px` });
+    this.canvas = node(seen, "canvas", "map");
+    this.overlay = node(seen, "canvas", "overlay");
     this.canvas.tabIndex = 0;
     this.canvas.setAttribute("role", "img");
-    this.colorbar = node(left, "div", "colorbar");
-    this.low = node(this.colorbar, "span", "low");
-    this.bar = node(this.colorbar, "canvas", "bar");
-    this.high = node(this.colorbar, "span", "high");
-    this.readout = node(left, "div", "readout");
+    const colorbar = node(parent, "div", "colorbar");
+    this.low = node(colorbar, "span", "low");
+    this.bar = node(colorbar, "canvas", "bar");
+    this.high = node(colorbar, "span", "high");
+    this.readout = node(parent, "div", "readout");
     this.readout.setAttribute("aria-live", "polite");
-    this.tokens = node(left, "canvas", "tokens");
-    this.tokenReadout = node(left, "div", "token-readout");
-    const right = node(columns, "div", "right");
-    this.text = node(right, "ol", "text");
+    this.tokens = node(parent, "canvas", "tokens");
+    this.tokenReadout = node(parent, "div", "token-readout");
+  }
+
+  buildText(parent) {
+    this.text = node(parent, "ol", "text");
+    this.text.tabIndex = 0;
+    this.text.setAttribute("aria-label", `steps of ${this.info.label}`);
     this.rows = this.info.texts.map((text, i) => {
       const row = node(this.text, "li", `step stepsal-${this.info.roles[i]}`);
       row.dataset.step = i;
       node(row, "span", "number", this.info.labels[i]);
-      const words = node(row, "span", "words", text);
-      words.dir = "auto";
+      node(row, "span", "words", text).dir = "auto";
       return row;
     });
-    this.links = node(right, "div", "links");
-    this.listen();
+    this.links = node(parent, "div", "links");
   }
 
   listen() {
-    this.canvas.addEventListener("pointermove", (event) => this.hoverCell(this.cellAt(event)));
-    this.canvas.addEventListener("pointerleave", () => this.hoverCell(null));
-    this.canvas.addEventListener("click", (event) => this.explorer.pin(this.map, this.cellAt(event)));
-    this.canvas.addEventListener("dblclick", (event) => this.explorer.zoom(this.map, this.cellAt(event)));
-    this.canvas.addEventListener("keydown", (event) => this.key(event));
+    const { canvas, text } = this;
+    canvas.addEventListener("pointermove", (event) => this.pointAt(event));
+    canvas.addEventListener("pointerleave", () => this.hoverCell(null));
+    canvas.addEventListener("click", (event) => this.explorer.pin(this.map, this.cellAt(event)));
+    canvas.addEventListener("dblclick", (event) => this.explorer.zoom(this.map, this.cellAt(event)));
+    canvas.addEventListener("keydown", (event) => this.keyOnMap(event));
+    this.frame.addEventListener("scroll", () => this.explorer.schedule((this.scrolling ??= () => { this.paint(); this.mark(); })));
     const stepOf = (event) => event.target.closest(".stepsal-step")?.dataset.step;
-    this.text.addEventListener("pointerover", (event) => stepOf(event) && this.hoverStep(Number(stepOf(event))));
-    this.text.addEventListener("pointerleave", () => this.hoverStep(null));
+    text.addEventListener("pointerover", (event) => stepOf(event) && this.hoverStep(Number(stepOf(event))));
+    text.addEventListener("pointerleave", () => this.hoverStep(null));
+    text.addEventListener("keydown", (event) => this.keyOnText(event));
+    text.addEventListener("blur", () => this.hoverStep(null));
     this.tokens.addEventListener("pointermove", (event) => this.hoverToken(event));
   }
 
-  cellAt(event) {
+  /** Left edge of a step's column, upper edge of its row: in the canvas. */
+  x(step) { return LEFT + step * this.cell - this.frame.scrollLeft; }
+
+  y(step) { return step * this.cell - this.frame.scrollTop; }
+
+  stepsAt(event) {
     const box = this.canvas.getBoundingClientRect();
-    const query = Math.floor(((event.clientY - box.top) / MAP) * this.n);
-    const key = Math.floor(((event.clientX - box.left - STRIP) / MAP) * this.n);
-    if (this.explorer.state.view === 1) return null;
-    return key >= 0 && key <= query && query < this.n ? [query, key] : null;
+    const query = Math.floor((event.clientY - box.top + this.frame.scrollTop) / this.cell);
+    return [query, Math.floor((event.clientX - box.left - LEFT + this.frame.scrollLeft) / this.cell)];
   }
 
-  key(event) {
+  cellAt(event) {
+    const [query, key] = this.stepsAt(event);
+    return this.explorer.state.view === 0 && key >= 0 && key <= query && query < this.n ? [query, key] : null;
+  }
+
+  pointAt(event) {
+    if (this.explorer.state.view === 0) return this.hoverCell(this.cellAt(event));
+    const step = this.stepsAt(event)[1];
+    this.hoverStep(step >= 0 && step < this.n ? step : null);
+  }
+
+  keyOnMap(event) {
     const [query, key] = this.hover ?? this.pinned() ?? [this.n - 1, 0];
     const moves = { ArrowUp: [query - 1, key], ArrowDown: [query + 1, key], ArrowLeft: [query, key - 1], ArrowRight: [query, key + 1] };
     const actions = {
       Enter: () => this.explorer.pin(this.map, [query, key]), " ": () => this.explorer.pin(this.map, [query, key]),
       Escape: () => this.explorer.set({ pinned: [], zoom: [] }), z: () => this.explorer.zoom(this.map, [query, key]),
     };
+    if (this.explorer.state.view === 1) return;
     if (moves[event.key]) {
-      const [q, k] = moves[event.key];
-      const inside = Math.max(0, Math.min(this.n - 1, q));
+      const [q, k] = moves[event.key], inside = Math.max(0, Math.min(this.n - 1, q));
       this.hoverCell([inside, Math.max(0, Math.min(inside, k))]);
+      this.frame.scrollTop += this.beyond(this.y(inside));
+      this.frame.scrollLeft += this.beyond(this.x(this.hover[1]) - LEFT);
     } else if (actions[event.key]) actions[event.key]();
     else return;
     event.preventDefault();
+  }
+
+  keyOnText(event) {
+    const by = { ArrowUp: -1, ArrowDown: 1 }[event.key];
+    if (!by) return;
+    this.hoverStep(Math.max(0, Math.min(this.n - 1, this.step === null ? 0 : this.step + by)));
+    this.show(this.rows[this.step]);
+    event.preventDefault();
+  }
+
+  /** How far to scroll until a cell is seen. */
+  beyond(edge) {
+    return edge < 0 ? edge : Math.max(0, edge + this.cell - MAP);
   }
 
   pinned() {
@@ -260,29 +339,17 @@ class Panel {
 
   draw() {
     const { state, maps, scene, palettes } = this.explorer;
-    const shown = maps.has(this.map, state.metric, state.compare);
-    this.frame.classList.toggle("stepsal-empty", !shown);
-    const metric = shown ? state.metric : 0;
+    const shown = maps.has(this.map, state.metric, state.compare), metric = shown ? state.metric : 0;
     const positions = maps.positions(this.map, state.layer, state.band);
     this.values = maps.values(this.map, metric, state.compare, positions);
     const traces = metric === 3 ? [this.map] : this.explorer.shownTraces();
     const [low, high] = maps.range(traces, metric, state.compare, positions, state.scale, state.shared);
-    const colors = palettes[metric === 3 ? 1 : 0], toShade = shade(low, high, state.scale, metric);
-    const context = sized(this.canvas, MAP + STRIP, MAP + STRIP);
-    const cell = MAP / this.n;
-    if (state.view === 1) this.drawArcs(context);
-    else {
-      context.drawImage(picture(this.values, this.n, toShade, colors), STRIP, 0, MAP, MAP);
-      this.info.roles.forEach((role, i) => {
-        context.fillStyle = scene.colors[role];
-        context.fillRect(0, i * cell, STRIP - 3, Math.ceil(cell));
-        context.fillRect(STRIP + i * cell, MAP + 3, Math.ceil(cell), STRIP - 3);
-      });
-    }
+    const colors = palettes[metric === 3 ? 1 : 0];
+    this.picture = picture(this.values, this.n, shade(low, high, state.scale, metric), colors);
+    this.paint();
     const bar = sized(this.bar, 160, 8);
     for (let x = 0; x < 160; x++) {
-      const c = colors[Math.round((x / 159) * 255)];
-      bar.fillStyle = `rgb(${c & 255},${(c >> 8) & 255},${(c >> 16) & 255})`;
+      bar.fillStyle = css(colors[Math.round((x / 159) * 255)]);
       bar.fillRect(x, 0, 1, 8);
     }
     this.low.textContent = number(low);
@@ -290,11 +357,35 @@ class Panel {
     const layers = positions.map((p) => this.info.layers[p]);
     const where = state.band > 0 ? `${BANDS[state.band]} layers ${layers[0]}–${layers.at(-1)}` : `layer ${layers[0]}`;
     const against = metric === 3 ? ` − ${maps.maps[state.compare].label}` : "";
-    const missing = shown ? "" : ` (no ${METRICS[state.metric]} here: saliency)`;
+    const missing = shown ? "" : ` (${state.metric === 2 ? "attention was not captured" : "a difference needs a trace beside it with as many steps"})`;
     this.title.textContent = `${this.info.label}${against} · ${where} · ${scene.names[metric]}${missing}`;
-    this.canvas.setAttribute("aria-label", `step map of ${this.title.textContent}; arrows move, Enter pins, z zooms`);
+    this.canvas.setAttribute("aria-label", `step map of ${this.title.textContent}; arrows move, Enter pins, z zooms into tokens`);
     this.drawTokens(positions);
     this.mark();
+  }
+
+  /** The part of the map that is seen, with the roles and numbers of its steps. */
+  paint() {
+    const { cell, n, frame } = this, { state, scene, style } = this.explorer;
+    const context = sized(this.canvas, LEFT + MAP, MAP + BOTTOM);
+    if (state.view === 1) return this.drawArcs(context);
+    const side = Math.min(n, MAP / cell);
+    context.drawImage(this.picture, frame.scrollLeft / cell, frame.scrollTop / cell, side, side, LEFT, 0, MAP, MAP);
+    context.clearRect(0, 0, LEFT, MAP + BOTTOM);
+    context.font = "9px system-ui, sans-serif";
+    const every = [1, 2, 5, 10, 20, 50, 100].find((k) => k * cell >= 14) ?? 200;
+    this.info.roles.forEach((role, i) => {
+      const x = this.x(i), y = this.y(i), named = role === "thinking" ? i % every === 0 : role !== this.info.roles[i - 1];
+      context.fillStyle = scene.colors[role];
+      if (y > -cell && y < MAP) context.fillRect(LEFT - STRIP - 2, y, STRIP, Math.ceil(cell));
+      if (x > LEFT - cell && x < LEFT + MAP) context.fillRect(x, MAP + 2, Math.ceil(cell), STRIP);
+      context.fillStyle = style.ink;
+      if (!named) return;
+      context.textAlign = "right";
+      if (y >= 0 && y < MAP) context.fillText(this.info.labels[i], LEFT - STRIP - 5, y + Math.min(cell, 14) / 2 + 4);
+      context.textAlign = "center";
+      if (x >= LEFT && x < LEFT + MAP) context.fillText(this.info.labels[i], x + cell / 2, MAP + BOTTOM - 4);
+    });
   }
 
   strongest(query, most) {
@@ -302,78 +393,94 @@ class Panel {
   }
 
   drawArcs(context) {
-    const { state, scene } = this.explorer, gap = MAP / this.n, base = MAP - 30;
-    const sums = Array.from({ length: this.n }, (_, i) => {
+    const base = MAP - 30;
+    this.sums = Array.from({ length: this.n }, (_, i) => {
       let sum = 0;
       for (let j = 0; j <= i; j++) sum += Math.abs(this.values[at(i, j)]);
       return sum || 1;
     });
-    const x = (i) => STRIP + (i + 0.5) * gap;
     for (let i = 0; i < this.n; i++) {
-      for (const [j, value] of this.strongest(i, Math.max(1, state.top_k))) {
-        const strength = Math.sqrt(Math.min(1, Math.abs(value) / sums[i] / 0.5));
-        context.strokeStyle = scene.colors[this.info.roles[j]];
-        context.globalAlpha = 0.12 + 0.78 * strength;
-        context.lineWidth = 0.4 + Math.min(2.4, Math.max(0.6, gap / 4)) * strength;
-        const height = ((i - j) / Math.max(1, this.n - 1)) ** 0.7 * (4 / 3) * (base - 10);
-        context.beginPath();
-        context.moveTo(x(j), base);
-        context.bezierCurveTo(x(j), base - height, x(i), base - height, x(i), base);
-        context.stroke();
-      }
+      for (const [j, value] of this.strongest(i, Math.max(1, this.explorer.state.top_k))) this.arc(context, i, j, value, this.explorer.scene.colors[this.info.roles[j]]);
     }
     context.globalAlpha = 1;
     this.info.roles.forEach((role, i) => {
-      context.fillStyle = scene.colors[role];
+      context.fillStyle = this.explorer.scene.colors[role];
       context.beginPath();
-      context.arc(x(i), base, Math.min(4, Math.max(1.2, gap * 0.3)), 0, 7);
+      context.arc(this.x(i) + this.cell / 2, base, Math.min(4, Math.max(1.2, this.cell * 0.3)), 0, 7);
       context.fill();
     });
   }
 
+  /** From the key step to the query step that uses it, as in `stepsal.plots.flow_arcs`: half of a row is full strength. */
+  arc(context, query, key, value, color) {
+    const base = MAP - 30, strength = Math.sqrt(Math.min(1, Math.abs(value) / this.sums[query] / 0.5));
+    const height = ((query - key) / Math.max(1, this.n - 1)) ** 0.7 * (4 / 3) * (base - 10);
+    const [from, to] = [key, query].map((step) => this.x(step) + this.cell / 2);
+    context.strokeStyle = color;
+    context.globalAlpha = 0.12 + 0.78 * strength;
+    context.lineWidth = 0.4 + Math.min(2.4, Math.max(0.6, this.cell / 4)) * strength;
+    context.beginPath();
+    context.moveTo(from, base);
+    context.bezierCurveTo(from, base - height, to, base - height, to, base);
+    context.stroke();
+  }
+
   /** Hover, pin and top-k marks, and all that tells about them. */
   mark() {
-    const { state, maps } = this.explorer;
-    const context = sized(this.overlay, MAP + STRIP, MAP + STRIP), size = MAP / this.n;
-    const ink = getComputedStyle(this.root).getPropertyValue("--stepsal-accent").trim() || "#009E73";
-    const box = ([query, key], width) => {
-      context.lineWidth = width;
-      context.strokeRect(STRIP + key * size, query * size, Math.max(2, size), Math.max(2, size));
-    };
-    const cell = this.hover ?? this.pinned(), step = this.step;
-    if (state.view === 0) {
-      context.strokeStyle = ink;
-      if (state.top_k > 0 && size > 3) {
-        context.globalAlpha = 0.55;
-        for (let i = 1; i < this.n; i++) for (const [j] of this.strongest(i, state.top_k)) box([i, j], 1);
-        context.globalAlpha = 1;
-      }
-      context.fillStyle = ink;
-      context.globalAlpha = 0.18;
-      for (const i of step !== null ? [step] : cell ? [cell[0]] : []) context.fillRect(STRIP, i * size, (i + 1) * size, Math.max(1, size));
-      for (const j of step !== null ? [step] : cell ? [cell[1]] : []) context.fillRect(STRIP + j * size, j * size, Math.max(1, size), MAP - j * size);
-      context.globalAlpha = 1;
-      if (this.pinned()) box(this.pinned(), 2.5);
-      if (this.hover) box(this.hover, 1.2);
+    const { state, maps, style } = this.explorer;
+    const context = sized(this.overlay, LEFT + MAP, MAP + BOTTOM);
+    const cell = this.hover ?? this.pinned(), step = this.step, about = step ?? cell?.[0] ?? null;
+    const links = about === null ? null : maps.links(this.map, this.values, about, Math.max(3, state.top_k));
+    context.save();
+    context.beginPath();
+    context.rect(LEFT, 0, MAP, MAP);
+    context.clip();
+    if (state.view === 0) this.markCells(context, cell, step);
+    else if (links) {
+      for (const [i, x] of links.incoming) this.arc(context, about, i, x, style.accent);
+      for (const [i, x] of links.outgoing) this.arc(context, i, about, x, style.accent);
     }
-    for (const name of ["query", "key", "hovered"]) {
-      for (const row of this.text.querySelectorAll(`.stepsal-${name}`)) row.classList.remove(`stepsal-${name}`);
-    }
+    context.restore();
+    for (const row of this.marked) row.classList.remove("stepsal-query", "stepsal-key", "stepsal-hovered");
+    this.marked = [...(cell ?? []), ...(step === null ? [] : [step])].map((i) => this.rows[i]);
     if (cell) {
       this.rows[cell[0]].classList.add("stepsal-query");
       this.rows[cell[1]].classList.add("stepsal-key");
-      if (!this.text.matches(":hover")) this.show(this.rows[cell[0]]);
+      if (!this.text.matches(":hover, :focus")) this.show(this.rows[cell[0]]);
     }
     if (step !== null) this.rows[step].classList.add("stepsal-hovered");
     this.readout.textContent = cell ? this.tell(cell) : "";
-    const about = step ?? cell?.[0] ?? null;
     this.links.replaceChildren();
-    if (about === null) return;
-    const found = maps.links(this.map, this.values, about, Math.max(3, state.top_k));
+    if (!links) return;
     for (const [way, verb] of [["incoming", "draws on"], ["outgoing", "is drawn on by"]]) {
       const list = node(this.links, "div", way, `${this.info.labels[about]} ${verb} `);
-      node(list, "b", "", found[way].map(([i, x]) => `${this.info.labels[i]} (${number(x)})`).join(", ") || "nothing");
+      node(list, "b", "", links[way].map(([i, x]) => `${this.info.labels[i]} (${number(x)})`).join(", ") || "nothing");
     }
+  }
+
+  markCells(context, cell, step) {
+    const { state, style } = this.explorer, size = this.cell;
+    const box = ([query, key], width) => {
+      context.lineWidth = width;
+      context.strokeRect(this.x(key), this.y(query), size, size);
+    };
+    context.strokeStyle = context.fillStyle = style.accent;
+    if (state.top_k > 0 && size > 3) {
+      context.globalAlpha = 0.55;
+      for (let i = 1; i < this.n; i++) for (const [j] of this.strongest(i, state.top_k)) box([i, j], 1);
+    }
+    const row = step ?? cell?.[0], column = step ?? cell?.[1];
+    context.lineWidth = 1;
+    for (const band of row === undefined ? [] : [
+      [this.x(0), this.y(row), (row + 1) * size, size], [this.x(column), this.y(column), size, (this.n - column) * size],
+    ]) {
+      context.globalAlpha = 0.18;
+      context.fillRect(...band);
+      context.globalAlpha = 1;
+      context.strokeRect(...band);
+    }
+    if (this.pinned()) box(this.pinned(), 2.5);
+    if (this.hover) box(this.hover, 1.2);
   }
 
   show(row) {
@@ -391,6 +498,7 @@ class Panel {
     return `step ${labels[query]} (${roles[query]}) ← ${labels[key]} (${roles[key]}): ${number(value)}, rank ${rank} of ${query + 1}`;
   }
 
+  /** Token spans of the zoomed cell. */
   block() {
     const [map, query, key] = this.explorer.state.zoom;
     return map === this.map && query < this.n ? [this.info.token_spans[query], this.info.token_spans[key]] : null;
@@ -399,31 +507,27 @@ class Panel {
   drawTokens(positions) {
     const all = this.explorer.maps.data[`${this.map}/tokens`], spans = all && this.block();
     this.tokens.hidden = this.tokenReadout.hidden = !spans;
-    this.tokenReadout.textContent = "";
     if (!spans) return;
     const [[q0, q1], [k0, k1]] = spans, size = packed(this.info.token_texts.length);
-    const rows = q1 - q0, columns = k1 - k0;
-    this.block_values = new Float32Array(rows * columns);
+    const rows = q1 - q0, columns = k1 - k0, values = new Float32Array(rows * columns);
     for (let i = 0; i < rows; i++) {
       for (let j = 0; j < columns && k0 + j <= q0 + i; j++) {
-        for (const p of positions) this.block_values[i * columns + j] += all[p * size + at(q0 + i, k0 + j)] / positions.length;
+        for (const p of positions) values[i * columns + j] += all[p * size + at(q0 + i, k0 + j)] / positions.length;
       }
     }
-    const top = this.block_values.reduce((a, b) => Math.max(a, b), 0) || 1;
-    const toShade = shade(top / 1000, top, this.explorer.state.scale, 0);
+    this.blockValues = values;
+    const top = values.reduce((a, b) => Math.max(a, b), 0) || 1, toShade = shade(top / 1000, top, this.explorer.state.scale, 0);
     const pixel = Math.max(2, Math.min(16, Math.floor(MAP / Math.max(rows, columns))));
     const context = sized(this.tokens, columns * pixel, rows * pixel);
-    const colors = this.explorer.palettes[0];
     for (let i = 0; i < rows; i++) {
-      for (let j = 0; j < columns; j++) {
-        if (k0 + j > q0 + i) continue;
-        const c = colors[toShade(this.block_values[i * columns + j])];
-        context.fillStyle = `rgb(${c & 255},${(c >> 8) & 255},${(c >> 16) & 255})`;
+      for (let j = 0; j < columns && k0 + j <= q0 + i; j++) {
+        context.fillStyle = css(this.explorer.palettes[0][toShade(values[i * columns + j])]);
         context.fillRect(j * pixel, i * pixel, pixel, pixel);
       }
     }
     this.tokens.dataset.shape = `${rows}x${columns}`;
-    this.tokenReadout.textContent = `tokens of step ${this.info.labels[this.explorer.state.zoom[1]]} × those of ${this.info.labels[this.explorer.state.zoom[2]]}`;
+    const [query, key] = this.explorer.state.zoom.slice(1).map((step) => this.info.labels[step]);
+    this.tokenReadout.textContent = `tokens of step ${query} (rows) on those of ${key} (columns); Esc closes`;
   }
 
   hoverToken(event) {
@@ -434,7 +538,7 @@ class Panel {
     const j = Math.floor(((event.clientX - box.left) / box.width) * (k1 - k0));
     if (i < 0 || j < 0 || i >= q1 - q0 || j >= k1 - k0) return;
     const [query, key] = [q0 + i, k0 + j].map((t) => JSON.stringify(this.info.token_texts[t]));
-    this.tokenReadout.textContent = `${query} ← ${key}: ${number(this.block_values[i * (k1 - k0) + j])}`;
+    this.tokenReadout.textContent = `${query} ← ${key}: ${number(this.blockValues[i * (k1 - k0) + j])}`;
   }
 }
 
@@ -442,37 +546,35 @@ class Panel {
 
 class Explorer {
   constructor(el, model) {
-    Object.assign(this, { model, scene: model.get("scene"), waiting: new Set(), frame: 0, since: null });
+    Object.assign(this, { model, scene: model.get("scene"), waiting: new Set(), frame: 0, controls: {}, shown: "" });
     this.maps = new Maps(this.scene, model.get("buffers"));
     this.palettes = this.scene.palettes.map(palette);
     this.root = node(el, "div", "explorer");
+    this.root.dataset.lmSuppressShortcuts = "true"; // JupyterLab's own meaning of arrows and Enter
     if (model.get("controls")) this.buildControls();
     this.panels = node(this.root, "div", "panels");
-    this.depth = node(this.root, "div", "depth");
-    this.profile = node(this.depth, "canvas", "profile");
-    this.key = node(this.depth, "div", "profile-key");
-    this.thumbs = node(this.depth, "canvas", "thumbs");
-    for (const [canvas, label] of [[this.profile, "profile by layer"], [this.thumbs, "maps of all layers"]]) {
-      canvas.setAttribute("role", "img");
-      canvas.setAttribute("aria-label", `${label}; click chooses a layer`);
-    }
+    const depth = node(this.root, "div", "depth");
+    this.profile = node(depth, "canvas", "profile");
+    this.profile.setAttribute("role", "img");
+    this.profile.setAttribute("aria-label", "profile by layer; click chooses a layer");
+    this.profileKey = node(depth, "div", "profile-key");
+    this.thumbs = node(depth, "div", "all-layers");
+    node(this.root, "div", "help", "On the map: arrows move, Enter or click pins, z or double click zooms into tokens, Esc clears. [ and ] change the layer.");
     this.profile.addEventListener("click", (event) => this.chooseLayer((event.offsetX - 30) / ((this.profile.clientWidth - 40) / this.nLayers)));
-    this.thumbs.addEventListener("click", (event) => {
-      const each = THUMB + 4, row = Math.max(1, Math.floor(this.thumbs.clientWidth / each));
-      this.chooseLayer(Math.floor(event.offsetY / (each + 10)) * row + Math.floor(event.offsetX / each));
-    });
     this.root.addEventListener("keydown", (event) => {
       const step = { "[": -1, "]": 1 }[event.key];
       if (step) this.chooseLayer(this.state.layer + step);
     });
     this.drawing = () => this.draw();
-    this.changed = () => {
-      this.since ??= performance.now();
-      this.schedule(this.drawing);
-    };
+    this.changed = () => this.schedule(this.drawing);
     STATE.forEach((name) => model.on(`change:${name}`, this.changed));
-    this.shown = "";
     this.draw();
+    this.resized = new ResizeObserver(() => this.thumbsPerRow() !== this.perRow && this.changed());
+    this.resized.observe(this.root);
+    this.darkness = matchMedia("(prefers-color-scheme: dark)"); // canvases don't follow a theme by themselves
+    this.darkness.addEventListener("change", this.changed);
+    this.themed = new MutationObserver(this.changed);
+    this.themed.observe(document.body, { attributeFilter: ["class", "data-jp-theme-name", "data-vscode-theme-kind"] });
   }
 
   get state() {
@@ -480,7 +582,7 @@ class Explorer {
   }
 
   get nLayers() {
-    return this.maps.maps[this.state.trace].layers.length;
+    return this.maps.maps[this.model.get("trace")].layers.length;
   }
 
   set(choices) {
@@ -508,9 +610,8 @@ class Explorer {
     return compare >= 0 && compare !== trace && metric !== 3 ? [trace, compare] : [trace];
   }
 
-  /** Run once before the next paint, however often it is asked for; then tell how long it took since the input. */
+  /** Run once before the next paint, however often it is asked for; then say so. */
   schedule(work) {
-    this.since ??= performance.now();
     this.waiting.add(work);
     if (this.frame) return;
     this.frame = requestAnimationFrame(() => {
@@ -518,139 +619,171 @@ class Explorer {
       this.waiting.clear();
       this.frame = 0;
       for (const each of todo) each();
-      const ms = performance.now() - this.since;
-      this.since = null;
-      this.root.dispatchEvent(new CustomEvent("stepsal-painted", { detail: { ms }, bubbles: true }));
+      this.root.dispatchEvent(new CustomEvent("stepsal-painted", { bubbles: true }));
     });
   }
 
   draw() {
-    const traces = this.shownTraces();
+    const traces = this.shownTraces(), style = getComputedStyle(this.root);
+    this.style = { ink: style.color, accent: style.getPropertyValue("--stepsal-accent").trim() || "#009E73" };
     if (String(traces) !== this.shown) {
       this.shown = String(traces);
       this.panels.replaceChildren();
       this.each = traces.map((map) => new Panel(this, this.panels, map));
+      this.prepare(traces);
     }
     for (const panel of this.each) panel.draw();
     this.drawProfile();
     this.drawThumbs();
-    if (this.controls) this.syncControls();
+    this.syncControls();
+  }
+
+  /** While nothing else is to be done: the shares of all layers, which the first switch to them would wait for. */
+  prepare(traces) {
+    const waiting = traces.flatMap((map) => this.maps.maps[map].layers.map((_, p) => [map, p]));
+    const few = waiting.reduce((n, [map]) => n + packed(this.maps.maps[map].roles.length), 0) < KEPT / 4;
+    const work = (deadline) => {
+      while (waiting.length && deadline.timeRemaining() > 3) {
+        const [map, p] = waiting.pop();
+        this.maps.values(map, 1, -1, [p]);
+      }
+      if (waiting.length) this.idle = requestIdleCallback(work);
+    };
+    window.cancelIdleCallback?.(this.idle);
+    if (few) this.idle = window.requestIdleCallback?.(work);
   }
 
   drawProfile() {
-    const width = 420, height = 96, context = sized(this.profile, width, height);
-    const style = getComputedStyle(this.root), ink = style.color;
+    const width = 440, height = 96, context = sized(this.profile, width, height), { ink, accent } = this.style;
     const lines = this.shownTraces().flatMap((map, k) =>
-      ["lock_in", "summary_thinking"].map((name) => [map, k, name, this.maps.maps[map].profile[name]]));
+      Object.keys(this.scene.lines).map((name) => [map, k, name, this.maps.maps[map].profile[name]]));
     const values = lines.flatMap(([, , , ys]) => ys.filter((y) => y !== null));
-    this.key.replaceChildren();
+    this.profileKey.replaceChildren();
     if (!values.length) return;
-    const low = Math.min(0, ...values), high = Math.max(...values, low + 1e-6), n = this.nLayers;
-    const x = (p) => 30 + ((p + 0.5) / n) * (width - 40), y = (v) => height - 14 - ((v - low) / (high - low)) * (height - 24);
-    const { layer, band, trace } = this.state, chosen = this.maps.positions(trace, layer, band);
-    context.fillStyle = style.getPropertyValue("--stepsal-accent").trim() || "#009E73";
+    const low = Math.min(0, ...values), high = Math.max(...values, low + 1e-6), n = this.nLayers, wide = (width - 40) / n;
+    const x = (p) => 30 + (p + 0.5) * wide, y = (v) => height - 14 - ((v - low) / (high - low)) * (height - 24);
+    const chosen = this.maps.positions(this.state.trace, this.state.layer, this.state.band);
+    context.fillStyle = accent;
     context.globalAlpha = 0.25;
-    for (const p of chosen) context.fillRect(x(p) - (width - 40) / n / 2, 4, (width - 40) / n, height - 16);
+    for (const p of chosen) context.fillRect(x(p) - wide / 2, 4, wide, height - 16);
     context.globalAlpha = 1;
     context.fillStyle = ink;
-    context.font = "9px sans-serif";
+    context.font = "9px system-ui, sans-serif";
     context.fillText(high.toFixed(2), 2, y(high) + 4);
-    context.fillText(low.toFixed(2), 2, y(low) + 2);
-    context.fillText("layer", width / 2, height - 2);
+    context.fillText(low > -0.005 ? "0" : low.toFixed(2), 2, y(low) + 2);
+    context.textAlign = "center";
+    const { layers } = this.maps.maps[this.state.trace];
+    for (const p of new Set([0, n - 1, ...chosen])) context.fillText(layers[p], x(p), height - 2);
+    context.fillText("layer", 18, height - 2);
     for (const [map, k, name, ys] of lines) {
-      const color = this.scene.lines[name];
-      context.strokeStyle = color;
+      context.strokeStyle = this.scene.lines[name];
       context.setLineDash(k ? [4, 3] : []);
       context.lineWidth = 1.6;
       context.beginPath();
       ys.forEach((v, p) => v !== null && context[p && ys[p - 1] !== null ? "lineTo" : "moveTo"](x(p), y(v)));
       context.stroke();
-      const label = node(this.key, "span", "line", `${this.scene.line_names[name]}${lines.length > 2 ? `, ${this.maps.maps[map].label}${k ? " (dashed)" : ""}` : ""}`);
-      label.style.setProperty("--stepsal-line", color);
+      const whose = lines.length > Object.keys(this.scene.lines).length ? `, ${this.maps.maps[map].label}` : "";
+      const label = node(this.profileKey, "span", "line", `${this.scene.line_names[name]}${whose}`);
+      label.style.setProperty("--stepsal-line", this.scene.lines[name]);
+      label.classList.toggle("stepsal-dashed", k > 0);
     }
-    this.profile.dataset.layer = chosen.join(" ");
+    this.profile.dataset.layers = chosen.join(" ");
   }
 
+  thumbsPerRow() {
+    return Math.max(1, Math.floor((this.root.clientWidth || 900) / (THUMB + 4)));
+  }
+
+  /** Those that take long are left for after the paint that the reader waits for. */
   drawThumbs() {
-    const { trace, metric: wanted, compare, scale, layer, band, shared } = this.state;
-    const metric = this.maps.has(trace, wanted, compare) ? wanted : 0;
-    const { layers, roles } = this.maps.maps[trace], each = THUMB + 4;
-    const row = Math.max(1, Math.floor(Math.max(each, this.root.clientWidth || 900) / each));
-    const chosen = new Set(this.maps.positions(trace, layer, band));
-    const draw = () => {
-      const width = Math.min(layers.length, row) * each, height = Math.ceil(layers.length / row) * (each + 10);
-      const context = sized(this.thumbs, width, height);
-      context.font = "9px sans-serif";
-      context.imageSmoothingEnabled = roles.length > THUMB;
-      layers.forEach((name, p) => {
-        const left = (p % row) * each, top = Math.floor(p / row) * (each + 10);
-        const picture = this.maps.remember(["thumb", trace, metric, compare, scale, shared, p].join("/"), () => this.thumb(trace, metric, compare, scale, shared, p));
-        context.drawImage(picture, left + 2, top + 2, THUMB, THUMB);
-        context.strokeStyle = chosen.has(p) ? getComputedStyle(this.root).getPropertyValue("--stepsal-accent").trim() || "#009E73" : "rgba(128,128,128,.4)";
-        context.lineWidth = chosen.has(p) ? 2.5 : 0.5;
-        context.strokeRect(left + 2, top + 2, THUMB, THUMB);
-        context.fillStyle = getComputedStyle(this.root).color;
-        context.fillText(String(name), left + 3, top + each + 7);
-      });
-      this.thumbs.dataset.layers = layers.length;
-    };
-    const key = ["thumbs", trace, metric, compare, scale, shared].join("/");
-    if (this.thumbed === key || layers.length * roles.length ** 2 < 3e5) draw();
-    else { // many pixels: after the paint that the reader waits for
-      clearTimeout(this.later);
-      this.later = setTimeout(draw, 30);
+    const traces = this.shownTraces(), until = performance.now() + PATIENCE;
+    this.perRow = this.thumbsPerRow();
+    if (this.thumbs.dataset.traces !== String(traces)) {
+      this.thumbs.dataset.traces = String(traces);
+      this.thumbs.replaceChildren();
+      for (const map of traces) {
+        if (traces.length > 1) node(this.thumbs, "div", "thumbs-of", this.maps.maps[map].label);
+        const canvas = node(this.thumbs, "canvas", "thumbs"), each = THUMB + 4;
+        canvas.setAttribute("role", "img");
+        canvas.setAttribute("aria-label", "maps of all layers; click chooses a layer");
+        canvas.addEventListener("click", (event) =>
+          this.chooseLayer(Math.floor(event.offsetY / (each + 10)) * this.perRow + Math.min(this.perRow - 1, Math.floor(event.offsetX / each))));
+      }
     }
-    this.thumbed = key;
+    const canvases = this.thumbs.querySelectorAll("canvas");
+    const missing = traces.map((map, k) => this.drawThumbsOf(map, canvases[k], until));
+    clearTimeout(this.later);
+    if (missing.some(Boolean)) this.later = setTimeout(() => this.drawThumbs());
   }
 
-  thumb(trace, metric, compare, scale, shared, p) {
-    const n = this.maps.maps[trace].roles.length;
-    const [low, high] = this.maps.range([trace], metric, compare, [p], scale, shared);
-    return picture(this.maps.values(trace, metric, compare, [p]), n, shade(low, high, scale, metric), this.palettes[metric === 3 ? 1 : 0]);
+  drawThumbsOf(map, canvas, until) {
+    const { metric: wanted, compare, scale, shared, layer, band } = this.state, { accent, ink } = this.style;
+    const { layers, roles } = this.maps.maps[map], each = THUMB + 4, row = this.perRow;
+    const metric = this.maps.has(map, wanted, compare) ? wanted : 0, traces = metric === 3 ? [map] : this.shownTraces();
+    const context = sized(canvas, Math.min(layers.length, row) * each, Math.ceil(layers.length / row) * (each + 10));
+    const chosen = new Set(this.maps.positions(map, layer, band));
+    context.font = "9px system-ui, sans-serif";
+    let missing = 0;
+    layers.forEach((name, p) => {
+      const left = (p % row) * each + 2, top = Math.floor(p / row) * (each + 10) + 2;
+      const key = ["thumb", traces, map, metric, compare, scale, shared, p].join("/");
+      const small = performance.now() < until || this.maps.kept.has(key) ? this.maps.remember(key, () => {
+        const [low, high] = this.maps.range(traces, metric, compare, [p], scale, shared);
+        const [values, n] = shrunk(this.maps.values(map, metric, compare, [p]), roles.length, 2 * THUMB);
+        return picture(values, n, shade(low, high, scale, metric), this.palettes[metric === 3 ? 1 : 0]);
+      }) : null;
+      if (small) context.drawImage(small, left, top, THUMB, THUMB);
+      else missing++;
+      context.strokeStyle = chosen.has(p) ? accent : "rgba(128,128,128,.4)";
+      context.lineWidth = chosen.has(p) ? 2.5 : 0.5;
+      context.strokeRect(left, top, THUMB, THUMB);
+      context.fillStyle = ink;
+      context.fillText(String(name), left + 1, top + each + 5);
+    });
+    canvas.dataset.drawn = layers.length - missing;
+    return missing;
   }
 
   // Controls of the exported page; in JupyterLab ipywidgets take their place.
   buildControls() {
     const bar = node(this.root, "div", "controls"), { maps } = this.maps;
-    const field = (label, input) => {
-      const wrap = node(bar, "label", "control", `${label} `);
-      wrap.append(input);
-      return input;
+    const field = (name, label, input) => {
+      node(bar, "label", "control", `${label} `).append(input);
+      input.classList.add(`stepsal-control-${name.replace("_", "-")}`);
+      this.controls[name] = input;
     };
-    const select = (name, options, from = 0) => {
+    const select = (name, label, options, from = 0) => {
       const input = document.createElement("select");
       options.forEach((text, i) => { node(input, "option", "", text).value = i + from; });
       input.addEventListener("change", () => this.set({ [name]: Number(input.value) }));
-      return input;
+      field(name, label, input);
     };
-    const range = (name, max, more = {}) => {
+    const range = (name, label, max, more = {}) => {
       const input = Object.assign(document.createElement("input"), { type: "range", min: 0, max, step: 1 });
       input.addEventListener("input", () => this.set({ [name]: Number(input.value), ...more }));
-      return input;
+      field(name, label, input);
     };
-    const layer = field("layer", range("layer", this.nLayers - 1, { band: 0 }));
-    this.controls = { layer };
+    range("layer", "layer", Math.max(...maps.map((m) => m.layers.length)) - 1, { band: 0 });
     const play = node(bar, "button", "play", "▶");
     play.type = "button";
     play.title = "play through the layers";
     play.addEventListener("click", () => {
-      if (this.timer) { clearInterval(this.timer); this.timer = 0; }
+      if (this.timer) this.timer = clearInterval(this.timer);
       else this.timer = setInterval(() => this.set({ layer: (this.state.layer + 1) % this.nLayers, band: 0 }), 400);
       play.textContent = this.timer ? "■" : "▶";
     });
-    this.controls.band = field("band", select("band", ["one layer", ...BANDS.slice(1)]));
+    select("band", "band", ["one layer", ...BANDS.slice(1)]);
     if (maps.length > 1) {
-      this.controls.trace = field("trace", select("trace", maps.map((m) => m.label)));
-      this.controls.compare = field("beside", select("compare", ["nothing", ...maps.map((m) => m.label)], -1));
+      select("trace", "trace", maps.map((m) => m.label));
+      select("compare", "beside", ["nothing", ...maps.map((m) => m.label)], -1);
     }
-    this.controls.metric = field("metric", select("metric", this.scene.names));
-    this.controls.scale = field("scale", select("scale", ["log", "linear"]));
+    select("metric", "metric", this.scene.names);
+    select("scale", "scale", ["log", "linear"]);
     const shared = Object.assign(document.createElement("input"), { type: "checkbox" });
     shared.addEventListener("change", () => this.set({ shared: shared.checked }));
-    this.controls.shared = field("one scale for all layers", shared);
-    this.controls.top_k = field("links", range("top_k", 5));
-    this.controls.view = field("view", select("view", ["map", "arcs"]));
-    for (const [name, input] of Object.entries(this.controls)) input.classList.add(`stepsal-control-${name.replace("_", "-")}`);
+    field("shared", "one scale for all layers", shared);
+    range("top_k", "links", 5);
+    select("view", "view", ["map", "arcs"]);
   }
 
   syncControls() {
@@ -664,7 +797,11 @@ class Explorer {
     STATE.forEach((name) => this.model.off(`change:${name}`, this.changed));
     clearInterval(this.timer);
     clearTimeout(this.later);
+    window.cancelIdleCallback?.(this.idle);
     cancelAnimationFrame(this.frame);
+    this.resized.disconnect();
+    this.themed.disconnect();
+    this.darkness.removeEventListener("change", this.changed);
   }
 }
 
