@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
+from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
@@ -20,6 +21,15 @@ from stepsal.trace import Trace, render_prompt
 
 if TYPE_CHECKING:
     from transformers import Cache
+
+Ended = Literal["end", "stop", "limit", "context"]
+
+
+class Written(NamedTuple):
+    """New tokens of a row, with what ended them: the end-of-sequence token, a stop text, or one of two limits."""
+
+    tokens: list[int]
+    ended: Ended
 
 
 def generate(
@@ -33,13 +43,14 @@ def generate(
     seed: int = 0,
     system: str | None = None,
     put_off: int = 0,
+    stop: Sequence[str] = (),
     progress: bool = False,
     **segmentation: Any,
 ) -> Trace:
     """Answer one question; see `generate_batch`, of which this is the batch of one."""
     return generate_batch(
         model, [question], stepflow=stepflow, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-        seed=seed, system=system, put_off=put_off, progress=progress, **segmentation,
+        seed=seed, system=system, put_off=put_off, stop=stop, progress=progress, **segmentation,
     )[0]  # fmt: skip
 
 
@@ -54,13 +65,14 @@ def generate_batch(
     seed: int | Sequence[int] = 0,
     system: str | None = None,
     put_off: int = 0,
+    stop: Sequence[str] = (),
     progress: bool = False,
     **segmentation: Any,
 ) -> list[Trace]:
     """Answer several questions at once: left-padded, one forward pass per new token.
 
-    A row ends at the end-of-sequence token, after `max_new_tokens`, or at the end of the model's context; the others
-    go on without it.
+    A row ends at the end-of-sequence token, with a stop text, after `max_new_tokens`, or at the end of the model's
+    context; the others go on without it.
 
     Args:
         model: from `stepsal.load`, with a tokenizer.
@@ -75,12 +87,13 @@ def generate_batch(
         put_off: how many times the end of the thinking is replaced by "Wait", so that the model thinks on (budget
             forcing: s1, arXiv 2501.19393). The end is `</think>`, or the end of the answer where the tokenizer has no
             such token.
+        stop: texts that end an answer where one of them has been written.
         progress: show a bar over tokens.
         **segmentation: `format`, `split`, `min_chars` of `Trace.from_tokens`.
 
     Returns:
-        One trace per question, with exactly the tokens the model wrote, the end-of-sequence token included.
-        `truncated` tells the answers that did not end by themselves.
+        One trace per question, with exactly the tokens the model wrote, those that ended it included. `truncated` tells
+        the answers that a limit ended.
 
     Raises:
         ValueError: no or empty question, numbers out of range, or a prompt that fills the context.
@@ -93,23 +106,55 @@ def generate_batch(
     seeds = [seed + row for row in range(len(questions))] if isinstance(seed, int) else list(seed)
     if len(seeds) != len(questions):
         raise ValueError(f"{len(seeds)} seeds for {len(questions)} questions: give one for each, or a single one")
-    waiting = _Waiting(model, len(questions), put_off) if put_off else None
-    limits = [min(max_new_tokens, model.cfg.n_ctx - len(ids)) for ids in prompt_ids]
+    with open_stepflow(model, stepflow) if stepflow is not None else nullcontext():
+        answers = write(
+            model, prompt_ids, max_new_tokens=[max_new_tokens] * len(seeds), seeds=seeds, temperature=temperature,
+            top_p=top_p, put_off=put_off, stop=stop, progress=progress,
+        )  # fmt: skip
+    traces = []
+    for question, ids, (new, ended) in zip(questions, prompt_ids, answers, strict=True):
+        trace = Trace.from_tokens(
+            torch.tensor(ids + new), len(ids), model, question=question, truncated=ended in ("limit", "context"),
+            **segmentation,
+        )  # fmt: skip
+        traces.append(trace)
+    return traces
+
+
+def write(
+    model: TransformerBridge,
+    prompt_ids: Sequence[list[int]],
+    *,
+    max_new_tokens: Sequence[int],
+    seeds: Sequence[int],
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    put_off: int = 0,
+    stop: Sequence[str] = (),
+    progress: bool = False,
+) -> list[Written]:
+    """Go on with prompts that are rendered and tokenised already; what `generate_batch` does with questions.
+
+    Args:
+        prompt_ids: of each row, shorter than the model's context.
+        max_new_tokens, seeds: of each row.
+        temperature, top_p, put_off, stop, progress: of all rows, as for `generate_batch`.
+    """
+    waiting = _Waiting(model, len(prompt_ids), put_off) if put_off else None
+    stops = _Stops(model, len(prompt_ids), stop) if stop else None
+    limits = [min(n, model.cfg.n_ctx - len(ids)) for n, ids in zip(max_new_tokens, prompt_ids, strict=True)]
     uniforms = None
     if temperature > 0:
         generators = [torch.Generator().manual_seed(s) for s in seeds]
         uniforms = torch.stack([torch.rand(max(limits), generator=g, dtype=torch.float64) for g in generators])
-
-    with open_stepflow(model, stepflow) if stepflow is not None else nullcontext():
-        answers = _decode(model, prompt_ids, limits, uniforms, temperature, top_p, waiting, progress)
-    traces = []
-    for question, ids, new in zip(questions, prompt_ids, answers, strict=True):
-        trace = Trace.from_tokens(
-            torch.tensor(ids + new), len(ids), model, question=question,
-            truncated=new[-1] not in _end_tokens(model), **segmentation,
-        )  # fmt: skip
-        traces.append(trace)
-    return traces
+    answers = _decode(model, list(prompt_ids), limits, uniforms, temperature, top_p, waiting, stops, progress)
+    ends, written = _end_tokens(model), []
+    for row, (ids, new) in enumerate(zip(prompt_ids, answers, strict=True)):
+        ended: Ended = "context" if len(ids) + len(new) >= model.cfg.n_ctx else "limit"
+        if stops is not None and stops.found[row]:
+            ended = "stop"
+        written.append(Written(new, "end" if new[-1] in ends else ended))
+    return written
 
 
 def check_generation(
@@ -170,6 +215,7 @@ def _decode(
     temperature: float,
     top_p: float,
     waiting: _Waiting | None,
+    stops: _Stops | None,
     progress: bool,
 ) -> list[list[int]]:
     """The new tokens of each row."""
@@ -204,7 +250,8 @@ def _decode(
             going = []
             for i, (row, token) in enumerate(zip(running, on_host.tolist(), strict=True)):
                 answers[row].append(token)
-                if not ended[i] and n_new < limits[row]:
+                stopped = stops is not None and stops.push(row, token)
+                if not ended[i] and not stopped and n_new < limits[row]:
                     going.append(i)
             bar.update()
             if not going:
@@ -219,6 +266,30 @@ def _decode(
             tokens = chosen[:, None]
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
     return answers
+
+
+class _Stops:
+    """Texts that end an answer.
+
+    Raises:
+        ValueError: an empty text.
+    """
+
+    def __init__(self, model: TransformerBridge, n_rows: int, texts: Sequence[str]) -> None:
+        if isinstance(texts, str) or not all(texts):
+            raise ValueError(f"stop={texts!r} must be a list of texts, none of them empty")
+        self.texts, self.longest = tuple(texts), max(map(len, texts))
+        self.tokenizer = model.tokenizer.backend_tokenizer
+        self.streams = [DecodeStream(skip_special_tokens=False) for _ in range(n_rows)]
+        self.ends = [""] * n_rows  # of what the rows have written
+        self.found = [False] * n_rows
+
+    def push(self, row: int, token: int) -> bool:
+        """Whether the row has written one of the texts now."""
+        text = self.ends[row] + (self.streams[row].step(self.tokenizer, token) or "")
+        self.found[row] = any(stop in text for stop in self.texts)
+        self.ends[row] = text[-self.longest :]
+        return self.found[row]
 
 
 class _Waiting:

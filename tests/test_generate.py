@@ -7,7 +7,7 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 import stepsal
-from stepsal.generation import _choose
+from stepsal.generation import _choose, write
 from stepsal.tasks import chain
 
 PROBLEMS = [chain.sample(seed, length=length) for seed, length in ((1, 1), (2, 3), (3, 2))]
@@ -168,3 +168,37 @@ def test_harmony_cannot_be_put_off(mini: TransformerBridge, monkeypatch: pytest.
     monkeypatch.setattr(type(mini.tokenizer), "get_vocab", lambda self: {"<|channel|>": 0})
     with pytest.raises(ValueError, match="put_off=1 is not supported for Harmony"):
         stepsal.generate(mini, "What?", put_off=1)
+
+
+class TestStops:
+    def test_a_row_ends_with_the_text_wherever_tokens_cut_it(self, mini: TransformerBridge) -> None:
+        whole = stepsal.generate(mini, PROBLEMS[1].question)
+        for text in (" so ", "eds", ".", whole.response[25:60]):
+            trace = stepsal.generate(mini, PROBLEMS[1].question, stop=["never written", text])
+            n = len(trace)
+            assert torch.equal(trace.tokens, whole.tokens[:n])
+            assert text in trace.response
+            assert text not in whole.text[len(whole.text) - len(whole.response) : int(whole.offsets[n - 2, 1])]
+            assert not trace.truncated
+
+    def test_rows_stop_by_themselves(self, mini: TransformerBridge) -> None:
+        questions = [p.question for p in PROBLEMS]
+        batch = stepsal.generate_batch(mini, questions, stop=["</think>"])
+        assert all(trace.response.endswith("</think>") for trace in batch)
+        for question, trace in zip(questions, batch, strict=True):
+            assert torch.equal(trace.tokens, stepsal.generate(mini, question, stop=["</think>"]).tokens)
+
+    def test_what_ended_a_row(self, mini: TransformerBridge, monkeypatch: pytest.MonkeyPatch) -> None:
+        prompt = mini.tokenizer(stepsal.trace.render_prompt(mini.tokenizer, PROBLEMS[1].question).text)["input_ids"]
+
+        def ended(limit: int = 400, stop: tuple[str, ...] = ()) -> str:
+            return write(mini, [prompt], max_new_tokens=[limit], seeds=[0], stop=stop)[0].ended
+
+        assert (ended(), ended(limit=5), ended(stop=("so",))) == ("end", "limit", "stop")
+        monkeypatch.setattr(mini.cfg, "n_ctx", len(prompt) + 7)
+        assert ended() == "context"
+
+    @pytest.mark.parametrize("stop", ["</think>", ["a", ""]])
+    def test_stops_that_make_no_sense(self, mini: TransformerBridge, stop: object) -> None:
+        with pytest.raises(ValueError, match="must be a list of texts"):
+            stepsal.generate(mini, PROBLEMS[0].question, stop=stop)

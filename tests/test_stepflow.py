@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import brute_force
+import pandas as pd
 import pytest
 import torch
 from conftest import ARCHITECTURES, char_tokenizer, tiny_chat, tiny_hf_model
@@ -498,3 +501,29 @@ class TestErrors:
 
 def test_every_architecture_is_covered() -> None:
     assert {"Qwen2", "Llama", "Qwen3", "Gemma2", "GptOss"} <= set(ARCHITECTURES)
+
+
+class TestLogOfOneSequence:
+    def test_a_row_of_a_batch_has_the_log_that_it_has_alone(self, mini: TransformerBridge) -> None:
+        questions = [chain.sample(seed, length=length).question for seed, length in ((1, 1), (2, 3), (3, 2))]
+        config = StepFlowConfig(tau_max=0.3, alpha=0.2)
+        with stepsal.stepflow(mini, config) as log:
+            stepsal.generate_batch(mini, questions)
+        assert log.sequences == 3
+        alone = []
+        for question in questions:
+            with stepsal.stepflow(mini, config) as one:
+                stepsal.generate(mini, question)
+            alone.append(one)
+        for i, one in enumerate(alone):
+            mine = log.of(i)
+            pd.testing.assert_frame_equal(mine.oeb, one.oeb, rtol=1e-4)
+            pd.testing.assert_frame_equal(mine.smi, one.smi, rtol=1e-4)
+            assert [*mine.summary().values()][2:] == pytest.approx([*one.summary().values()][2:], rel=1e-4)
+        assert log.oeb["fired"].sum() == sum(one.oeb["fired"].sum() for one in alone)
+        assert log.summary()["injections"] == sum(one.summary()["injections"] for one in alone) > 0
+        json.dumps(log.summary())
+
+    def test_a_sequence_that_is_not_there(self, mini: TransformerBridge) -> None:
+        with stepsal.stepflow(mini) as log, pytest.raises(IndexError, match="the log has 0"):
+            log.of(0)

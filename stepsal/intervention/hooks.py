@@ -101,6 +101,7 @@ class StepFlow:
     _new_values: dict[int, Tensor]
     _bridging: _Bridging | None
     _injections: Injections | None
+    _injected_rows: list[int]  # row of each of them, on the host
 
     def __init__(self, model: TransformerBridge, config: StepFlowConfig) -> None:
         if model in _active:  # before any pass, which the open context would take for a sequence
@@ -169,6 +170,7 @@ class StepFlow:
     def select(self, rows: list[int]) -> None:
         """Keep only these batch rows, as a decoding loop does whose other rows have finished."""
         index = torch.tensor(rows)
+        self.log.select(rows)
         dropped = [tracker for row, tracker in enumerate(self._trackers) if row not in rows]
         self.log.without_question += sum(not tracker.found_question for tracker in dropped)
         self._trackers = [self._trackers[row] for row in rows]
@@ -215,7 +217,7 @@ class StepFlow:
 
     def _start(self, batch: int) -> None:
         """Begin new sequences."""
-        self.log.sequences += batch
+        self.log.begin(batch)
         self._trackers = [
             SequenceTracker(
                 self.model.tokenizer, self._frame, self._format, split=self.config.split,  # type: ignore[arg-type]
@@ -280,6 +282,7 @@ class StepFlow:
         self._injections = None
         if places and self.smi_layers and self.config.alpha > 0:
             self._injections = Injections.of(places, members, device)
+            self._injected_rows = [row for row, _ in places]
         self._first = first
 
     def _grow(self, n_columns: int) -> None:
@@ -368,7 +371,8 @@ class StepFlow:
                 means = previous_step_means(kept, injections)  # [injection, kv_head, d_head]
                 edited = inject(z, means, injections, self.config.alpha)
                 per_head = z.shape[2] // means.shape[1]
-                self.log.add_injected(layer, self.config.alpha * per_head**0.5 * means.flatten(1).norm(dim=1))
+                norms = self.config.alpha * per_head**0.5 * means.flatten(1).norm(dim=1)
+                self.log.add_injected(layer, norms, self._injected_rows)
             while chunks and chunks[0][0] + chunks[0][1].shape[1] <= self._needed:
                 chunks.pop(0)
             if (skip := max(0, self._needed - self._first)) < v.shape[1]:
