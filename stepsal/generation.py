@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -131,6 +131,7 @@ def write(
     top_p: float = 1.0,
     put_off: int = 0,
     stop: Sequence[str] = (),
+    wanted: Callable[[int], bool] | None = None,
     progress: bool = False,
 ) -> list[Written]:
     """Go on with prompts that are rendered and tokenised already; what `generate_batch` does with questions.
@@ -139,6 +140,7 @@ def write(
         prompt_ids: of each row, shorter than the model's context.
         max_new_tokens, seeds: of each row.
         temperature, top_p, put_off, stop, progress: of all rows, as for `generate_batch`.
+        wanted: asked after each token of a row; a row that is not wanted any more ends, as if at its limit.
     """
     waiting = _Waiting(model, len(prompt_ids), put_off) if put_off else None
     stops = _Stops(model, len(prompt_ids), stop) if stop else None
@@ -147,7 +149,7 @@ def write(
     if temperature > 0:
         generators = [torch.Generator().manual_seed(s) for s in seeds]
         uniforms = torch.stack([torch.rand(max(limits), generator=g, dtype=torch.float64) for g in generators])
-    answers = _decode(model, list(prompt_ids), limits, uniforms, temperature, top_p, waiting, stops, progress)
+    answers = _decode(model, list(prompt_ids), limits, uniforms, temperature, top_p, waiting, stops, wanted, progress)
     ends, written = _end_tokens(model), []
     for row, (ids, new) in enumerate(zip(prompt_ids, answers, strict=True)):
         ended: Ended = "context" if len(ids) + len(new) >= model.cfg.n_ctx else "limit"
@@ -175,20 +177,28 @@ def check_generation(
             f"max_new_tokens={max_new_tokens} must be >= 1, temperature={temperature} >= 0, top_p={top_p} in (0, 1], "
             f"put_off={put_off} >= 0"
         )
-    tokenizer, n_ctx = model.tokenizer, model.cfg.n_ctx
+    tokenizer = model.tokenizer
     if tokenizer is None:
         raise ValueError(f"{model.cfg.model_name!r} has no tokenizer: pass one to stepsal.load(..., tokenizer=...)")
     prompts = [render_prompt(tokenizer, question, system).text for question in questions]
     prompt_ids: list[list[int]] = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-    longest = max(map(len, prompt_ids))
-    if longest >= n_ctx:
-        raise ValueError(
-            f"a prompt of {longest} tokens leaves no room in the context of {n_ctx} tokens of "
-            f"{model.cfg.model_name!r}: shorten the question"
-        )
+    check_prompt(model, max(prompt_ids, key=len))
     if put_off:
         _Waiting(model, 0, put_off)
     return prompt_ids
+
+
+def check_prompt(model: TransformerBridge, ids: Sequence[int]) -> None:
+    """Complain about a prompt without tokens, or one that leaves no room for an answer.
+
+    Raises:
+        ValueError: it is so.
+    """
+    if not 0 < len(ids) < model.cfg.n_ctx:
+        raise ValueError(
+            f"a prompt of {len(ids)} tokens leaves no room in the context of {model.cfg.n_ctx} tokens of "
+            f"{model.cfg.model_name!r}: shorten the question"
+        )
 
 
 @torch.no_grad()
@@ -216,6 +226,7 @@ def _decode(
     top_p: float,
     waiting: _Waiting | None,
     stops: _Stops | None,
+    wanted: Callable[[int], bool] | None,
     progress: bool,
 ) -> list[list[int]]:
     """The new tokens of each row."""
@@ -251,7 +262,7 @@ def _decode(
             for i, (row, token) in enumerate(zip(running, on_host.tolist(), strict=True)):
                 answers[row].append(token)
                 stopped = stops is not None and stops.push(row, token)
-                if not ended[i] and not stopped and n_new < limits[row]:
+                if not ended[i] and not stopped and n_new < limits[row] and (wanted is None or wanted(row)):
                     going.append(i)
             bar.update()
             if not going:

@@ -311,6 +311,32 @@ def template_around(tokenizer: Any, system: str | None = None) -> tuple[str, str
     return head, tail
 
 
+def sections(tokenizer: Any, prompt: str, response: str) -> tuple[str, str]:
+    """Thinking, and what is said after it, of a response to a prompt that is rendered already.
+
+    As a `Trace` has them, but all is said where nothing marks the thinking, and end tokens are left out.
+    """
+    special = tokenizer.all_special_tokens
+    chosen = _choose_format("auto", prompt, response, written_by_model=True)
+    if chosen.last_is_summary:
+        said = response
+        while any(said.rstrip().endswith(token) for token in special):
+            said = said.rstrip()[: -len(next(token for token in special if said.rstrip().endswith(token)))]
+        return "", said.strip()
+    segmenter = Segmenter(chosen, template=special)
+    segmenter.push(response)
+    parts: dict[Role, list[tuple[int, int]]] = {"thinking": [], "summary": []}
+    last = None
+    for role, start, end in segmenter.finish():
+        if role == last:
+            parts[role][-1] = (parts[role][-1][0], end)
+        else:
+            parts[role].append((start, end))
+        last = role
+    thinking, said = ("\n".join(response[a:b] for a, b in parts[role]) for role in ("thinking", "summary"))
+    return thinking, said
+
+
 def _locate_question(tokenizer: Any, prompt: str, question: str) -> Prompt:
     """Find the question in a prompt that is given, by the template text after it where that is there."""
     tail = template_around(tokenizer)[1]

@@ -22,7 +22,7 @@ FLOORS = [
     {"tasks", "population"},
     {"evaluation"},
     {"plots", "figures"},
-    {"widgets"},
+    {"widgets", "harness"},
     {"notebook"},
     {"cli"},
 ]

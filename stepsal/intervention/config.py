@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, Literal
 
 from stepsal.bridge import PRESETS, family
 from stepsal.maps import band_layers
 from stepsal.segment import FORMATS, Format, Segmenter, Split
+from stepsal.storage import write_atomic
 
 LayerBand = Literal["bottom-quarter", "top-quarter", "bottom-half", "top-half", "all"]
 Layers = LayerBand | tuple[float, float] | Sequence[int] | None
@@ -105,6 +108,34 @@ class StepFlowConfig:
         if not isinstance(self.split, str):
             values["split"] = getattr(self.split, "pattern", None) or getattr(self.split, "__name__", "callable")
         return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+
+    def save(self, path: str | Path) -> Path:
+        """Write the settings as JSON, to be read by `load` and by whatever takes a `preset`.
+
+        Raises:
+            ValueError: a format or a split of your own, which a file can't hold.
+        """
+        if not isinstance(self.format, str) or not isinstance(self.split, str):
+            raise ValueError(f"format={self.format!r} and split={self.split!r} can't be written to a file; use names")
+        path = Path(path)
+        write_atomic(path, (json.dumps({"stepflow": self.to_dict()}, indent=2) + "\n").encode())
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> StepFlowConfig:
+        """Read settings that `save` has written; what else is in the file is ignored.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: no settings, or bad ones.
+        """
+        try:
+            found = json.loads(Path(path).read_text(encoding="utf-8"))["stepflow"]
+            return cls(**found)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} holds no settings of StepFlow ({error}); StepFlowConfig.save writes such"
+            ) from error
 
     def resolve(self, n_layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Indices of the layers of OEB and of SMI in a model of `n_layers`.
