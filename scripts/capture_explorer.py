@@ -89,7 +89,7 @@ def capture(browser: Browser, folder: Path) -> None:
         page.goto(path.as_uri())
     film = Film(page)
     film.take(900)
-    slider = page.locator(".stepsal-control-layer")
+    slider = page.locator(".stepsal-control-slider")
     box = slider.bounding_box()
     for layer in range(8):
         film.pointer = (box["x"] + 8 + layer * (box["width"] - 16) / 7, box["y"] + 8)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 import stepsal
@@ -106,3 +107,17 @@ def test_links_and_pictures_of_the_readme_exist() -> None:
         path = "".join(target)
         if not path.startswith("http"):
             assert (ROOT / path).exists(), path
+
+
+def test_times_in_the_readme_are_those_of_the_benchmark() -> None:
+    table = pd.read_csv(ROOT / "benchmarks" / "results" / "explorer_paint.csv")
+    text = (ROOT / "README.md").read_text()
+    rows = text.partition("| | one trace | first time |")[2].partition("\n\n")[0].splitlines()[2:]
+    assert {row.split("|")[1].strip() for row in rows} == set(table[table["shown"] == "one trace"]["input"])
+    columns = [("one trace", False), ("one trace", True), ("two traces", False), ("two traces", True)]
+    for row in rows:
+        name, *cells = (cell.strip() for cell in row.split("|")[1:-1])
+        for (shown, first), cell in zip(columns, cells, strict=True):
+            found = table[(table["shown"] == shown) & (table["input"] == name) & (table["first"] == first)]
+            assert cell == "".join(f"{r['median']:.0f} ({r['max']:.0f})" for _, r in found.iterrows())
+    assert table[table["shown"] == "one trace"]["max"].max() <= 50  # as it says

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import threading
 from pathlib import Path
 
+import ipywidgets
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ import stepsal
 from stepsal.maps import StepSaliency
 from stepsal.tasks import chain
 from stepsal.widgets import Explorer, StepFlowPanel
-from stepsal.widgets.panel import EDITED, PLAIN, first_difference, tell_parting
+from stepsal.widgets.panel import EDITED, PLAIN, _say, first_difference, tell_parting
 
 NASTY = ["<script>alert(1)</script>", "</script><img src=x onerror=alert(1)>", r"$\frac{1}{2}$ & <b>", "😀 مرحبا שלום"]
 
@@ -62,25 +64,66 @@ def test_state_gives_back_and_restores_every_choice(explorer: Explorer) -> None:
     assert explorer.state == first
 
 
-def test_controls_and_state_are_one(explorer: Explorer) -> None:
-    explorer.layer_slider.value = 3
-    explorer.metric_choice.value = "share of its row"
-    explorer.compare_choice.value = 1
-    assert (explorer.state["layer"], explorer.state["metric"], explorer.state["compare"]) == (3, "share", "correct")
-    explorer.state = {"band": "shallow", "layer": 5}
-    assert explorer.band_buttons.value == "shallow"
-    assert explorer.layer_slider.value == 5
-    explorer.layer_slider.value = 4  # by hand: to see that layer
-    assert explorer.state["band"] is None
-
-
 def test_layers_are_called_as_in_the_model() -> None:
-    explorer = Explorer(part())
+    explorer = Explorer({"part": part(), "whole": saliency(layers=12)})
     assert explorer.state["layer"] == 4
     explorer.state = {"layer": 11}
     assert explorer.view.layer == 2
-    with pytest.raises(ValueError, match="layer 5 was not computed"):
+    with pytest.raises(ValueError, match=r"layer=5 was not computed of 'part'; there are \[4, 8, 11\]"):
         explorer.state = {"layer": 5}
+    explorer.state = {"compare": "whole", "layer": 8}
+    assert explorer.scene.title("whole", explorer.state).startswith("whole · layer 8 ·")
+    explorer.state = {"trace": "whole", "compare": "part"}  # the layer in the place of the old one
+    assert explorer.state["layer"] == 1
+    assert explorer.scene.title("part", explorer.state).startswith("part · layer 4 ·")  # the nearest
+
+
+def test_a_difference_is_between_layers_that_belong_together() -> None:
+    shallow, deep = saliency(layers=8), saliency(layers=28, seed=1)
+    explorer = Explorer({"a": shallow, "b": deep})
+    explorer.state = {"compare": "b", "metric": "difference", "band": "deep"}
+
+    def share(values: torch.Tensor) -> torch.Tensor:
+        return values / values.sum(-1, keepdim=True)
+
+    torch.testing.assert_close(
+        explorer.scene.shown("a", explorer.state), share(shallow.mean_over("deep")) - share(deep.mean_over("deep"))
+    )
+    explorer.state = {"band": None, "layer": 5}
+    torch.testing.assert_close(
+        explorer.scene.shown("a", explorer.state), share(shallow.layer(5)) - share(deep.layer(5))
+    )
+
+
+def test_what_a_trace_lacks_is_said_and_saliency_shown(explorer: Explorer) -> None:
+    scene = explorer.scene
+    for choice, note in (
+        ({"metric": "difference"}, "a trace beside it with as many steps"),
+        ({"metric": "difference", "compare": "long"}, "a trace beside it with as many steps"),
+        ({"metric": "attention"}, "attention was not captured"),
+    ):
+        explorer.state = scene.first_state() | choice
+        explorer.state = explorer.state  # every state that there is can be restored
+        assert explorer.state["metric"] == choice["metric"]
+        torch.testing.assert_close(scene.shown("wrong", explorer.state), scene.maps["wrong"].layer(0))
+        (title, *_) = (ax.get_title(loc="left") for ax in explorer.figure().axes if ax.get_title(loc="left"))
+        assert note in title.replace("\n", " ")
+        plt.close("all")
+
+
+def test_colours_reach_what_is_shown() -> None:
+    """The share of a band's mean may exceed the shares of all its layers."""
+    values = torch.zeros(8, 4, 4)
+    values[6, 3, 0], values[7, 3, 1] = 1e-3, 1.0
+    values[:, range(4), range(4)] = 1e-6
+    first = saliency(4)
+    fields = {name: getattr(first, name) for name in first.__dataclass_fields__}
+    one, other = (StepSaliency(**fields | {"values": x}) for x in (values, values.flip(0)))
+    scene = Explorer({"a": one, "b": other}).scene
+    for metric in ("share", "difference", "saliency"):
+        state = scene.first_state() | {"compare": "b", "metric": metric, "band": "deep"}
+        low, high = scene.color_range("a", state)
+        assert low <= float(scene.shown("a", state).abs().max()) <= high
 
 
 def part() -> StepSaliency:
@@ -102,9 +145,13 @@ def test_a_notebook_can_react_to_the_pinned_cell(explorer: Explorer) -> None:
     [
         ({"colour": "red"}, r"unknown choices \['colour'\]"),
         ({"trace": "none"}, "trace='none' is not one of"),
-        ({"metric": "difference"}, "a difference needs compare="),
-        ({"metric": "difference", "compare": "long"}, "'long' has 7"),
-        ({"metric": "attention"}, "no attention of 'wrong'"),
+        ({"layer": None}, "layer has None, which is no whole number"),
+        ({"layer": 1.5}, "layer has 1.5"),
+        ({"layer": 8}, r"layer=8 was not computed"),
+        ({"shared": 1}, "shared=1 is not one of"),
+        ({"pinned": [0, 1, 1]}, r"pinned=\[0, 1, 1\] must be None or"),
+        ({"pinned": {"trace": "wrong"}}, "must be None or"),
+        ({"layer": 6, "pinned": {"trace": "wrong", "query": 2.5, "key": 1}}, "pinned has 2.5"),
         ({"pinned": {"trace": "wrong", "query": 1, "key": 2}}, "is no cell"),
         ({"pinned": {"trace": "wrong", "query": 9, "key": 2}}, "is no cell"),
         ({"zoom": {"trace": "correct", "query": 1, "key": 1}}, "keep_tokens=True"),
@@ -153,11 +200,21 @@ def test_numbers_go_to_the_browser_once_and_packed(explorer: Explorer) -> None:
 
 def test_figures_of_every_view(explorer: Explorer) -> None:
     for choice in ({}, {"compare": "long"}, {"view": "arcs", "top_k": 2}, {"scale": "linear", "band": "deep"},
-                   {"metric": "difference", "compare": "correct"}):  # fmt: skip
+                   {"metric": "difference", "compare": "correct"}, {"metric": "share"}):  # fmt: skip
         explorer.state = explorer.scene.first_state() | choice
+        state, scene = explorer.state, explorer.scene
         fig = explorer.figure()
-        beside = choice.get("compare") == "long"
-        assert len([ax for ax in fig.axes if ax.get_title(loc="left")]) == 1 + beside
+        axes = [ax for ax in fig.axes if ax.get_title(loc="left")]
+        labels = ["wrong", "long"] if choice.get("compare") == "long" else ["wrong"]
+        assert [ax.get_title(loc="left").replace("\n", " ") for ax in axes] == [scene.title(x, state) for x in labels]
+        for ax, label in zip(axes, labels, strict=True):
+            if state["view"] == "map":
+                (image,) = ax.images
+                assert (image.norm.vmin, image.norm.vmax) == pytest.approx(scene.color_range(label, state))
+                np.testing.assert_allclose(
+                    np.tril(image.get_array().filled(0)), np.maximum(scene.shown(label, state), image.norm.vmin).tril(),
+                    rtol=1e-6,
+                )  # fmt: skip
         fig.canvas.draw()
         plt.close(fig)
 
@@ -168,6 +225,7 @@ def test_the_page_is_whole_and_texts_stay_texts(tmp_path: Path) -> None:
     (stored,) = re.findall(r'<script type="application/json" id="state">(.*?)</script>', text, re.S)
     assert [m["texts"] for m in json.loads(stored)["scene"]["maps"]] == [NASTY]
     assert text.count("</script>") == 2
+    assert "unsafe-inline" not in text
     assert "<img" not in text
     assert not re.search(r"https?://(?!www\.w3\.org)", text)
     with pytest.raises(FileNotFoundError, match="does not exist"):
@@ -197,7 +255,7 @@ def test_the_panel_answers_twice_and_shows_where_the_answers_part(
     position = first_difference(plain, edited)
     assert position is not None
     assert torch.equal(plain.tokens[:position], edited.tokens[:position])
-    assert panel.parting.value == tell_parting(plain, edited) != tell_parting(plain, plain)
+    assert html.unescape(panel.parting.value) == tell_parting(plain, edited) != tell_parting(plain, plain)
     assert panel.explorer.state["compare"] == EDITED
     assert panel.bar.value > 60
     assert not any(point.fwd_hooks for point in mini.hook_dict.values())
@@ -221,8 +279,55 @@ def test_a_run_can_be_stopped(mini: TransformerBridge, panel: StepFlowPanel) -> 
     assert panel.status.value == "done"
 
 
-def test_errors_are_told(panel: StepFlowPanel) -> None:
+def test_errors_are_told(panel: StepFlowPanel, monkeypatch: pytest.MonkeyPatch) -> None:
     panel.question.value = " "
-    panel.run()
-    assert panel.status.value.startswith("error: ")
+    with pytest.raises(ValueError, match="question"):
+        panel.run()
+    panel.start()
+    panel.wait(20)
+    assert panel.status.value.startswith("error: question=&#x27; &#x27; is empty")
     assert not panel.run_button.disabled
+    monkeypatch.setattr("stepsal.widgets.panel.generate", lambda *_, **__: 1 / 0)
+    panel.start()
+    panel.wait(20)
+    assert panel.status.value == "error: division by zero"
+
+
+def test_a_run_is_alone_and_leaves_the_passes_of_others(mini: TransformerBridge, panel: StepFlowPanel) -> None:
+    other, inside = StepFlowPanel(mini, panel.question.value), threading.Event()
+    ids, resume = torch.tensor([[1, 2, 3]]), threading.Event()
+
+    def hold(*_: object) -> None:
+        if threading.current_thread() is not threading.main_thread() and not inside.is_set():
+            inside.set()
+            resume.wait(20)
+
+    handle = mini.original_model.register_forward_hook(hold)
+    try:
+        panel.start()
+        assert inside.wait(20)
+        panel.stop()
+        passes = panel.bar.value
+        mini(ids)  # ours is neither stopped nor counted
+        assert panel.bar.value == passes
+        with pytest.raises(RuntimeError, match="a panel is running already"):
+            other.run()
+    finally:
+        resume.set()
+        panel.wait(20)
+        handle.remove()
+    assert panel.status.value == "stopped"
+
+
+def test_runs_leave_no_widgets_behind(panel: StepFlowPanel) -> None:
+    panel.run()
+    counts = []
+    for _ in range(2):
+        panel.run()
+        counts.append(len(ipywidgets.Widget.widgets))
+    assert counts[0] == counts[1]
+
+
+def test_answers_are_shown_as_they_are(panel: StepFlowPanel) -> None:
+    _say(panel.parting, "It costs $5 and then $7 <b>in all</b>")
+    assert panel.parting.value == "It costs $5 and then $7 &lt;b&gt;in all&lt;/b&gt;"

@@ -12,7 +12,7 @@ binary buffers; after that choosing layers, metrics and cells needs no answer fr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STATIC = Path(__file__).parent / "static"
-CHOICES = ("trace", "compare", "layer", "band", "metric", "scale", "view", "shared", "top_k", "pinned", "zoom")
 
 
 class ExplorerView(anywidget.AnyWidget):
@@ -40,8 +39,9 @@ class ExplorerView(anywidget.AnyWidget):
     buffers = traitlets.Dict().tag(sync=True)
     controls = traitlets.Bool(False).tag(sync=True)
     trace = traitlets.Int(0).tag(sync=True)
-    compare = traitlets.Int(-1).tag(sync=True)
+    compare = traitlets.Int(0).tag(sync=True)
     layer = traitlets.Int(0).tag(sync=True)
+    slider = traitlets.Int(0).tag(sync=True)  # follows layer; moved by hand, it also leaves the band
     band = traitlets.Int(0).tag(sync=True)
     metric = traitlets.Int(0).tag(sync=True)
     scale = traitlets.Int(0).tag(sync=True)
@@ -67,6 +67,7 @@ class Explorer(ipywidgets.VBox):
     """
 
     pinned = traitlets.Dict(default_value=None, allow_none=True)
+    _parts: Sequence[ipywidgets.Widget] = ()  # what it is made of
 
     def __init__(
         self,
@@ -76,7 +77,8 @@ class Explorer(ipywidgets.VBox):
         self.scene = Scene.of(saliency, attention)
         first = self.scene.to_view(self.scene.first_state())
         self.view = ExplorerView(scene=self.scene.describe(), buffers=self.scene.buffers(), **first)
-        self._restoring = False
+        self._choices = tuple(first)
+        self._parts = [self.view]
         super().__init__([self._build_controls(), self.view])
         self.add_class("stepsal-widget")
         self.view.observe(self._pinned_in_view, names="pinned")
@@ -88,23 +90,19 @@ class Explorer(ipywidgets.VBox):
         trace, compare (label, or None for nothing beside it), layer (index in the model), band (None, "shallow",
         "middle", "deep"), metric ("saliency", "share" of its row, "attention", "difference" of shares), scale ("log",
         "linear"), shared (one scale for all layers), top_k (links), view ("map", "arcs"), pinned and zoom ({"trace",
-        "query", "key"} or None).
+        "query", "key"} or None). A trace that does not have a metric shows saliency instead, and says so.
 
         Raises:
-            ValueError: on setting, an unknown choice.
+            ValueError: on setting, an unknown choice; nothing is changed then.
         """
-        return self.scene.from_view({name: getattr(self.view, name) for name in CHOICES})
+        return self.scene.from_view({name: getattr(self.view, name) for name in self._choices})
 
     @state.setter
     def state(self, choices: State) -> None:
-        wanted = self.scene.checked(self.state | choices)
-        self._restoring = True
-        try:
-            with self.view.hold_sync():
-                for name, value in self.scene.to_view(wanted).items():
-                    setattr(self.view, name, value)
-        finally:
-            self._restoring = False
+        wanted = self.scene.to_view(self.scene.changed(self.state, choices))
+        with self.view.hold_sync():
+            for name, value in wanted.items():
+                setattr(self.view, name, value)
 
     def to_html(self, path: str | Path) -> Path:
         """Write one self-contained page with everything but Python: hover, pins, layers and metrics work offline.
@@ -122,37 +120,45 @@ class Explorer(ipywidgets.VBox):
         from stepsal import plots
 
         state = self.state
-        labels = [state["trace"]]
-        if state["compare"] not in (None, state["trace"]) and state["metric"] != "difference":
-            labels.append(state["compare"])
-        shown = {label: self.scene.shown(label, state) for label in labels}
-        low, high = self.scene.color_range(labels, state)
-        norm = LogNorm(low, high) if low > 0 else Normalize(low, high)
+        labels = self.scene.traces(state)
         with plots.style():
             size = (3.6 * len(labels), 3.6 if state["view"] == "map" else 2.0)
             fig, axes = plt.subplots(1, len(labels), figsize=size, layout="constrained", squeeze=False)
-            for ax, (label, values) in zip(axes[0], shown.items(), strict=True):
+            for ax, label in zip(axes[0], labels, strict=True):
+                values, metric = self.scene.shown(label, state), self.scene.metric(label, state)
                 roles = self.scene.maps[label].roles
+                low, high = self.scene.color_range(label, state)
+                norm = LogNorm(low, high) if low > 0 else Normalize(low, high)
                 if state["view"] == "arcs":
                     plots.flow_arcs(values.abs(), roles=roles, ax=ax, top_k=max(1, state["top_k"]))
                 else:
-                    cmap = "RdBu_r" if state["metric"] == "difference" else "magma_r"
-                    bar = METRICS[state["metric"]] if label == labels[-1] else False
-                    plots.step_map(values, roles=roles, ax=ax, norm=norm, cmap=cmap, colorbar=bar)
-                where = f"layer {state['layer']}" if state["band"] is None else f"{state['band']} layers"
-                against = f" − {state['compare']}" if state["metric"] == "difference" else ""
-                ax.set_title(f"{label}{against}: {where}")
+                    cmap = "RdBu_r" if metric == "difference" else "magma_r"
+                    plots.step_map(values, roles=roles, ax=ax, norm=norm, cmap=cmap, colorbar=METRICS[metric])
+                ax.set_title("\n(".join(self.scene.title(label, state).split(" (")), fontsize="medium")
         return fig
+
+    def close(self) -> None:
+        """Also close what it is made of, in the kernel and in the browser."""
+        for part in (*self._parts, self):
+            for inner in (getattr(part, "layout", None), getattr(part, "style", None)):
+                if isinstance(inner, ipywidgets.Widget):
+                    inner.close()
+            if part is not self:
+                part.close()
+        super().close()
 
     # -------------------------------------------------------------------------------------------- controls
 
     def _build_controls(self) -> ipywidgets.Widget:
+        """Controls that are linked to the view in the browser alone.
+
+        Links in Python too would send values back that the reader, or a cell, has changed in the meantime.
+        """
         view, labels = self.view, list(self.scene.maps)
-        layers = max(len(saliency.layers) for saliency in self.scene.maps.values())
-        self.layer_slider = ipywidgets.IntSlider(view.layer, 0, layers - 1, description="layer", continuous_update=True)
-        self.play = ipywidgets.Play(min=0, max=layers - 1, interval=400, show_repeat=False)
-        named = [name or "one layer" for name in BANDS]
-        self.band_buttons = ipywidgets.ToggleButtons(options=named)
+        last = max(len(saliency.layers) for saliency in self.scene.maps.values()) - 1
+        self.layer_slider = ipywidgets.IntSlider(view.layer, 0, last, description="layer")
+        self.play = ipywidgets.Play(min=0, max=last, interval=400, show_repeat=False)
+        self.band_buttons = ipywidgets.ToggleButtons(options=[name or "one layer" for name in BANDS])
         self.band_buttons.style.button_width = "84px"
         self.metric_choice = ipywidgets.Dropdown(options=list(METRICS.values()), description="metric")
         self.scale_choice = ipywidgets.Dropdown(options=SCALES, description="scale")
@@ -160,23 +166,19 @@ class Explorer(ipywidgets.VBox):
         self.shared_box = ipywidgets.Checkbox(True, description="one scale for all layers", indent=False)
         self.links_slider = ipywidgets.IntSlider(0, 0, MOST_LINKS, description="links")
         self.trace_choice = ipywidgets.Dropdown(options=labels, description="trace")
-        self.compare_choice = ipywidgets.Dropdown(options=[("nothing", -1), *((x, i) for i, x in enumerate(labels))])
-        self.compare_choice.description = "beside"
-        short = ipywidgets.Layout(width="230px")
-        for widget in (self.metric_choice, self.scale_choice, self.view_choice, self.trace_choice, self.compare_choice):
-            widget.layout = short
-        ipywidgets.jslink((self.play, "value"), (self.layer_slider, "value"))
+        self.compare_choice = ipywidgets.Dropdown(options=["nothing", *labels], description="beside", index=0)
+        for choice in (self.metric_choice, self.scale_choice, self.view_choice, self.trace_choice, self.compare_choice):
+            choice.layout.width = "230px"
+        parts: list[ipywidgets.Widget] = []
         for widget, trait, name in (
-            (self.layer_slider, "value", "layer"), (self.band_buttons, "index", "band"),
-            (self.metric_choice, "index", "metric"), (self.scale_choice, "index", "scale"),
+            (self.layer_slider, "value", "slider"), (self.play, "value", "slider"),
+            (self.band_buttons, "index", "band"), (self.metric_choice, "index", "metric"),
+            (self.scale_choice, "index", "scale"),
             (self.view_choice, "index", "view"), (self.shared_box, "value", "shared"),
             (self.links_slider, "value", "top_k"), (self.trace_choice, "index", "trace"),
+            (self.compare_choice, "index", "compare"),
         ):  # fmt: skip
-            traitlets.link((view, name), (widget, trait))  # and in the browser, where no kernel has to answer:
-            ipywidgets.jslink((widget, trait), (view, name))
-        traitlets.link((view, "compare"), (self.compare_choice, "value"))
-        traitlets.link((view, "layer"), (self.play, "value"))  # it plays on from here
-        self.layer_slider.observe(self._one_layer, names="value")
+            parts += [widget, ipywidgets.jslink((view, name), (widget, trait))]  # the view's value counts at first
         rows = [
             ipywidgets.HBox([self.play, self.layer_slider, self.band_buttons]),
             ipywidgets.HBox([self.metric_choice, self.scale_choice, self.view_choice]),
@@ -184,12 +186,9 @@ class Explorer(ipywidgets.VBox):
         ]
         if len(labels) > 1:
             rows[2].children = (self.trace_choice, self.compare_choice, *rows[2].children)
-        return ipywidgets.VBox(rows)
-
-    def _one_layer(self, change: Any) -> None:
-        """Whoever moves the slider wants to see that layer, not the band."""
-        if not self._restoring:
-            self.view.band = 0
+        box = ipywidgets.VBox(rows)
+        self._parts = [*self._parts, *parts, *rows, box]
+        return box
 
     def _pinned_in_view(self, change: Any) -> None:
         self.pinned = self.state["pinned"]

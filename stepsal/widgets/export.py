@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -17,39 +18,38 @@ _PAGE = """<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <title>stepsal: step maps</title>
-<style>
-{css}</style>
+<style>{css}</style>
 </head>
 <body class="stepsal-page">
 <div id="explorer"></div>
 <script type="application/json" id="state">{state}</script>
-<script type="module">
-{script}
+<script type="module">{script}</script>
+</body>
+</html>
+"""
+
+_START = """
 const stored = JSON.parse(document.getElementById("state").textContent);
-for (const [name, text] of Object.entries(stored.buffers)) {{
+for (const [name, text] of Object.entries(stored.buffers)) {
   const characters = atob(text), bytes = new Uint8Array(characters.length);
   for (let i = 0; i < bytes.length; i++) bytes[i] = characters.charCodeAt(i);
   stored.buffers[name] = new DataView(bytes.buffer);
-}}
-const listeners = {{}};
-const model = {{
+}
+const listeners = {};
+const model = {
   get: (name) => stored[name],
-  set(name, value) {{
+  set(name, value) {
     if (String(stored[name]) === String(value)) return;
     stored[name] = value;
-    for (const each of listeners[`change:${{name}}`] ?? []) each();
-  }},
-  save_changes() {{}},
-  on(event, each) {{ (listeners[event] ??= []).push(each); }},
-  off(event, each) {{ listeners[event] = (listeners[event] ?? []).filter((x) => x !== each); }},
-}};
-render({{ model, el: document.getElementById("explorer") }});
-</script>
-</body>
-</html>
+    for (const each of listeners[`change:${name}`] ?? []) each();
+  },
+  save_changes() {},
+  on(event, each) { (listeners[event] ??= []).push(each); },
+  off(event, each) { listeners[event] = (listeners[event] ?? []).filter((x) => x !== each); },
+};
+render({ model, el: document.getElementById("explorer") });
 """
 
 
@@ -64,7 +64,15 @@ def page(scene: Scene, view: dict[str, Any], path: Path) -> Path:
     buffers = {name: base64.b64encode(data).decode() for name, data in scene.buffers().items()}
     stored = {"scene": scene.describe(), "buffers": buffers, "controls": True, **view}
     state = json.dumps(stored, ensure_ascii=True).replace("<", "\\u003c")  # no text of a trace can end the script
-    script = (STATIC / "explorer.js").read_text().replace("export default { render };", "")
+    script = (STATIC / "explorer.js").read_text().replace("export default { render };", _START)
     css = (STATIC / "explorer.css").read_text()
-    write_atomic(path, _PAGE.format(css=css, state=state, script=script).encode())
+    policy = (
+        f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(css)}; base-uri 'none'; form-action 'none'"
+    )
+    write_atomic(path, _PAGE.format(policy=policy, css=css, state=state, script=script).encode())
     return path
+
+
+def _hash(text: str) -> str:
+    """A source of a content policy: this text and no other."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -7,6 +7,7 @@ panel.run()                  # or from code; panel.traces, panel.saliency, panel
 
 from __future__ import annotations
 
+import html
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from stepsal.trace import Trace
 
 PLAIN, EDITED = "without StepFlow", "with StepFlow"
+_running = threading.Lock()  # one run at a time in a process: panels may share a model
 
 
 class Stopped(Exception):
@@ -61,7 +63,7 @@ class StepFlowPanel(ipywidgets.VBox):
         self.traces: dict[str, Trace] = {}
         self.saliency: dict[str, StepSaliency] = {}
         self.explorer: Explorer | None = None
-        self._stop, self._thread = threading.Event(), threading.Thread()
+        self._stop, self._thread, self._runner = threading.Event(), threading.Thread(), 0
         default, last = StepFlowConfig(), model.cfg.n_layers - 1
         oeb, smi = default.resolve(model.cfg.n_layers)
         wide = ipywidgets.Layout(width="420px")
@@ -77,8 +79,8 @@ class StepFlowPanel(ipywidgets.VBox):
         self.run_button = ipywidgets.Button(description="run", button_style="primary")
         self.stop_button = ipywidgets.Button(description="stop", disabled=True)
         self.bar = ipywidgets.IntProgress(0, 0, 2 * max_new_tokens, layout=wide)
-        self.status = ipywidgets.Label("")  # plain text: answers are never interpreted
-        self.parting = ipywidgets.Label("")
+        self.status = ipywidgets.HTML("")  # of escaped text; a Label would typeset what stands between dollar signs
+        self.parting = ipywidgets.HTML("")
         self.place = ipywidgets.VBox([])  # of the explorer
         self.run_button.on_click(lambda _: self.start())
         self.stop_button.on_click(lambda _: self.stop())
@@ -111,9 +113,17 @@ class StepFlowPanel(ipywidgets.VBox):
         )  # fmt: skip
 
     def start(self) -> None:
-        """Run in the background."""
+        """Run in the background; what goes wrong is told in `status`."""
+
+        def run() -> None:
+            try:
+                self._run()
+            except Exception as error:
+                _say(self.status, f"error: {error}")
+
         if not self._thread.is_alive():
-            self._thread = threading.Thread(target=self.run, daemon=True)
+            self._stop.clear()
+            self._thread = threading.Thread(target=run, daemon=True)
             self._thread.start()
 
     def stop(self) -> None:
@@ -125,8 +135,25 @@ class StepFlowPanel(ipywidgets.VBox):
         self._thread.join(timeout)
 
     def run(self) -> None:
-        """Answer without and with StepFlow, compute both maps, show them."""
+        """Answer without and with StepFlow, compute both maps, show them.
+
+        Raises:
+            ValueError: a question or settings that `stepsal.generate` refuses.
+            RuntimeError: a panel is running already.
+        """
         self._stop.clear()
+        self._run()
+
+    def _run(self) -> None:
+        if not _running.acquire(blocking=False):
+            raise RuntimeError("a panel is running already; wait for it, or stop it")
+        try:
+            self._answer_and_show()
+        finally:
+            _running.release()
+
+    def _answer_and_show(self) -> None:
+        self._runner = threading.get_ident()
         self.run_button.disabled, self.stop_button.disabled = True, False
         self.bar.value = 0
         handle = self.model.original_model.register_forward_pre_hook(self._before_pass)
@@ -135,33 +162,43 @@ class StepFlowPanel(ipywidgets.VBox):
             configs = {PLAIN: None, EDITED: config}
             traces, saliency = {}, {}
             for name, settings in configs.items():
-                self.status.value = f"answering {name} ..."
+                _say(self.status, f"answering {name} ...")
                 traces[name] = generate(self.model, question, stepflow=settings, **self.decoding)
             for name, settings in configs.items():
-                self.status.value = f"computing maps {name} ..."
+                _say(self.status, f"computing maps {name} ...")
                 saliency[name] = step_saliency(self.model, traces[name], stepflow=settings, progress=False)
             self.traces, self.saliency = traces, saliency
             self._show()
-            self.status.value, self.bar.value = "done", self.bar.max
+            _say(self.status, "done")
+            self.bar.value = self.bar.max
         except Stopped:
-            self.status.value = "stopped"
-        except (ValueError, RuntimeError) as error:
-            self.status.value = f"error: {error}"
+            _say(self.status, "stopped")
+        except BaseException:
+            _say(self.status, "")
+            raise
         finally:
             handle.remove()
             self.run_button.disabled, self.stop_button.disabled = False, True
 
     def _before_pass(self, module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+        if threading.get_ident() != self._runner:  # somebody else's pass
+            return
         if self._stop.is_set():
             raise Stopped
         self.bar.value += 1
 
     def _show(self) -> None:
         plain, edited = self.traces[PLAIN], self.traces[EDITED]
-        self.parting.value = tell_parting(plain, edited)
-        self.explorer = Explorer(self.saliency)
+        _say(self.parting, tell_parting(plain, edited))
+        old, self.explorer = self.explorer, Explorer(self.saliency)
         self.explorer.state = {"compare": EDITED, "metric": "share"}
         self.place.children = (self.explorer,)
+        if old is not None:
+            old.close()
+
+
+def _say(where: ipywidgets.HTML, text: str) -> None:
+    where.value = html.escape(text)
 
 
 def first_difference(plain: Trace, edited: Trace) -> int | None:

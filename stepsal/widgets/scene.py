@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -27,6 +28,8 @@ MOST_LINKS = 5
 DECADES = 4  # that logarithmic colours span at most
 LARGEST_TOKEN_MAP = 256 * 2**20  # bytes that are sent to the browser
 LINES = {"lock_in": "lock-in of thinking rows", "summary_thinking": "summary on thinking"}
+NO_ATTENTION = "attention was not captured"
+NO_DIFFERENCE = "a difference needs a trace beside it with as many steps"
 
 State = dict[str, Any]
 
@@ -69,6 +72,8 @@ class Scene:
             "maps": [self._describe(label, saliency) for label, saliency in self.maps.items()],
             "colors": dict(ROLE_COLORS),
             "names": list(METRICS.values()),
+            "notes": {"attention": NO_ATTENTION, "difference": NO_DIFFERENCE},
+            "decades": DECADES,
             "palettes": [_palette("magma_r"), _palette("RdBu_r")],
             "lines": dict(zip(LINES, LINE_COLORS, strict=False)),
             "line_names": LINES,
@@ -83,15 +88,15 @@ class Scene:
             "labels": list(step_labels(saliency.roles)),
             "texts": [" ".join(text.split()) for text in saliency.step_texts],
             "layers": list(saliency.layers),
-            "bands": {band: self._positions(saliency, band) for band in get_args(Band)},
+            "bands": {band: self._band(saliency, band) for band in get_args(Band)},
             "profile": {name: [None if np.isnan(x) else float(x) for x in metrics[name]] for name in LINES},
             "token_texts": list(saliency.token_texts) if has_tokens else [],
             "token_spans": [_span(saliency, i) for i in range(saliency.n_steps)] if has_tokens else [],
         }
 
     @staticmethod
-    def _positions(saliency: StepSaliency, band: Band) -> list[int]:
-        """Of the computed layers of a band; of all layers where it has none."""
+    def _band(saliency: StepSaliency, band: Band) -> list[int]:
+        """Positions of the computed layers of a band; of all layers where it has none (the title says which)."""
         inside = saliency.band(band)
         return [saliency.layers.index(layer) for layer in inside] or list(range(len(saliency.layers)))
 
@@ -120,43 +125,53 @@ class Scene:
             "scale": "log", "shared": True, "top_k": 0, "view": "map", "pinned": None, "zoom": None,
         }  # fmt: skip
 
-    def checked(self, state: State) -> State:
-        """A whole state that makes sense.
+    def changed(self, state: State, choices: Mapping[str, Any]) -> State:
+        """The state with some choices made anew.
+
+        A metric that a trace does not have is no error: it shows saliency instead, and says so. A trace that is chosen
+        without a layer shows the layer in the place of the old one.
 
         Raises:
             ValueError: an unknown choice, naming what there is.
         """
-        known = self.first_state()
-        if unknown := set(state) - set(known):
-            raise ValueError(f"unknown choices {sorted(unknown)}; there are {', '.join(known)}")
-        labels = list(self.maps)
-        choices: dict[str, Sequence[Any]] = {
+        if unknown := set(choices) - set(state):
+            raise ValueError(f"unknown choices {sorted(unknown)}; there are {', '.join(state)}")
+        new, labels = {**state, **choices}, list(self.maps)
+        options: dict[str, Sequence[Any]] = {
             "trace": labels, "compare": [None, *labels], "band": BANDS, "metric": list(METRICS), "scale": SCALES,
             "view": VIEWS, "shared": [False, True], "top_k": range(MOST_LINKS + 1),
         }  # fmt: skip
-        for name, options in choices.items():
-            if state[name] not in options:
-                raise ValueError(f"{name}={state[name]!r} is not one of {list(options)}")
-        saliency = self.maps[state["trace"]]
-        saliency.positions(int(state["layer"]))
-        if state["metric"] == "attention" and state["trace"] not in self.attention:
-            raise ValueError(f"there is no attention of {state['trace']!r}; pass Explorer(..., attention=...)")
-        if state["metric"] == "difference":
-            other = self.maps.get(state["compare"])
-            if other is None or other.n_steps != saliency.n_steps:
-                raise ValueError(
-                    f"a difference needs compare= with as many steps as {state['trace']!r} ({saliency.n_steps}); "
-                    f"{state['compare']!r} has {other.n_steps if other else 'none'}"
-                )
+        for name, known in options.items():
+            if not any(new[name] is x or (type(new[name]) is type(x) and new[name] == x) for x in known):
+                raise ValueError(f"{name}={new[name]!r} is not one of {list(known)}")
+        layers = self.maps[new["trace"]].layers
+        if "layer" in choices:
+            new["layer"] = _index("layer", choices["layer"])
+            if new["layer"] not in layers:
+                raise ValueError(f"layer={new['layer']} was not computed of {new['trace']!r}; there are {list(layers)}")
+        else:
+            old = self.maps[state["trace"]].layers.index(state["layer"])
+            new["layer"] = layers[min(old, len(layers) - 1)]
         for name in ("pinned", "zoom"):
-            if (cell := state[name]) is None:
-                continue
-            n = self.maps[cell["trace"]].n_steps if cell.get("trace") in self.maps else 0
-            if not 0 <= cell["key"] <= cell["query"] < n:
-                raise ValueError(f"{name}={cell} is no cell: 0 <= key <= query < {n} steps of a trace in {labels}")
-        if state["zoom"] and self._tokens(self.maps[state["zoom"]["trace"]]) is None:
-            raise ValueError(f"{state['zoom']['trace']!r} has no token map: step_saliency(..., keep_tokens=True)")
-        return state
+            new[name] = self._cell(name, new[name])
+        if new["zoom"] is not None and self._tokens(self.maps[new["zoom"]["trace"]]) is None:
+            tokens = self.maps[new["zoom"]["trace"]].token_values
+            size = "" if tokens is None else f", and smaller than {LARGEST_TOKEN_MAP / 2**20:.0f} MB"
+            raise ValueError(
+                f"{new['zoom']['trace']!r} has no token map to zoom into: step_saliency(..., keep_tokens=True){size}"
+            )
+        return new
+
+    def _cell(self, name: str, cell: Any) -> State | None:
+        if cell is None:
+            return None
+        if not isinstance(cell, Mapping) or set(cell) != {"trace", "query", "key"} or cell["trace"] not in self.maps:
+            raise ValueError(f"{name}={cell!r} must be None or {{'trace': one of {list(self.maps)}, 'query', 'key'}}")
+        query, key = (_index(name, cell[axis]) for axis in ("query", "key"))
+        n = self.maps[cell["trace"]].n_steps
+        if not 0 <= key <= query < n:
+            raise ValueError(f"{name}={cell} is no cell: 0 <= key <= query < {n}, the steps of {cell['trace']!r}")
+        return {"trace": cell["trace"], "query": query, "key": key}
 
     def to_view(self, state: State) -> dict[str, Any]:
         """Choices as the indices of explorer.js."""
@@ -165,10 +180,12 @@ class Scene:
         def cell(x: State | None) -> list[int]:
             return [labels.index(x["trace"]), x["query"], x["key"]] if x else []
 
+        layer = self.maps[state["trace"]].layers.index(state["layer"])
         return {
             "trace": labels.index(state["trace"]),
-            "compare": -1 if state["compare"] is None else labels.index(state["compare"]),
-            "layer": self.maps[state["trace"]].positions(state["layer"])[0],
+            "compare": 0 if state["compare"] is None else 1 + labels.index(state["compare"]),
+            "layer": layer,
+            "slider": layer,
             "band": BANDS.index(state["band"]),
             "metric": list(METRICS).index(state["metric"]),
             "scale": SCALES.index(state["scale"]),
@@ -189,7 +206,7 @@ class Scene:
         layers = self.maps[labels[view["trace"]]].layers
         return {
             "trace": labels[view["trace"]],
-            "compare": None if view["compare"] < 0 else labels[view["compare"]],
+            "compare": labels[view["compare"] - 1] if view["compare"] else None,
             "layer": layers[min(view["layer"], len(layers) - 1)],
             "band": BANDS[view["band"]],
             "metric": list(METRICS)[view["metric"]],
@@ -203,22 +220,51 @@ class Scene:
 
     # ------------------------------------------------------------------------------------------- what is shown
 
+    def traces(self, state: State) -> list[str]:
+        """Those that are shown, side by side."""
+        beside = state["compare"] not in (None, state["trace"])
+        one = not beside or self.metric(state["trace"], state) == "difference"
+        return [state["trace"]] if one else [state["trace"], state["compare"]]
+
+    def metric(self, label: str, state: State) -> str:
+        """What a trace shows: what was chosen, or saliency if it does not have that."""
+        wanted: str = state["metric"]
+        other = self.maps.get(state["compare"] or "")
+        lacking = {
+            "attention": label not in self.attention,
+            "difference": other is None or other.n_steps != self.maps[label].n_steps,
+        }
+        return "saliency" if lacking.get(wanted, False) else wanted
+
+    def title(self, label: str, state: State) -> str:
+        """Trace, layers and metric in words, the same as in the browser."""
+        metric = self.metric(label, state)
+        layers = [self.maps[label].layers[p] for p in self._chosen(label, state)]
+        where = f"layer {layers[0]}" if state["band"] is None else f"{state['band']} layers {layers[0]}–{layers[-1]}"
+        against = f" − {state['compare']}" if metric == "difference" else ""
+        notes = {"attention": NO_ATTENTION, "difference": NO_DIFFERENCE}
+        note = "" if metric == state["metric"] else f" ({notes[state['metric']]})"
+        return f"{label}{against} · {where} · {METRICS[metric]}{note}"
+
     def shown(self, label: str, state: State) -> Float[Tensor, "query_step key_step"]:
         """The map of a trace under the choices: the mean over layers of what the metric says."""
         return self._values(label, state, self._chosen(label, state))
 
-    def color_range(self, labels: Sequence[str], state: State) -> tuple[float, float]:
-        """Lowest and highest value of the colours of these traces: of what is shown, or of all layers if `shared`.
+    def color_range(self, label: str, state: State) -> tuple[float, float]:
+        """Lowest and highest value of a trace's colours, which it shares with the traces that show the same metric.
 
-        A logarithmic scale begins at the 5 % quantile of what is not zero, at most four decades below the top.
+        Of what is shown and, if `shared`, of all layers. A logarithmic scale begins at the 5 % quantile of what is not
+        zero, at most four decades below the top.
         """
-        shown = []
-        for label in labels:
-            every = [[i] for i in range(len(self.maps[label].layers))] if state["shared"] else []
-            shown += [self._values(label, state, p).flatten() for p in every or [self._chosen(label, state)]]
+        metric, shown = self.metric(label, state), []
+        for other in self.traces(state):
+            if self.metric(other, state) == metric:
+                chosen = [self._chosen(other, state)] if state["band"] or not state["shared"] else []
+                every = [[i] for i in range(len(self.maps[other].layers))] if state["shared"] else []
+                shown += [self._values(other, state, positions).flatten() for positions in chosen + every]
         values = torch.cat(shown).abs()
         top = float(values.max())
-        if state["metric"] == "difference":
+        if metric == "difference":
             return -top or -1.0, top or 1.0
         if top == 0:
             return 0.0, 1.0
@@ -229,26 +275,38 @@ class Scene:
         return (floor if floor < top else top / 10), top
 
     def _chosen(self, label: str, state: State) -> list[int]:
-        """Positions of the layers that are shown. A trace without the chosen layer shows the one in its place."""
+        """Positions of the layers that a trace shows: its own band, or its layer nearest to the chosen one."""
         saliency = self.maps[label]
-        if state["band"] is not None:
-            return self._positions(saliency, state["band"])
-        return self._within(label, self.maps[state["trace"]].positions(state["layer"]))
+        return [_nearest(saliency, state["layer"])] if state["band"] is None else self._band(saliency, state["band"])
 
     def _values(self, label: str, state: State, positions: list[int]) -> Float[Tensor, "query_step key_step"]:
-        metric = state["metric"]
-        if metric == "difference":
-            share = state | {"metric": "share"}
-            other = self._within(state["compare"], positions)
-            return self._values(label, share, positions) - self._values(state["compare"], share, other)
-        source = self.attention if metric == "attention" and label in self.attention else self.maps
-        saliency = source[label]  # without attention, as the view: saliency, and the title says so
-        mean = saliency.values[positions].mean(0)
-        return normalise_rows(mean[None])[0] if metric == "share" else mean
+        """The map of some layers of a trace; a difference is to the other trace's band, or to its nearest layer."""
+        metric = self.metric(label, state)
+        source = self.attention if metric == "attention" else self.maps
+        mean = source[label].values[positions].mean(0)
+        if metric in ("saliency", "attention"):
+            return mean
+        share = normalise_rows(mean[None])[0]
+        if metric == "share":
+            return share
+        other = self.maps[state["compare"]]
+        if state["band"] is not None and positions == self._chosen(label, state):
+            theirs = self._band(other, state["band"])
+        else:
+            theirs = [_nearest(other, self.maps[label].layers[positions[0]])]
+        return share - normalise_rows(other.values[theirs].mean(0)[None])[0]
 
-    def _within(self, label: str, positions: list[int]) -> list[int]:
-        last = len(self.maps[label].layers) - 1
-        return [min(position, last) for position in positions]
+
+def _nearest(saliency: StepSaliency, layer: int) -> int:
+    """Position of the layer with the nearest number, the lower one of two."""
+    return min(range(len(saliency.layers)), key=lambda p: abs(saliency.layers[p] - layer))
+
+
+def _index(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} has {value!r}, which is no whole number") from None
 
 
 def _span(saliency: StepSaliency, step: int) -> list[int]:
@@ -258,7 +316,7 @@ def _span(saliency: StepSaliency, step: int) -> list[int]:
 
 def _packed(values: Float[Tensor, "layer row column"]) -> bytes:
     rows, columns = np.tril_indices(values.shape[-1])
-    return np.ascontiguousarray(values.numpy()[:, rows, columns], dtype="<f4").tobytes()
+    return np.ascontiguousarray(values.float().numpy()[:, rows, columns], dtype="<f4").tobytes()
 
 
 def _palette(name: str) -> list[int]:

@@ -2,20 +2,22 @@
 //
 // A model has get(name), set(name, value), save_changes(), on("change:name", f), off("change:name", f). Its state:
 //
-//   scene    {maps: [{label, roles, texts, layers, n_layers, profile, token_texts, token_spans, ...}], colors}
+//   scene    {maps: [{label, roles, texts, layers, bands, profile, token_texts, token_spans, ...}], colors, names, ...}
 //   buffers  "<map>/saliency", "<map>/attention", "<map>/tokens": float32, per layer the lower triangle, row by row
-//   trace, compare (-1: none), layer (position in layers), band, metric, scale, view: indices; shared, top_k
+//   trace, band, metric, scale, view: indices; compare: index + 1, or 0 for none; layer: position in the trace's layers;
+//   slider: what the layer slider says; shared, top_k
 //   pinned   [map, query step, key step] or []; zoom the same
 //
-// Texts of traces are untrusted: they only ever become textContent or characters on a canvas.
+// What is shown is computed as in scene.py, and called the same. Texts of traces are untrusted: they only ever become
+// textContent or characters on a canvas.
 
-const METRICS = ["saliency", "share", "attention", "difference"];
+const SALIENCY = 0, SHARE = 1, ATTENTION = 2, DIFFERENCE = 3; // metrics
 const BANDS = ["layer", "shallow", "middle", "deep"];
 const STATE = ["trace", "compare", "layer", "band", "metric", "scale", "shared", "top_k", "view", "pinned", "zoom"];
 const MAP = 400, LEFT = 32, BOTTOM = 22, STRIP = 6; // CSS pixels: the map, room for labels beside and below it, roles
 const SMALLEST_CELL = 2; // where a map has more steps than that leaves room for, it scrolls
 const THUMB = 44, PATIENCE = 6; // pixels of a thumbnail; milliseconds for those that are not there yet
-const DECADES = 4, KEPT = 6e7; // that logarithmic colours span at most; numbers that are kept for later
+const KEPT = 6e7; // numbers that are kept for later
 
 const packed = (n) => (n * (n + 1)) / 2;
 const at = (i, j) => (i * (i + 1)) / 2 + j;
@@ -41,6 +43,7 @@ function floats(view) {
 class Maps {
   constructor(scene, buffers) {
     this.maps = scene.maps;
+    this.decades = scene.decades;
     this.data = {};
     for (const [name, view] of Object.entries(buffers)) this.data[name] = floats(view);
     this.kept = new Map();
@@ -62,33 +65,62 @@ class Maps {
     return this.kept.get(key);
   }
 
-  /** Positions of the layers that are shown: one, or a band. */
-  positions(map, layer, band) {
-    const { layers, bands } = this.maps[map];
-    if (band > 0) return bands[BANDS[band]];
-    return [Math.min(layer, layers.length - 1)];
+  /** Those that are shown, side by side. */
+  traces(state) {
+    const one = !state.compare || state.compare - 1 === state.trace || this.metric(state.trace, state) === DIFFERENCE;
+    return one ? [state.trace] : [state.trace, state.compare - 1];
   }
 
-  has(map, metric, compare) {
-    if (metric === 2) return Boolean(this.data[`${map}/attention`]);
-    if (metric === 3) return compare >= 0 && this.maps[map].roles.length === this.maps[compare].roles.length;
-    return true;
+  /** What a trace shows: what was chosen, or saliency if it does not have that. */
+  metric(map, { metric, compare }) {
+    const steps = (m) => this.maps[m].roles.length;
+    if (metric === ATTENTION && !this.data[`${map}/attention`]) return SALIENCY;
+    if (metric === DIFFERENCE && !(compare && steps(compare - 1) === steps(map))) return SALIENCY;
+    return metric;
   }
 
-  /** The shown map, packed: the mean over layers of what the metric says. */
-  values(map, metric, compare, positions) {
+  /** Position of the layer with the nearest number, the lower one of two. */
+  nearest(map, layer) {
+    const far = this.maps[map].layers.map((x) => Math.abs(x - layer));
+    return far.indexOf(Math.min(...far));
+  }
+
+  /** Number, in the model, of the layer that is chosen. */
+  layer({ trace, layer }) {
+    const { layers } = this.maps[trace];
+    return layers[Math.min(layer, layers.length - 1)];
+  }
+
+  /** Positions of the layers that a trace shows: its own band, or its layer nearest to the chosen one. */
+  chosen(map, state) {
+    return state.band > 0 ? this.maps[map].bands[BANDS[state.band]] : [this.nearest(map, this.layer(state))];
+  }
+
+  shown(map, state) {
+    return this.values(map, state, this.chosen(map, state));
+  }
+
+  /** The map of some layers of a trace, packed; a difference is to the other trace's band, or to its nearest layer. */
+  values(map, state, positions) {
+    const metric = this.metric(map, state);
+    if (metric !== DIFFERENCE) return this.mean(map, metric, positions);
+    const other = state.compare - 1, band = state.band > 0 && String(positions) === String(this.chosen(map, state));
+    const theirs = band ? this.maps[other].bands[BANDS[state.band]] : [this.nearest(other, this.maps[map].layers[positions[0]])];
+    return this.remember(["difference", map, other, positions, theirs].join("/"), () => {
+      const [a, b] = [this.mean(map, SHARE, positions), this.mean(other, SHARE, theirs)];
+      return a.map((x, i) => x - b[i]);
+    });
+  }
+
+  mean(map, metric, positions) {
     const n = this.maps[map].roles.length, size = packed(n);
-    const all = this.data[`${map}/${metric === 2 ? "attention" : "saliency"}`];
+    const all = this.data[`${map}/${metric === ATTENTION ? "attention" : "saliency"}`];
     const one = (p) => all.subarray(p * size, (p + 1) * size);
-    if (metric % 2 === 0 && positions.length === 1) return one(positions[0]);
-    return this.remember([map, metric, compare, positions].join("/"), () => {
-      if (metric === 3) {
-        const [a, b] = [map, compare].map((m) => this.values(m, 1, -1, this.within(m, positions)));
-        return a.map((x, i) => x - b[i]);
-      }
+    if (metric !== SHARE && positions.length === 1) return one(positions[0]);
+    return this.remember(["mean", map, metric, positions].join("/"), () => {
       const mean = new Float32Array(size);
       for (const layer of positions.map(one)) for (let i = 0; i < size; i++) mean[i] += layer[i] / positions.length;
-      if (metric !== 1) return mean;
+      if (metric !== SHARE) return mean;
       for (let i = 0, first = 0; i < n; first += ++i) {
         let sum = 0;
         for (let c = first; c <= first + i; c++) sum += mean[c];
@@ -98,20 +130,26 @@ class Maps {
     });
   }
 
-  within(map, positions) {
-    return positions.map((p) => Math.min(p, this.maps[map].layers.length - 1));
+  /** All that the colours of a trace depend on besides its values. */
+  colouring(map, state) {
+    const { compare, band, scale, shared } = state, which = band || shared ? band : `layer ${this.layer(state)}`;
+    return [map, this.traces(state), this.metric(map, state), compare, scale, shared, which].join("/");
   }
 
-  /** Lowest and highest value of the colours: of one map, or of all layers of the traces shown. */
-  range(traces, metric, compare, positions, scale, shared) {
-    return this.remember(["range", traces, metric, compare, shared ? "all" : positions, scale].join("/"), () => {
-      const sets = (trace) => (shared ? this.maps[trace].layers.map((_, p) => [p]) : [this.within(trace, positions)]);
-      const shown = traces.flatMap((trace) => sets(trace).map((set) => this.values(trace, metric, compare, set)));
+  /** Lowest and highest value of a trace's colours, which it shares with the traces that show the same metric. */
+  range(map, state) {
+    return this.remember(`range/${this.colouring(map, state)}`, () => {
+      const metric = this.metric(map, state), shown = [];
+      for (const other of this.traces(state)) {
+        if (this.metric(other, state) !== metric) continue;
+        if (state.band > 0 || !state.shared) shown.push(this.shown(other, state));
+        if (state.shared) this.maps[other].layers.forEach((_, p) => shown.push(this.values(other, state, [p])));
+      }
       const [quantile, top] = spread(shown, 0.05);
-      if (metric === 3) return [-top || -1, top || 1];
+      if (metric === DIFFERENCE) return [-top || -1, top || 1];
       if (top === 0) return [0, 1];
-      const floor = Math.max(quantile, top / 10 ** DECADES);
-      return [scale === 1 ? 0 : floor < top ? floor : top / 10, top];
+      const floor = Math.max(quantile, top / 10 ** this.decades);
+      return [state.scale === 1 ? 0 : floor < top ? floor : top / 10, top];
     });
   }
 
@@ -151,10 +189,11 @@ function spread(arrays, share) {
 
 /** value -> 0..255, an index of the palette. */
 function shade(low, high, scale, metric) {
-  if (metric === 3) return (x) => Math.round(127.5 + (127.5 * x) / high);
-  if (scale === 1) return (x) => Math.round((255 * x) / high);
+  const within = (x) => Math.max(0, Math.min(255, Math.round(x)));
+  if (metric === DIFFERENCE) return (x) => within(127.5 + (127.5 * x) / high);
+  if (scale === 1) return (x) => within((255 * x) / high);
   const bottom = Math.log(low), span = Math.log(high) - bottom || 1;
-  return (x) => (x > 0 ? Math.max(0, Math.min(255, Math.round((255 * (Math.log(x) - bottom)) / span))) : 0);
+  return (x) => (x > 0 ? within((255 * (Math.log(x) - bottom)) / span) : 0);
 }
 
 /** A picture of a packed map, one pixel per cell. */
@@ -226,13 +265,12 @@ class Panel {
     this.canvas = node(seen, "canvas", "map");
     this.overlay = node(seen, "canvas", "overlay");
     this.canvas.tabIndex = 0;
-    this.canvas.setAttribute("role", "img");
+    this.canvas.setAttribute("role", "application"); // it has keys of its own
     const colorbar = node(parent, "div", "colorbar");
     this.low = node(colorbar, "span", "low");
     this.bar = node(colorbar, "canvas", "bar");
     this.high = node(colorbar, "span", "high");
     this.readout = node(parent, "div", "readout");
-    this.readout.setAttribute("aria-live", "polite");
     this.tokens = node(parent, "canvas", "tokens");
     this.tokenReadout = node(parent, "div", "token-readout");
   }
@@ -254,8 +292,9 @@ class Panel {
   listen() {
     const { canvas, text } = this;
     canvas.addEventListener("pointermove", (event) => this.pointAt(event));
-    canvas.addEventListener("pointerleave", () => this.hoverCell(null));
-    canvas.addEventListener("click", (event) => this.explorer.pin(this.map, this.cellAt(event)));
+    canvas.addEventListener("pointerleave", () => this.leave());
+    canvas.addEventListener("blur", () => this.leave());
+    canvas.addEventListener("click", (event) => event.detail < 2 && this.explorer.pin(this.map, this.cellAt(event)));
     canvas.addEventListener("dblclick", (event) => this.explorer.zoom(this.map, this.cellAt(event)));
     canvas.addEventListener("keydown", (event) => this.keyOnMap(event));
     this.frame.addEventListener("scroll", () => this.explorer.schedule((this.scrolling ??= () => { this.paint(); this.mark(); })));
@@ -283,33 +322,44 @@ class Panel {
     return this.explorer.state.view === 0 && key >= 0 && key <= query && query < this.n ? [query, key] : null;
   }
 
+  leave() {
+    this.hoverCell(null);
+    this.hoverStep(null);
+  }
+
   pointAt(event) {
+    this.readout.ariaLive = this.links.ariaLive = "off"; // a screen reader follows the keyboard, not the mouse
     if (this.explorer.state.view === 0) return this.hoverCell(this.cellAt(event));
     const step = this.stepsAt(event)[1];
     this.hoverStep(step >= 0 && step < this.n ? step : null);
   }
 
   keyOnMap(event) {
-    const [query, key] = this.hover ?? this.pinned() ?? [this.n - 1, 0];
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    this.readout.ariaLive = this.links.ariaLive = "polite";
+    const { state } = this.explorer, [query, key] = this.hover ?? this.pinned() ?? [this.n - 1, 0];
     const moves = { ArrowUp: [query - 1, key], ArrowDown: [query + 1, key], ArrowLeft: [query, key - 1], ArrowRight: [query, key + 1] };
     const actions = {
       Enter: () => this.explorer.pin(this.map, [query, key]), " ": () => this.explorer.pin(this.map, [query, key]),
-      Escape: () => this.explorer.set({ pinned: [], zoom: [] }), z: () => this.explorer.zoom(this.map, [query, key]),
+      z: () => this.explorer.zoom(this.map, [query, key]),
     };
-    if (this.explorer.state.view === 1) return;
-    if (moves[event.key]) {
+    if (event.key === "Escape") {
+      this.leave();
+      this.explorer.set({ pinned: [], zoom: [] });
+    } else if (state.view === 0 && moves[event.key]) {
       const [q, k] = moves[event.key], inside = Math.max(0, Math.min(this.n - 1, q));
       this.hoverCell([inside, Math.max(0, Math.min(inside, k))]);
       this.frame.scrollTop += this.beyond(this.y(inside));
       this.frame.scrollLeft += this.beyond(this.x(this.hover[1]) - LEFT);
-    } else if (actions[event.key]) actions[event.key]();
+    } else if (state.view === 0 && actions[event.key]) actions[event.key]();
     else return;
     event.preventDefault();
   }
 
   keyOnText(event) {
     const by = { ArrowUp: -1, ArrowDown: 1 }[event.key];
-    if (!by) return;
+    if (!by || event.ctrlKey || event.metaKey || event.altKey) return;
+    this.links.ariaLive = "polite";
     this.hoverStep(Math.max(0, Math.min(this.n - 1, this.step === null ? 0 : this.step + by)));
     this.show(this.rows[this.step]);
     event.preventDefault();
@@ -339,12 +389,10 @@ class Panel {
 
   draw() {
     const { state, maps, scene, palettes } = this.explorer;
-    const shown = maps.has(this.map, state.metric, state.compare), metric = shown ? state.metric : 0;
-    const positions = maps.positions(this.map, state.layer, state.band);
-    this.values = maps.values(this.map, metric, state.compare, positions);
-    const traces = metric === 3 ? [this.map] : this.explorer.shownTraces();
-    const [low, high] = maps.range(traces, metric, state.compare, positions, state.scale, state.shared);
-    const colors = palettes[metric === 3 ? 1 : 0];
+    const metric = maps.metric(this.map, state), positions = maps.chosen(this.map, state);
+    this.values = maps.shown(this.map, state);
+    const [low, high] = maps.range(this.map, state);
+    const colors = palettes[metric === DIFFERENCE ? 1 : 0];
     this.picture = picture(this.values, this.n, shade(low, high, state.scale, metric), colors);
     this.paint();
     const bar = sized(this.bar, 160, 8);
@@ -356,9 +404,9 @@ class Panel {
     this.high.textContent = number(high);
     const layers = positions.map((p) => this.info.layers[p]);
     const where = state.band > 0 ? `${BANDS[state.band]} layers ${layers[0]}–${layers.at(-1)}` : `layer ${layers[0]}`;
-    const against = metric === 3 ? ` − ${maps.maps[state.compare].label}` : "";
-    const missing = shown ? "" : ` (${state.metric === 2 ? "attention was not captured" : "a difference needs a trace beside it with as many steps"})`;
-    this.title.textContent = `${this.info.label}${against} · ${where} · ${scene.names[metric]}${missing}`;
+    const against = metric === DIFFERENCE ? ` − ${maps.maps[state.compare - 1].label}` : "";
+    const note = metric === state.metric ? "" : ` (${scene.notes[state.metric === ATTENTION ? "attention" : "difference"]})`;
+    this.title.textContent = `${this.info.label}${against} · ${where} · ${scene.names[metric]}${note}`;
     this.canvas.setAttribute("aria-label", `step map of ${this.title.textContent}; arrows move, Enter pins, z zooms into tokens`);
     this.drawTokens(positions);
     this.mark();
@@ -465,9 +513,12 @@ class Panel {
       context.strokeRect(this.x(key), this.y(query), size, size);
     };
     context.strokeStyle = context.fillStyle = style.accent;
-    if (state.top_k > 0 && size > 3) {
-      context.globalAlpha = 0.55;
-      for (let i = 1; i < this.n; i++) for (const [j] of this.strongest(i, state.top_k)) box([i, j], 1);
+    context.globalAlpha = 0.55;
+    for (let i = 1; state.top_k > 0 && i < this.n; i++) {
+      for (const [j] of this.strongest(i, state.top_k)) {
+        if (size > 4) box([i, j], 1);
+        else context.fillRect(this.x(j) - 0.5, this.y(i) - 0.5, size + 1, size + 1); // too small for a frame
+      }
     }
     const row = step ?? cell?.[0], column = step ?? cell?.[1];
     context.lineWidth = 1;
@@ -560,15 +611,23 @@ class Explorer {
     this.profileKey = node(depth, "div", "profile-key");
     this.thumbs = node(depth, "div", "all-layers");
     node(this.root, "div", "help", "On the map: arrows move, Enter or click pins, z or double click zooms into tokens, Esc clears. [ and ] change the layer.");
-    this.profile.addEventListener("click", (event) => this.chooseLayer((event.offsetX - 30) / ((this.profile.clientWidth - 40) / this.nLayers)));
+    this.profile.addEventListener("click", (event) => this.chooseLayer(this.layerAt(event.offsetX)));
     this.root.addEventListener("keydown", (event) => {
-      const step = { "[": -1, "]": 1 }[event.key];
-      if (step) this.chooseLayer(this.state.layer + step);
+      const { state } = this, step = { "[": -1, "]": 1 }[event.key];
+      const { layers } = this.maps.maps[state.trace], next = Math.min(state.layer, layers.length - 1) + step;
+      if (step && next >= 0 && next < layers.length) this.set({ layer: next, band: 0 });
     });
     this.drawing = () => this.draw();
     this.changed = () => this.schedule(this.drawing);
     STATE.forEach((name) => model.on(`change:${name}`, this.changed));
+    // The slider follows the layer; when it is moved by hand, the reader wants to see that layer and not the band.
+    this.followed = () => this.set({ slider: this.state.layer });
+    this.slid = () => model.get("slider") !== model.get("layer") && this.set({ layer: model.get("slider"), band: 0 });
+    model.on("change:layer", this.followed);
+    model.on("change:slider", this.slid);
     this.draw();
+    // at first, when the page around has its place and its colours; then when there is room for more or less
+    this.perRow = 0;
     this.resized = new ResizeObserver(() => this.thumbsPerRow() !== this.perRow && this.changed());
     this.resized.observe(this.root);
     this.darkness = matchMedia("(prefers-color-scheme: dark)"); // canvases don't follow a theme by themselves
@@ -579,10 +638,6 @@ class Explorer {
 
   get state() {
     return Object.fromEntries(STATE.map((name) => [name, this.model.get(name)]));
-  }
-
-  get nLayers() {
-    return this.maps.maps[this.model.get("trace")].layers.length;
   }
 
   set(choices) {
@@ -600,14 +655,9 @@ class Explorer {
     if (cell && this.maps.data[`${map}/tokens`]) this.set({ zoom: [map, ...cell], pinned: [map, ...cell] });
   }
 
-  chooseLayer(position) {
-    const layer = Math.floor(position);
-    if (layer >= 0 && layer < this.nLayers) this.set({ layer, band: 0 });
-  }
-
-  shownTraces() {
-    const { trace, compare, metric } = this.state;
-    return compare >= 0 && compare !== trace && metric !== 3 ? [trace, compare] : [trace];
+  /** Show a layer, given by its number in the model: the nearest that there is. */
+  chooseLayer(layer) {
+    this.set({ layer: this.maps.nearest(this.state.trace, layer), band: 0 });
   }
 
   /** Run once before the next paint, however often it is asked for; then say so. */
@@ -624,7 +674,7 @@ class Explorer {
   }
 
   draw() {
-    const traces = this.shownTraces(), style = getComputedStyle(this.root);
+    const traces = this.maps.traces(this.state), style = getComputedStyle(this.root);
     this.style = { ink: style.color, accent: style.getPropertyValue("--stepsal-accent").trim() || "#009E73" };
     if (String(traces) !== this.shown) {
       this.shown = String(traces);
@@ -645,7 +695,7 @@ class Explorer {
     const work = (deadline) => {
       while (waiting.length && deadline.timeRemaining() > 3) {
         const [map, p] = waiting.pop();
-        this.maps.values(map, 1, -1, [p]);
+        this.maps.mean(map, SHARE, [p]);
       }
       if (waiting.length) this.idle = requestIdleCallback(work);
     };
@@ -653,41 +703,47 @@ class Explorer {
     if (few) this.idle = window.requestIdleCallback?.(work);
   }
 
+  /** Middle of a layer in the profile, by its number in the model; and the reverse. */
+  layerX(layer) { return 30 + (layer + 0.5) * this.layerWidth(); }
+
+  layerAt(x) { return Math.floor((x - 30) / this.layerWidth()); }
+
+  layerWidth() { return 400 / (1 + Math.max(...this.maps.traces(this.state).flatMap((map) => this.maps.maps[map].layers))); }
+
   drawProfile() {
-    const width = 440, height = 96, context = sized(this.profile, width, height), { ink, accent } = this.style;
-    const lines = this.shownTraces().flatMap((map, k) =>
-      Object.keys(this.scene.lines).map((name) => [map, k, name, this.maps.maps[map].profile[name]]));
+    const height = 96, context = sized(this.profile, 440, height), { state, maps, style } = this;
+    const lines = maps.traces(state).flatMap((map, k) =>
+      Object.keys(this.scene.lines).map((name) => [maps.maps[map], k, name, maps.maps[map].profile[name]]));
     const values = lines.flatMap(([, , , ys]) => ys.filter((y) => y !== null));
+    const { layers } = maps.maps[state.trace], chosen = maps.chosen(state.trace, state).map((p) => layers[p]);
+    this.profile.dataset.layers = chosen.join(" ");
     this.profileKey.replaceChildren();
     if (!values.length) return;
-    const low = Math.min(0, ...values), high = Math.max(...values, low + 1e-6), n = this.nLayers, wide = (width - 40) / n;
-    const x = (p) => 30 + (p + 0.5) * wide, y = (v) => height - 14 - ((v - low) / (high - low)) * (height - 24);
-    const chosen = this.maps.positions(this.state.trace, this.state.layer, this.state.band);
-    context.fillStyle = accent;
+    const low = Math.min(0, ...values), high = Math.max(...values, low + 1e-6), wide = this.layerWidth();
+    const y = (v) => height - 14 - ((v - low) / (high - low)) * (height - 24);
+    context.fillStyle = style.accent;
     context.globalAlpha = 0.25;
-    for (const p of chosen) context.fillRect(x(p) - wide / 2, 4, wide, height - 16);
+    for (const layer of chosen) context.fillRect(this.layerX(layer) - wide / 2, 4, wide, height - 16);
     context.globalAlpha = 1;
-    context.fillStyle = ink;
+    context.fillStyle = style.ink;
     context.font = "9px system-ui, sans-serif";
     context.fillText(high.toFixed(2), 2, y(high) + 4);
     context.fillText(low > -0.005 ? "0" : low.toFixed(2), 2, y(low) + 2);
     context.textAlign = "center";
-    const { layers } = this.maps.maps[this.state.trace];
-    for (const p of new Set([0, n - 1, ...chosen])) context.fillText(layers[p], x(p), height - 2);
+    for (const layer of new Set([layers[0], layers.at(-1), ...chosen])) context.fillText(layer, this.layerX(layer), height - 2);
     context.fillText("layer", 18, height - 2);
     for (const [map, k, name, ys] of lines) {
       context.strokeStyle = this.scene.lines[name];
       context.setLineDash(k ? [4, 3] : []);
       context.lineWidth = 1.6;
       context.beginPath();
-      ys.forEach((v, p) => v !== null && context[p && ys[p - 1] !== null ? "lineTo" : "moveTo"](x(p), y(v)));
+      ys.forEach((v, p) => v !== null && context[p && ys[p - 1] !== null ? "lineTo" : "moveTo"](this.layerX(map.layers[p]), y(v)));
       context.stroke();
-      const whose = lines.length > Object.keys(this.scene.lines).length ? `, ${this.maps.maps[map].label}` : "";
+      const whose = lines.length > Object.keys(this.scene.lines).length ? `, ${map.label}` : "";
       const label = node(this.profileKey, "span", "line", `${this.scene.line_names[name]}${whose}`);
       label.style.setProperty("--stepsal-line", this.scene.lines[name]);
       label.classList.toggle("stepsal-dashed", k > 0);
     }
-    this.profile.dataset.layers = chosen.join(" ");
   }
 
   thumbsPerRow() {
@@ -696,7 +752,7 @@ class Explorer {
 
   /** Those that take long are left for after the paint that the reader waits for. */
   drawThumbs() {
-    const traces = this.shownTraces(), until = performance.now() + PATIENCE;
+    const traces = this.maps.traces(this.state), until = performance.now() + PATIENCE;
     this.perRow = this.thumbsPerRow();
     if (this.thumbs.dataset.traces !== String(traces)) {
       this.thumbs.dataset.traces = String(traces);
@@ -706,8 +762,11 @@ class Explorer {
         const canvas = node(this.thumbs, "canvas", "thumbs"), each = THUMB + 4;
         canvas.setAttribute("role", "img");
         canvas.setAttribute("aria-label", "maps of all layers; click chooses a layer");
-        canvas.addEventListener("click", (event) =>
-          this.chooseLayer(Math.floor(event.offsetY / (each + 10)) * this.perRow + Math.min(this.perRow - 1, Math.floor(event.offsetX / each))));
+        canvas.addEventListener("click", (event) => {
+          const column = Math.min(this.perRow - 1, Math.floor(event.offsetX / each));
+          const layer = this.maps.maps[map].layers[Math.floor(event.offsetY / (each + 10)) * this.perRow + column];
+          if (layer !== undefined) this.chooseLayer(layer);
+        });
       }
     }
     const canvases = this.thumbs.querySelectorAll("canvas");
@@ -717,20 +776,19 @@ class Explorer {
   }
 
   drawThumbsOf(map, canvas, until) {
-    const { metric: wanted, compare, scale, shared, layer, band } = this.state, { accent, ink } = this.style;
-    const { layers, roles } = this.maps.maps[map], each = THUMB + 4, row = this.perRow;
-    const metric = this.maps.has(map, wanted, compare) ? wanted : 0, traces = metric === 3 ? [map] : this.shownTraces();
+    const { state, maps } = this, { accent, ink } = this.style, { layers, roles } = maps.maps[map];
+    const each = THUMB + 4, row = this.perRow, metric = maps.metric(map, state), chosen = new Set(maps.chosen(map, state));
     const context = sized(canvas, Math.min(layers.length, row) * each, Math.ceil(layers.length / row) * (each + 10));
-    const chosen = new Set(this.maps.positions(map, layer, band));
     context.font = "9px system-ui, sans-serif";
     let missing = 0;
     layers.forEach((name, p) => {
       const left = (p % row) * each + 2, top = Math.floor(p / row) * (each + 10) + 2;
-      const key = ["thumb", traces, map, metric, compare, scale, shared, p].join("/");
-      const small = performance.now() < until || this.maps.kept.has(key) ? this.maps.remember(key, () => {
-        const [low, high] = this.maps.range(traces, metric, compare, [p], scale, shared);
-        const [values, n] = shrunk(this.maps.values(map, metric, compare, [p]), roles.length, 2 * THUMB);
-        return picture(values, n, shade(low, high, scale, metric), this.palettes[metric === 3 ? 1 : 0]);
+      const alone = { ...state, band: 0, trace: map, layer: p }; // how this layer would look if it were chosen
+      const range = state.shared ? maps.range(map, state) : maps.range(map, alone);
+      const key = ["thumb", map, p, metric, state.compare, state.scale, range].join("/");
+      const small = performance.now() < until || maps.kept.has(key) ? maps.remember(key, () => {
+        const [values, n] = shrunk(maps.values(map, alone, [p]), roles.length, 2 * THUMB);
+        return picture(values, n, shade(...range, state.scale, metric), this.palettes[metric === DIFFERENCE ? 1 : 0]);
       }) : null;
       if (small) context.drawImage(small, left, top, THUMB, THUMB);
       else missing++;
@@ -752,30 +810,30 @@ class Explorer {
       input.classList.add(`stepsal-control-${name.replace("_", "-")}`);
       this.controls[name] = input;
     };
-    const select = (name, label, options, from = 0) => {
+    const select = (name, label, options) => {
       const input = document.createElement("select");
-      options.forEach((text, i) => { node(input, "option", "", text).value = i + from; });
+      options.forEach((text, i) => { node(input, "option", "", text).value = i; });
       input.addEventListener("change", () => this.set({ [name]: Number(input.value) }));
       field(name, label, input);
     };
-    const range = (name, label, max, more = {}) => {
+    const range = (name, label, max) => {
       const input = Object.assign(document.createElement("input"), { type: "range", min: 0, max, step: 1 });
-      input.addEventListener("input", () => this.set({ [name]: Number(input.value), ...more }));
+      input.addEventListener("input", () => this.set({ [name]: Number(input.value) }));
       field(name, label, input);
     };
-    range("layer", "layer", Math.max(...maps.map((m) => m.layers.length)) - 1, { band: 0 });
+    range("slider", "layer", Math.max(...maps.map((m) => m.layers.length)) - 1);
     const play = node(bar, "button", "play", "▶");
     play.type = "button";
     play.title = "play through the layers";
     play.addEventListener("click", () => {
       if (this.timer) this.timer = clearInterval(this.timer);
-      else this.timer = setInterval(() => this.set({ layer: (this.state.layer + 1) % this.nLayers, band: 0 }), 400);
+      else this.timer = setInterval(() => this.set({ slider: (this.state.layer + 1) % this.maps.maps[this.state.trace].layers.length }), 400);
       play.textContent = this.timer ? "■" : "▶";
     });
     select("band", "band", ["one layer", ...BANDS.slice(1)]);
     if (maps.length > 1) {
       select("trace", "trace", maps.map((m) => m.label));
-      select("compare", "beside", ["nothing", ...maps.map((m) => m.label)], -1);
+      select("compare", "beside", ["nothing", ...maps.map((m) => m.label)]);
     }
     select("metric", "metric", this.scene.names);
     select("scale", "scale", ["log", "linear"]);
@@ -788,13 +846,15 @@ class Explorer {
 
   syncControls() {
     for (const [name, input] of Object.entries(this.controls)) {
-      if (input.type === "checkbox") input.checked = this.state[name];
-      else input.value = String(this.state[name]);
+      if (input.type === "checkbox") input.checked = this.model.get(name);
+      else input.value = String(this.model.get(name));
     }
   }
 
   close() {
     STATE.forEach((name) => this.model.off(`change:${name}`, this.changed));
+    this.model.off("change:layer", this.followed);
+    this.model.off("change:slider", this.slid);
     clearInterval(this.timer);
     clearTimeout(this.later);
     window.cancelIdleCallback?.(this.idle);
