@@ -273,8 +273,8 @@ class StepsalAPI(ModelAPI):
 LOADING = ("device", "dtype", "revision", "trust_remote_code")
 FLOW_FIELDS = tuple(f.name for f in fields(StepFlowConfig))
 TOOL_PROMPT = (
-    "You may call functions. They are, as JSON schemas: {}\nTo call one, write its name and arguments as JSON:\n"
-    '<tool_call>{{"name": "...", "arguments": {{...}}}}</tool_call>'
+    "You may call functions, given as JSON schemas: {}\nTo call one, write its name and its arguments in one line of "
+    "JSON between <tool_call> and </tool_call>."
 )
 
 
