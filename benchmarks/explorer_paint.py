@@ -5,8 +5,8 @@
 The maps are random numbers, since only their number matters: 60 layers of 200 steps for the inputs, 28 layers of 1000
 steps for opening a page and scrolling in it. A time begins at the time stamp that the browser gave to the event, and
 ends in the first task after the frame in which the explorer has drawn, so it holds all waiting, computing, drawing and
-painting. "first" are inputs that show what was not shown before, when nothing of it is kept yet. Opening begins with the navigation, and ends
-when the map is painted.
+painting. "first" are inputs that show what was not shown before, when nothing of it is kept yet. Opening begins with
+the navigation, and ends when the map is painted.
 """
 
 from __future__ import annotations

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from stepsal.tasks import chain
 
 if TYPE_CHECKING:
-    from stepsal.tasks import answers, gym, jsonl
+    from stepsal.tasks import answers, gym, hub, jsonl
     from stepsal.trace import Trace
 
-__all__ = ["Problem", "Task", "Verdict", "answers", "chain", "gym", "jsonl"]
+__all__ = ["Problem", "Task", "Verdict", "answers", "chain", "gym", "hub", "jsonl"]
 
 
 class Verdict(Protocol):
@@ -47,6 +47,6 @@ class Task(Protocol):
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("answers", "gym", "jsonl"):  # on first use: what they need is optional
+    if name in ("answers", "gym", "hub", "jsonl"):  # on first use: what they need is optional
         return import_module(f"stepsal.tasks.{name}")
     raise AttributeError(f"module 'stepsal.tasks' has no attribute {name!r}")

@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from string import ascii_uppercase
+from typing import NamedTuple
 
 from stepsal.tasks.answers import MOST_OPTIONS, Grader, Problem
 
@@ -75,32 +77,68 @@ class JsonlTask:
 
     @cached_property
     def problems(self) -> tuple[Problem, ...]:
-        found: list[Problem] = []
-        text = Path(self.path).read_text(encoding="utf-8-sig")
-        for number, line in enumerate(text.split("\n")):  # not at the other line ends that a JSON text may hold
-            if not line.strip():
-                continue
-            try:
-                found.append(self._problem(json.loads(line), len(found)))
-            except (ValueError, KeyError, TypeError) as error:
-                what = f"there is no field {error}" if isinstance(error, KeyError) else str(error)
-                raise ValueError(f"{self.path}, line {number + 1}: {what}") from error
-        return tuple(found)
+        return problems_of(read_jsonl(self.path, self._fields), self.grader, self.shuffle_seed)
 
-    def _problem(self, fields: dict[str, object], number: int) -> Problem:
-        for name in (self.question, self.answer):
-            if isinstance(fields[name], bool) or not isinstance(fields[name], (str, int, float)):
-                raise ValueError(f"{name}={fields[name]!r} is no text or number")
-        question, answer = str(fields[self.question]), str(fields[self.answer])
-        if (listed := fields.get(self.options)) is None:
-            return Problem(f"{question}\n{INSTRUCTIONS[self.grader]}", answer, self.grader)
-        options = [str(option) for option in listed] if isinstance(listed, list) else []
-        if not 2 <= len(options) <= MOST_OPTIONS or len(set(options)) < len(options) or answer not in options:
-            raise ValueError(
-                f"options={listed!r} must be a list of 2..{MOST_OPTIONS} different texts, the answer {answer!r} one"
-            )
-        if self.shuffle_seed is not None:
-            random.Random(f"{self.shuffle_seed} {number}").shuffle(options)
-        lines = [f"{letter}) {option}" for letter, option in zip(ascii_uppercase, options, strict=False)]
-        text = "\n".join([question, *lines, INSTRUCTIONS["choice"]])
-        return Problem(text, ascii_uppercase[options.index(answer)], "choice")
+    def _fields(self, line: dict[str, object]) -> Fields:
+        return Fields(line[self.question], line[self.answer], line.get(self.options))
+
+
+class Fields(NamedTuple):
+    """What makes a problem, as found in a file; not checked yet."""
+
+    question: object
+    answer: object
+    options: object = None
+
+
+def read_jsonl(path: str | Path, fields_of: Callable[[dict[str, object]], Fields]) -> Iterator[tuple[str, Fields]]:
+    """The lines of a file that are not empty, each with its place in words.
+
+    Raises:
+        ValueError: a line that is no JSON object, or lacks a field.
+    """
+    text = Path(path).read_text(encoding="utf-8-sig")
+    for number, line in enumerate(text.split("\n")):  # not at the other line ends that a JSON text may hold
+        if line.strip():
+            place = f"{path}, line {number + 1}"
+            try:
+                yield place, fields_of(json.loads(line))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                what = f"there is no field {error}" if isinstance(error, KeyError) else str(error)
+                raise ValueError(f"{place}: {what}") from error
+
+
+def problems_of(
+    found: Iterable[tuple[str, Fields]], grader: Grader, shuffle_seed: int | None = None
+) -> tuple[Problem, ...]:
+    """Problems of fields, each with its place in words; where there are options, a choice among them.
+
+    Raises:
+        ValueError: fields that make no problem; names the place, and what is wrong.
+    """
+    problems: list[Problem] = []
+    for place, fields in found:
+        try:
+            problems.append(_problem(fields, len(problems), grader, shuffle_seed))
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+    return tuple(problems)
+
+
+def _problem(fields: Fields, number: int, grader: Grader, shuffle_seed: int | None) -> Problem:
+    for name, value in (("question", fields.question), ("answer", fields.answer)):
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise ValueError(f"{name}={value!r} is no text or number")
+    question, answer = str(fields.question), str(fields.answer)
+    if fields.options is None:
+        return Problem(f"{question}\n{INSTRUCTIONS[grader]}", answer, grader)
+    options = [str(option) for option in fields.options] if isinstance(fields.options, list) else []
+    if not 2 <= len(options) <= MOST_OPTIONS or len(set(options)) < len(options) or answer not in options:
+        raise ValueError(
+            f"options={fields.options!r} must be a list of 2..{MOST_OPTIONS} different texts, the answer {answer!r} one"
+        )
+    if shuffle_seed is not None:
+        random.Random(f"{shuffle_seed} {number}").shuffle(options)
+    lines = [f"{letter}) {option}" for letter, option in zip(ascii_uppercase, options, strict=False)]
+    text = "\n".join([question, *lines, INSTRUCTIONS["choice"]])
+    return Problem(text, ascii_uppercase[options.index(answer)], "choice")

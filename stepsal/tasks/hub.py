@@ -1,0 +1,162 @@
+"""The paper's benchmarks (arXiv 2604.06695, Section 5) from the Hugging Face hub, at pinned revisions.
+
+    stepsal.tasks.hub.HubTask("aime25")
+    stepsal.tasks.hub.HubTask("aime25", file="aime25.jsonl")      # the same records, from a file
+
+LiveCodeBench, whose answers are programs, is left to Inspect, which runs them in a sandbox.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from stepsal.tasks.answers import Grader, Problem
+from stepsal.tasks.jsonl import Fields, problems_of, read_jsonl
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Where a benchmark is, and how its records are read.
+
+    Attributes:
+        path, config, split: of the data set on the hub.
+        revision: pinned commit; None where none is known here: the newest then, whose commit becomes part of the name.
+        question, answer, wrong: names of the fields; wrong options make it a choice.
+        n_problems: that it has.
+        n_samples: per problem, in the paper.
+    """
+
+    path: str
+    split: str
+    revision: str | None
+    question: str
+    answer: str
+    n_problems: int
+    n_samples: int
+    wrong: tuple[str, ...] = ()
+    config: str | None = None
+    grader: Grader = "math"
+
+    def fields(self, record: Mapping[str, Any]) -> Fields:
+        """Of a problem."""
+        answer = record[self.answer]
+        options = [answer, *(record[name] for name in self.wrong)] if self.wrong else None
+        return Fields(record[self.question], answer, options)
+
+
+BENCHMARKS: dict[str, Benchmark] = {
+    "aime24": Benchmark(
+        "Maxwell-Jia/AIME_2024", "train", "8d88b2876a82a080e2f172cc9b25d0d9d2cb4792", "Problem", "Answer", 30, 16
+    ),
+    "aime25": Benchmark(
+        "math-ai/aime25", "test", "563bb8404243c5f09de6ec262f2db674fe5bce9b", "problem", "answer", 30, 16
+    ),
+    "amc23": Benchmark("math-ai/amc23", "test", None, "question", "answer", 40, 16),
+    "math500": Benchmark(
+        "HuggingFaceH4/MATH-500", "test", "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be", "problem", "answer", 500, 1
+    ),
+    "gpqa-diamond": Benchmark(
+        "Idavidrein/gpqa", "train", "5233cd1db58884ed0bf678c7c6be731722a23f84", "Question", "Correct Answer", 198, 8,
+        wrong=("Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3"), config="gpqa_diamond",
+        grader="choice",
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class HubTask:
+    """A benchmark as a task (`stepsal.tasks.Task`): problem i is record i, counted from 0.
+
+    Attributes:
+        benchmark: a name in `BENCHMARKS`.
+        file: take the records from this JSONL file instead of the hub, with the same fields; it may hold fewer.
+        revision: another commit than the pinned one.
+        shuffle_seed: of the order of options.
+
+    Raises:
+        ValueError: an unknown benchmark, a record that can't be read, or another number of them than there should be.
+        ImportError: `datasets` is not installed.
+        OSError: the hub can't be reached, or refuses; names the format of the file that is taken instead.
+    """
+
+    benchmark: str
+    file: str | Path | None = None
+    revision: str | None = None
+    shuffle_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.benchmark not in BENCHMARKS:
+            raise ValueError(f"benchmark={self.benchmark!r} is unknown; use one of {', '.join(BENCHMARKS)}")
+        n, wanted = len(self.problems), self.about.n_problems
+        if n == 0 or (self.file is None and n != wanted):
+            raise ValueError(f"{self.benchmark} has {wanted} problems, but {n} were found in {self.file or self.name}")
+
+    @property
+    def about(self) -> Benchmark:
+        return BENCHMARKS[self.benchmark]
+
+    def __len__(self) -> int:
+        return len(self.problems)
+
+    @property
+    def name(self) -> str:
+        if self.file is not None:
+            digest = hashlib.sha256(Path(self.file).read_bytes()).hexdigest()[:12]
+            return f"{self.benchmark} {Path(self.file).name} {digest} options {self.shuffle_seed}"
+        return f"{self.benchmark} {self.about.path} {self._commit} options {self.shuffle_seed}"
+
+    def sample(self, seed: int) -> Problem:
+        """The problem of a record.
+
+        Raises:
+            IndexError: there is no such record.
+        """
+        if not 0 <= seed < len(self):
+            raise IndexError(f"{self.benchmark} has problems 0..{len(self) - 1}, not {seed}: ask for fewer, from 0")
+        return self.problems[seed]
+
+    @cached_property
+    def problems(self) -> tuple[Problem, ...]:
+        found = read_jsonl(self.file, self.about.fields) if self.file is not None else self._records()
+        return problems_of(found, self.about.grader, self.shuffle_seed)
+
+    @cached_property
+    def _commit(self) -> str:
+        """The pinned or given revision; the newest commit where there is none."""
+        pinned = self.revision or self.about.revision
+        if pinned is not None:
+            return pinned
+        from huggingface_hub import HfApi
+
+        return str(HfApi().dataset_info(self.about.path, timeout=10).sha)
+
+    def _records(self) -> Iterator[tuple[str, Fields]]:
+        try:
+            from datasets import load_dataset
+        except ImportError as error:
+            raise ImportError("benchmarks of the hub need pip install 'stepsal[hub]'") from error
+        about = self.about
+        try:
+            if os.environ.get("HF_HUB_OFFLINE") in (None, "", "0"):  # offline a copy in the cache is enough
+                from huggingface_hub import HfApi
+
+                HfApi().dataset_info(about.path, revision=self._commit, timeout=10)  # fails at once, and says why
+            records = load_dataset(about.path, about.config, split=about.split, revision=self._commit)
+        except Exception as error:
+            names = ", ".join((about.question, about.answer, *about.wrong))
+            raise OSError(
+                f"{about.path} can't be loaded from the Hugging Face hub ({type(error).__name__}: {error}). Without "
+                f"it, pass HubTask({self.benchmark!r}, file=...): a JSONL file, one object per problem, with the "
+                f"fields {names}"
+            ) from error
+        for number, record in enumerate(records):
+            try:
+                yield f"{about.path}, record {number}", about.fields(record)
+            except KeyError as error:
+                raise ValueError(f"{about.path}, record {number}: there is no field {error}") from error
