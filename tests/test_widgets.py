@@ -98,8 +98,8 @@ def test_a_difference_is_between_layers_that_belong_together() -> None:
 def test_what_a_trace_lacks_is_said_and_saliency_shown(explorer: Explorer) -> None:
     scene = explorer.scene
     for choice, note in (
-        ({"metric": "difference"}, "a trace beside it with as many steps"),
-        ({"metric": "difference", "compare": "long"}, "a trace beside it with as many steps"),
+        ({"metric": "difference"}, "another trace beside it, with as many steps"),
+        ({"metric": "difference", "compare": "long"}, "another trace beside it, with as many steps"),
         ({"metric": "attention"}, "attention was not captured"),
     ):
         explorer.state = scene.first_state() | choice

@@ -29,7 +29,7 @@ DECADES = 4  # that logarithmic colours span at most
 LARGEST_TOKEN_MAP = 256 * 2**20  # bytes that are sent to the browser
 LINES = {"lock_in": "lock-in of thinking rows", "summary_thinking": "summary on thinking"}
 NO_ATTENTION = "attention was not captured"
-NO_DIFFERENCE = "a difference needs a trace beside it with as many steps"
+NO_DIFFERENCE = "a difference needs another trace beside it, with as many steps"
 
 State = dict[str, Any]
 
@@ -232,7 +232,7 @@ class Scene:
         other = self.maps.get(state["compare"] or "")
         lacking = {
             "attention": label not in self.attention,
-            "difference": other is None or other.n_steps != self.maps[label].n_steps,
+            "difference": other is None or label == state["compare"] or other.n_steps != self.maps[label].n_steps,
         }
         return "saliency" if lacking.get(wanted, False) else wanted
 

@@ -75,7 +75,7 @@ class Maps {
   metric(map, { metric, compare }) {
     const steps = (m) => this.maps[m].roles.length;
     if (metric === ATTENTION && !this.data[`${map}/attention`]) return SALIENCY;
-    if (metric === DIFFERENCE && !(compare && steps(compare - 1) === steps(map))) return SALIENCY;
+    if (metric === DIFFERENCE && !(compare && compare - 1 !== map && steps(compare - 1) === steps(map))) return SALIENCY;
     return metric;
   }
 
@@ -133,7 +133,8 @@ class Maps {
   /** All that the colours of a trace depend on besides its values. */
   colouring(map, state) {
     const { compare, band, scale, shared } = state, which = band || shared ? band : `layer ${this.layer(state)}`;
-    return [map, this.traces(state), this.metric(map, state), compare, scale, shared, which].join("/");
+    const traces = this.traces(state), metrics = traces.map((m) => this.metric(m, state));
+    return [map, traces, metrics, compare, scale, shared, which].join("/");
   }
 
   /** Lowest and highest value of a trace's colours, which it shares with the traces that show the same metric. */
