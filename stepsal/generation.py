@@ -172,11 +172,7 @@ def check_generation(
     """Prompt ids of each question, if they can be answered so; arguments and errors are those of `generate_batch`."""
     if not questions or isinstance(questions, str):
         raise ValueError(f"questions={questions!r} must be a list of at least one; for a single one there is generate")
-    if max_new_tokens < 1 or not 0 <= temperature < float("inf") or not 0 < top_p <= 1 or put_off < 0:
-        raise ValueError(
-            f"max_new_tokens={max_new_tokens} must be >= 1, temperature={temperature} >= 0, top_p={top_p} in (0, 1], "
-            f"put_off={put_off} >= 0"
-        )
+    check_decoding(max_new_tokens, temperature, top_p, put_off)
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise ValueError(f"{model.cfg.model_name!r} has no tokenizer: pass one to stepsal.load(..., tokenizer=...)")
@@ -186,6 +182,19 @@ def check_generation(
     if put_off:
         _Waiting(model, 0, put_off)
     return prompt_ids
+
+
+def check_decoding(max_new_tokens: int, temperature: float, top_p: float, put_off: int = 0) -> None:
+    """Complain about numbers out of range.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if max_new_tokens < 1 or not 0 <= temperature < float("inf") or not 0 < top_p <= 1 or put_off < 0:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens} must be >= 1, temperature={temperature} >= 0, top_p={top_p} in (0, 1], "
+            f"put_off={put_off} >= 0"
+        )
 
 
 def check_prompt(model: TransformerBridge, ids: Sequence[int]) -> None:

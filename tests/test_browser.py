@@ -29,7 +29,7 @@ import torch
 from matplotlib.colors import LogNorm, Normalize
 from nbformat.sign import NotebookNotary
 from PIL import Image
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Browser, Locator, Page, TimeoutError, expect
 from test_widgets import NASTY, saliency
 
 from stepsal.population import Population
@@ -47,6 +47,8 @@ LEFT, MAP = 32, 400  # of explorer.js
 TOKEN = "of-the-tests"
 
 Open = Callable[[Explorer], Page]
+
+expect.set_options(timeout=20_000)  # a machine that runs other tests too may be slow
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +74,7 @@ def page(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Page]:
 
 def watch(page: Page, wrong: list[str]) -> None:
     """Collect what goes wrong on a page: errors, also on the console, and alerts."""
+    page.set_default_timeout(60_000)
     page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("dialog", lambda dialog: (wrong.append(dialog.message), dialog.dismiss()))
@@ -479,9 +482,10 @@ def notebook(browser: Browser, server: str) -> Iterator[Page]:
     failed = page.locator("[data-mime-type='application/vnd.jupyter.error']")
     prompt = page.locator(".jp-CodeCell").last.locator(".jp-InputArea-prompt")
     for _ in range(3):  # JupyterLab may not be ready for a command while it says that the kernel is idle
-        page.get_by_role("menuitem", name="Run", exact=True).click()
-        page.get_by_text("Run All Cells", exact=True).click()
-        with contextlib.suppress(AssertionError):
+        with contextlib.suppress(AssertionError, TimeoutError):
+            page.keyboard.press("Escape")
+            page.get_by_role("menuitem", name="Run", exact=True).click()
+            page.get_by_text("Run All Cells", exact=True).click()
             expect(prompt).not_to_have_text("[ ]:", timeout=20_000)
             break
     finished = prompt.filter(has_text=re.compile(r"\[\d+\]:"))

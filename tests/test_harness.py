@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,20 @@ from inspect_ai.model import (
     ContentImage,
     ContentReasoning,
     ContentText,
+    GenerateConfig,
     get_model,
 )
 from inspect_ai.scorer import includes
 from inspect_ai.solver import Generate, Solver, TaskState, generate, solver, use_tools
-from inspect_ai.tool import Tool, ToolCall, tool
+from inspect_ai.tool import Tool, ToolCall, ToolInfo, tool
 from transformer_lens.model_bridge import TransformerBridge
 
 import stepsal
 from stepsal import StepFlowConfig, StepSaliency
 from stepsal.harness import capture_step_saliency
 from stepsal.harness.engine import Request, Sharing
-from stepsal.harness.provider import StepsalAPI
+from stepsal.harness.provider import StepsalAPI, tool_calls
+from stepsal.segment import Format
 from stepsal.tasks import chain
 
 PROBLEMS = [chain.sample(910_000 + i, length=length) for i, length in enumerate((1, 2, 3, 2, 3))]
@@ -100,13 +103,14 @@ class TestAnswers:
             assert said(sample) == (trace.thinking, trace.summary or "")
             assert sample.output.usage.output_tokens == len(trace) - trace.n_prompt
             assert sample.output.stop_reason == ("max_tokens" if trace.truncated else "stop")
-            assert about["batch"] == len(PROBLEMS)
+            assert 1 <= about["batch"] <= len(PROBLEMS)
             if flow is not None:
                 with stepsal.stepflow(mini, flow) as log:
                     stepsal.generate(mini, problem.question, seed=about["seed"], max_new_tokens=120, **decoding)
-                (answer,) = sample.metadata["stepflow"]["answers"]
+                (answer,) = sample.metadata["stepflow"]
                 assert answer["fired"] == log.summary()["fired"]
-                assert sample.metadata["stepflow"]["config"] == json.loads(json.dumps(flow.to_dict()))
+                assert answer["without_question"] == 0
+                assert answer["config"] == json.loads(json.dumps(flow.to_dict()))
             else:
                 assert "stepflow" not in sample.metadata
         assert len(seeds) == len(PROBLEMS)
@@ -115,7 +119,7 @@ class TestAnswers:
         options = {"temperature": 2.0, "seed": 1, "epochs": 2}
         together = samples_of(run(chains(), tmp_path, **options))
         alone = samples_of(run(chains(), tmp_path, max_connections=1, **options))
-        assert max(s.output.metadata["batch"] for s in together) > 1
+        assert max(s.output.metadata["batch"] for s in together) > 1  # of ten that are asked for at once
         assert {s.output.metadata["batch"] for s in alone} == {1}
         assert [said(s) for s in together] == [said(s) for s in alone]
         assert any(said(a) != said(b) for a, b in zip(together[::2], together[1::2], strict=True))  # epochs differ
@@ -146,6 +150,9 @@ class TestAnswers:
             ({"tau_max": 3}, "tau_max=3"),
             ({"stepflow": "on"}, "'on'"),
             ({"preset": "nowhere.json"}, "nowhere.json"),
+            ({"dtype": "bf16"}, "dtype='bf16' is unknown"),
+            ({"batch_size": 0}, "batch_size=0"),
+            ({"oeb_layers": [99]}, "no layer 99"),
         ],
     )
     def test_bad_arguments_are_refused_at_once(self, args: dict[str, Any], message: str) -> None:
@@ -164,6 +171,7 @@ class TestAnswers:
             ({}, None), ({"stepflow": True}, StepFlowConfig()), ({"alpha": 0.1, "stepflow": False}, None),
             ({"preset": path}, config), ({"preset": path, "alpha": 0.2}, config.but(alpha=0.2)),
             ({"smi_layers": "none"}, StepFlowConfig(smi_layers=None)),
+            ({"oeb_layers": ["0", "1"], "tau_max": "1e-1"}, StepFlowConfig(oeb_layers=(0, 1), tau_max=0.1)),
         ):  # fmt: skip
             assert get_model("stepsal/mini", **args).api.stepflow == wanted
 
@@ -199,28 +207,87 @@ class TestRuns:
         assert done.items() <= resumed.items()
         assert resumed == whole  # as if it had never been interrupted
 
-    def test_models_of_one_name_share_their_weights(self, tmp_path: Path) -> None:
+    def test_models_of_one_name_share_their_weights(self) -> None:
         plain, edited = get_model("stepsal/mini"), get_model("stepsal/mini", tau_max=0.2)
         assert plain.api.engine is edited.api.engine
         assert plain.api.stepflow != edited.api.stepflow
+        assert get_model("stepsal/mini", batch_size=2).api.max_connections() == 2
+
+    def test_inspects_cache_tells_settings_apart(self, tmp_path: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("INSPECT_CACHE_DIR", str(tmp_path / "cache"))
+            strong = {"tau_max": 0.9, "alpha": 3.0, "oeb_layers": "all", "smi_layers": "all"}
+            found = [samples_of(run(chains(), tmp_path, args=args, cache=True)) for args in ({}, strong, {}, strong)]
+        plain, edited, plain_again, edited_again = ([said(s) for s in samples] for samples in found)
+        assert plain == plain_again != edited == edited_again
+        assert all("batch" in s.output.metadata for s in found[1])
 
     def test_cancelled_answers_stop(self) -> None:
-        api = get_model("stepsal/mini").api
-        assert isinstance(api, StepsalAPI)
-        ids = api.model.tokenizer(api.render([ChatMessageUser(content=PROBLEMS[0].question)], []))["input_ids"]
+        engine, ids = get_model("stepsal/mini").api.engine, [1, 2, 3]
         sharing = Sharing(50.0, 1.0, (), None)  # so hot that it does not end by itself
-        requests = [Request(ids, 400, seed, sharing) for seed in (1, 2)]
-        replies = [api.engine.ask(request) for request in requests]
-        requests[0].unwanted.set()
-        assert len(replies[1].result(60).tokens) > 50
-        assert not replies[0].done() or len(replies[0].result().tokens) < 50
+        passes = []
+        handle = engine.model.original_model.register_forward_hook(lambda *_: passes.append(len(passes)))
+        try:
+            request = Request(ids, 900, 3, sharing)
+            reply = engine.ask(request)
+            while len(passes) < 5:
+                time.sleep(0.001)
+            request.unwanted.set()
+            n = len(reply.result(60).tokens)
+        finally:
+            handle.remove()
+        assert 5 <= n < 300  # and 900, or an end that comes once in 491 tokens, without
+        assert len(passes) == n
 
-    def test_an_error_is_that_of_its_batch_and_the_engine_goes_on(self) -> None:
-        engine = get_model("stepsal/mini").api.engine
-        bad = engine.ask(Request([10**9], 5, 0, Sharing(0.0, 1.0, (), None)))
+    def test_an_error_is_that_of_its_request_and_the_engine_goes_on(self) -> None:
+        engine, sharing = get_model("stepsal/mini").api.engine, Sharing(0.0, 1.0, (), None)
+        replies = [engine.ask(Request(ids, 3, 0, sharing)) for ids in ([1, 2], [10**9], [3, 4, 5])]
         with pytest.raises(IndexError):
-            bad.result(30)
-        assert engine.ask(Request([1, 2], 2, 0, Sharing(0.0, 1.0, (), None))).result(30).tokens
+            replies[1].result(30)
+        assert all(len(replies[i].result(30).tokens) == 3 for i in (0, 2))
+
+    def test_settings_without_a_hash(self) -> None:
+        marked = StepFlowConfig(format=Format.with_marker("Answer:"))
+        engine = get_model("stepsal/mini").api.engine
+        requests = [Request([1, 2, 3], 2, 0, Sharing(0.0, 1.0, (), config)) for config in (marked, None, marked)]
+        with pytest.warns(UserWarning, match="found no question"):
+            replies = [reply.result(30) for reply in [engine.ask(request) for request in requests]]
+        assert [reply.log is None for reply in replies] == [False, True, False]
+        assert replies[0].log["without_question"] == 1
+
+    def test_a_closed_model_says_so(self) -> None:
+        model = get_model("stepsal/mini", memoize=False, revision="closing")
+        model.api.close()
+        with pytest.raises(RuntimeError, match="is closed: call get_model again"):
+            anyio.run(model.api.generate, [ChatMessageUser(content="Hi")], [], "auto", GenerateConfig(max_tokens=2))
+
+    @pytest.mark.parametrize(
+        ("options", "named"),
+        [({"top_p": 0.0}, "top_p=0.0"), ({"temperature": -1.0}, "ture=-1.0"), ({"max_tokens": 0}, "max_new_tokens=0")],
+    )
+    def test_numbers_out_of_range(self, options: dict[str, Any], named: str) -> None:
+        api = get_model("stepsal/mini").api
+        with pytest.raises(ValueError, match=named):
+            anyio.run(api.generate, [ChatMessageUser(content="Hi")], [], "auto", GenerateConfig(**options))
+
+    def test_a_call_that_failed_is_repeated_with_its_seed(self) -> None:
+        api, chat = get_model("stepsal/mini").api, [ChatMessageUser(content=PROBLEMS[1].question)]
+        config = GenerateConfig(max_tokens=400, temperature=50.0, seed=8)
+
+        async def cut_off() -> None:
+            with anyio.move_on_after(0.2):
+                await api.generate(chat, [], "auto", config)
+
+        async def twice() -> list[int]:
+            short = config.merge(GenerateConfig(max_tokens=1))
+            return [(await api.generate(chat, [], "auto", short)).metadata["seed"] for _ in range(2)]
+
+        before = len(api._asked)
+        anyio.run(cut_off)
+        assert len(api._asked) == before + 1
+        first, second = anyio.run(twice)
+        assert first != second  # equal calls of a sample differ
+        assert list(api._asked.values())[-1] == 2  # and the one that was cut off does not count
 
 
 def run_file(folder: Path) -> dict[tuple[Any, int], tuple[str, str]]:
@@ -244,6 +311,18 @@ def test_step_maps_are_kept_beside_the_scores(mini: TransformerBridge, tmp_path:
         assert kept["layers"] == [0, 7]
         assert kept["tokens"] == len(trace)
         assert kept["stepflow"]["tau_max"] == 0.3
+
+
+def test_a_sample_without_a_map_does_not_end_the_evaluation(tmp_path: Path) -> None:
+    task = Task(
+        [Sample("Why? " * 2000, target="x", id=0), Sample(PROBLEMS[0].question, target="x", id=1)],
+        solver=[generate(), capture_step_saliency(str(tmp_path / "maps"))], scorer=includes(),
+    )  # fmt: skip
+    long, short = samples_of(run(task, tmp_path))
+    assert "leaves no room" in long.store["step_saliency"]["error"]
+    assert Path(short.store["step_saliency"]["path"]).exists()
+    (alone,) = samples_of(run(Task([Sample("Hi")], solver=capture_step_saliency(str(tmp_path))), tmp_path))
+    assert "are not there" in alone.store["step_saliency"]["error"]
 
 
 def test_maps_need_a_stepsal_model(tmp_path: Path) -> None:
@@ -283,6 +362,40 @@ def test_a_tool_is_called(tmp_path: Path) -> None:
     assert calls[0].tool_calls[0].arguments == {"x": 2, "y": 3}
     (answer,) = (m for m in sample.messages if isinstance(m, ChatMessageTool))
     assert answer.text == "5"
+
+
+@pytest.mark.parametrize(
+    ("text", "rest", "calls"),
+    [
+        (r"The answer is \boxed{\frac{1}{2}}.", r"The answer is \boxed{\frac{1}{2}}.", []),
+        ('```json\n{"name": "x", "arguments": {}}\n```', '```json\n{"name": "x", "arguments": {}}\n```', []),
+        (f"So: {CALL}", "So:", [("add", {"x": 2, "y": 3})]),
+        ('<tool_call>{"name": "list_files"}</tool_call>', "", [("list_files", {})]),
+        ('<tool_call>{"name": "f", "arguments": "{\\"a\\": {\\"b\\": 1}}"}</tool_call>', "", [("f", {"a": {"b": 1}})]),
+        (f"{CALL}\n{CALL}", "", [("add", {"x": 2, "y": 3})] * 2),
+    ],
+)
+def test_what_is_a_tool_call(text: str, rest: str, calls: list[tuple[str, dict]]) -> None:
+    said, found = tool_calls(text)
+    assert said == rest
+    assert [(call.function, call.arguments, call.parse_error) for call in found] == [(*call, None) for call in calls]
+
+
+def test_a_call_that_cannot_be_read_is_told_to_the_model() -> None:
+    for text in ("<tool_call>{</tool_call>", "<tool_call>[1]</tool_call>", '<tool_call>{"arguments": {}}</tool_call>'):
+        (call,) = tool_calls(text)[1]
+        assert "is no call" in call.parse_error
+
+
+R1 = (  # what R1-Distill's template does with earlier answers
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<U>{{ m.content }}{% elif m.role == 'assistant' %}"
+    "<A>{{ m.content.split('</think>')[-1] }}<E>{% endif %}{% endfor %}<A><think>\n"
+)
+STRICT = (  # as Gemma's: no system prompt, user and assistant take turns
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}{% for m in messages %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('take turns') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}{% endfor %}<model>"
+)
 
 
 class TestRendering:
@@ -339,7 +452,7 @@ class TestRendering:
                 ChatMessageTool(content="5", tool_call_id="1", function="add")]  # fmt: skip
         text = api.render(chat, [])
         assert CALL in text
-        assert "<|im_start|>tool\n5<|im_end|>" in text
+        assert "<|im_start|>user\n<tool_response>5</tool_response><|im_end|>" in text
 
     def test_pictures_are_refused(self, api: StepsalAPI) -> None:
         picture = ContentImage(image="data:image/png;base64,AAAA")
@@ -349,3 +462,45 @@ class TestRendering:
     def test_tokens_are_counted_by_the_model(self, api: StepsalAPI, mini: TransformerBridge) -> None:
         text = "Anna needs Hugo."
         assert anyio.run(api.count_text_tokens, text) == len(mini.tokenizer(text)["input_ids"])
+
+    @pytest.fixture
+    def with_template(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], StepsalAPI]:
+        api = get_model("stepsal/mini").api
+
+        def changed(template: str) -> StepsalAPI:
+            monkeypatch.setattr(api.model.tokenizer, "chat_template", template)
+            return api
+
+        return changed
+
+    def test_a_template_that_takes_out_reasoning(self, with_template: Callable[[str], StepsalAPI]) -> None:
+        answer = ChatMessageAssistant(content=[ContentReasoning(reasoning="Because."), ContentText(text="1")])
+        chat = [ChatMessageUser(content="A?"), answer, ChatMessageUser(content="B?")]
+        text = with_template(R1).render(chat, [])
+        assert text.endswith("<U>A?<A><think>Because.</think>1<E><U>B?<A><think>")
+
+    def test_a_template_without_system_prompt_and_tools(self, with_template: Callable[[str], StepsalAPI]) -> None:
+        call = ToolCall(id="1", function="add", arguments={"x": 2, "y": 3})
+        chat = [ChatMessageSystem(content="Be kind."), ChatMessageUser(content="2 + 3?"),
+                ChatMessageAssistant(content="", tool_calls=[call]),
+                ChatMessageTool(content="5", tool_call_id="1", function="add")]  # fmt: skip
+        text = with_template(STRICT).render(chat, [ToolInfo(name="add", description="Add.")])
+        assert text.startswith("<user>Be kind.") or text.startswith("<user>You may call functions")
+        assert f"<assistant>\n{CALL}<user><tool_response>5</tool_response><model>" in text
+        assert with_template(STRICT).render([ChatMessageSystem(content="Hi")], []) == "<user>Hi<model>"
+
+    def test_chats_that_cannot_be_answered(self, with_template: Callable[[str], StepsalAPI]) -> None:
+        api = get_model("stepsal/mini").api
+        with pytest.raises(ValueError, match="the last message is the assistant's"):
+            api.render([ChatMessageUser(content="A?"), ChatMessageAssistant(content="The answer is")], [])
+        with pytest.raises(ValueError, match="tools are not supported for Harmony"):
+            with_template("<|channel|>").render([ChatMessageUser(content="A?")], [ToolInfo(name="f", description="")])
+        api = with_template("{{ raise_exception('take turns') }}")
+        with pytest.raises(ValueError, match="refuses this chat: take turns"):
+            api.render([ChatMessageUser(content="A?")], [])
+
+
+def test_the_solver_can_be_named_on_the_command_line() -> None:
+    from inspect_ai._util.registry import registry_create
+
+    assert registry_create("solver", "stepsal/capture_step_saliency", folder="maps")

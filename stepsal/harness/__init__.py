@@ -10,17 +10,12 @@ name; so what is heavy is imported when it is used. Needs the extra `stepsal[ins
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from inspect_ai import Task, task
 from inspect_ai.model import ModelAPI, modelapi
 from inspect_ai.scorer import Score, Scorer, Target, accuracy, scorer, stderr
 from inspect_ai.solver import Generate, Solver, TaskState, solver
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from stepsal.maps import Target as Loss
 
 __all__ = ["capture_step_saliency", "graded", "hub", "stepsal"]
 
@@ -36,8 +31,8 @@ def stepsal() -> type[ModelAPI]:
 @solver
 def capture_step_saliency(
     folder: str = "step_saliency",
-    layers: Sequence[int] | None = None,
-    target: Loss = "token",
+    layers: list[int] | None = None,
+    target: str = "token",
     keep_tokens: bool = False,
 ) -> Solver:
     """Compute step maps of the sample's last answer and keep them beside the scores.

@@ -1,8 +1,9 @@
 """One model, one thread that runs it: requests that come in together are answered in one batch.
 
 An `Engine` collects requests until none has come for a moment or the batch is full, answers those together that may
-share a batch (the same sampling, stops and StepFlow), and goes on. Models of the same name and options share one
-engine, so that a baseline and StepFlow in one evaluation don't load the weights twice.
+share a batch (the same sampling, stops and StepFlow), and goes on. A batch's answers are given out when the last of
+them is done. Models of the same name and options share one engine, so that a baseline and StepFlow in one evaluation
+don't load the weights twice.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class Request:
     max_new_tokens: int
     seed: int
     sharing: Sharing
+    most_together: int = 16
     unwanted: threading.Event = field(default_factory=threading.Event)
     reply: Future[Reply] = field(default_factory=Future)
 
@@ -65,29 +67,43 @@ class Engine:
 
     Args:
         model: from `stepsal.load`; nobody else may run it in the meantime.
-        batch_size: most answers at once.
     """
 
-    def __init__(self, model: TransformerBridge, batch_size: int) -> None:
-        self.model, self.batch_size = model, batch_size
+    def __init__(self, model: TransformerBridge) -> None:
+        self.model = model
         self._waiting: Queue[Request | _Job | None] = Queue()
+        self._closed = False
         self._thread = threading.Thread(target=self._work, name=f"stepsal {model.cfg.model_name}", daemon=True)
         self._thread.start()
 
     def ask(self, request: Request) -> Future[Reply]:
-        """Answer a request, in its turn."""
-        self._waiting.put(request)
+        """Answer a request, in its turn.
+
+        Raises:
+            RuntimeError: the engine is closed.
+        """
+        self._put(request)
         return request.reply
 
     def run(self, work: Callable[[TransformerBridge], Any]) -> Future[Any]:
-        """Do something else with the model, in its turn."""
+        """Do something else with the model, in its turn, unless the future is cancelled before.
+
+        Raises:
+            RuntimeError: the engine is closed.
+        """
         job = _Job(work, Future())
-        self._waiting.put(job)
+        self._put(job)
         return job.done
 
     def close(self) -> None:
         """End the thread, after what is waiting."""
+        self._closed = True
         self._waiting.put(None)
+
+    def _put(self, what: Request | _Job) -> None:
+        if self._closed or not self._thread.is_alive():
+            raise RuntimeError(f"the model {self.model.cfg.model_name!r} is closed: call get_model again")
+        self._waiting.put(what)
 
     def _work(self) -> None:
         ahead: list[Request | _Job | None] = []  # taken from the queue while collecting
@@ -96,23 +112,29 @@ class Engine:
                 self._do(came)
                 continue
             requests = [came]
-            while len(requests) < self.batch_size and not ahead:
+            while len(requests) < min(request.most_together for request in requests) and not ahead:
                 try:
                     came = self._waiting.get(timeout=PATIENCE)
                 except Empty:
                     break
                 (requests if isinstance(came, Request) else ahead).append(came)  # type: ignore[arg-type]
-            for sharing in dict.fromkeys(request.sharing for request in requests):
-                self._answer([r for r in requests if r.sharing == sharing and not r.unwanted.is_set()])
+            groups: list[list[Request]] = []  # by equality: settings need not have a hash
+            for request in requests:
+                group = next((g for g in groups if g[0].sharing == request.sharing), None)
+                groups.append([request]) if group is None else group.append(request)
+            for group in groups:
+                self._answer([request for request in group if not request.unwanted.is_set()])
 
     def _do(self, job: _Job) -> None:
+        if not job.done.set_running_or_notify_cancel():
+            return
         try:
             job.done.set_result(job.work(self.model))
         except BaseException as error:
             job.done.set_exception(error)
 
     def _answer(self, requests: Sequence[Request]) -> None:
-        """Answer requests that share a batch; an error is that of all of them."""
+        """Answer requests that share a batch; after an error one by one, so that it is that of the guilty alone."""
         if not requests:
             return
         config = requests[0].sharing.stepflow
@@ -127,22 +149,23 @@ class Engine:
             for i, (request, (tokens, ended)) in enumerate(zip(requests, written, strict=True)):
                 summary = None if log is None else log.of(i).summary()
                 request.reply.set_result(Reply(tokens, ended, summary, len(requests)))
-        except BaseException as error:  # of the thread, which must go on
+        except BaseException as error:  # the thread must go on
+            if len(requests) == 1:
+                requests[0].reply.set_exception(error)
+                return
             for request in requests:
-                if not request.reply.done():
-                    request.reply.set_exception(error)
+                self._answer([request])
 
 
 _engines: dict[tuple[Any, ...], tuple[Engine, int]] = {}  # with the number of those who use it
 _lock = threading.Lock()
 
 
-def shared_engine(key: tuple[Any, ...], load: Callable[[], TransformerBridge], batch_size: int) -> Engine:
+def shared_engine(key: tuple[Any, ...], load: Callable[[], TransformerBridge]) -> Engine:
     """The engine of a key, made if there is none; to be given back by `release`."""
     with _lock:
         engine, users = _engines.get(key, (None, 0))
-        engine = engine or Engine(load(), batch_size)
-        engine.batch_size = max(engine.batch_size, batch_size)
+        engine = engine or Engine(load())
         _engines[key] = engine, users + 1
         return engine
 

@@ -170,9 +170,8 @@ class StepFlow:
     def select(self, rows: list[int]) -> None:
         """Keep only these batch rows, as a decoding loop does whose other rows have finished."""
         index = torch.tensor(rows)
+        self.log.lost([r for r, t in enumerate(self._trackers) if r not in rows and not t.found_question])
         self.log.select(rows)
-        dropped = [tracker for row, tracker in enumerate(self._trackers) if row not in rows]
-        self.log.without_question += sum(not tracker.found_question for tracker in dropped)
         self._trackers = [self._trackers[row] for row in rows]
         self._columns = [self._columns[row] for row in rows]
         self._sections, self._before, self._origins = self._sections[rows], self._before[rows], self._origins[rows]
@@ -238,7 +237,7 @@ class StepFlow:
         self._bridging, self._injections = None, None
 
     def _end_sequences(self) -> None:
-        self.log.without_question += sum(not tracker.found_question for tracker in self._trackers)
+        self.log.lost([row for row, tracker in enumerate(self._trackers) if not tracker.found_question])
         self._trackers = []
 
     def _advance(self, ids: NDArray[np.int64], real: NDArray[np.bool_]) -> None:

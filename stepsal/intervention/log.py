@@ -28,7 +28,7 @@ class FlowLog:
     def __init__(self, oeb_layers: tuple[int, ...], smi_layers: tuple[int, ...]) -> None:
         self.oeb_layers, self.smi_layers = oeb_layers, smi_layers
         self.sequences = 0
-        self.without_question = 0
+        self._lost: set[int] = set()  # sequences in which no question was found
         self._rows: list[int] = []  # the sequence of each row of the current batch
         self._held: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {layer: [] for layer in oeb_layers}
         self._sums: dict[int, Tensor] = {}  # [rows | fired | before | after, sequence, head], float64
@@ -46,6 +46,14 @@ class FlowLog:
         self._sum_all()
         self._rows = [self._rows[row] for row in rows]
 
+    @property
+    def without_question(self) -> int:
+        return len(self._lost)
+
+    def lost(self, rows: Sequence[int]) -> None:
+        """In these rows of the batch no question was found."""
+        self._lost.update(self._rows[row] for row in rows)
+
     def of(self, sequence: int) -> FlowLog:
         """The log of one sequence, counted from 0 in the order in which they began.
 
@@ -57,6 +65,7 @@ class FlowLog:
         self._sum_all()
         one = FlowLog(self.oeb_layers, self.smi_layers)
         one.sequences = 1
+        one._lost = {0} if sequence in self._lost else set()
         one._sums = {
             layer: sums[:, sequence : sequence + 1] for layer, sums in self._sums.items() if sums.shape[1] > sequence
         }
@@ -152,8 +161,9 @@ class FlowLog:
 
         return {
             "oeb_layers": list(self.oeb_layers), "smi_layers": list(self.smi_layers), "sequences": self.sequences,
-            "head_rows": rows, "fired": int(oeb["fired"].sum()), "bridge_before": mean("bridge_before"),
-            "bridge_after": mean("bridge_after"), "injections": int(smi["injections"].sum()),
+            "without_question": self.without_question, "head_rows": rows, "fired": int(oeb["fired"].sum()),
+            "bridge_before": mean("bridge_before"), "bridge_after": mean("bridge_after"),
+            "injections": int(smi["injections"].sum()),
         }  # fmt: skip
 
     def __repr__(self) -> str:
