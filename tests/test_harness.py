@@ -475,9 +475,10 @@ class TestRendering:
 
     def test_a_template_that_takes_out_reasoning(self, with_template: Callable[[str], StepsalAPI]) -> None:
         answer = ChatMessageAssistant(content=[ContentReasoning(reasoning="Because."), ContentText(text="1")])
-        chat = [ChatMessageUser(content="A?"), answer, ChatMessageUser(content="B?")]
+        chat = [ChatMessageUser(content="Hi"), ChatMessageAssistant(content="Hello"), ChatMessageUser(content="A?"),
+                answer, ChatMessageUser(content="B?")]  # fmt: skip
         text = with_template(R1).render(chat, [])
-        assert text.endswith("<U>A?<A><think>Because.</think>1<E><U>B?<A><think>")
+        assert text.endswith("<U>Hi<A>Hello<E><U>A?<A><think>Because.</think>1<E><U>B?<A><think>")
 
     def test_a_template_without_system_prompt_and_tools(self, with_template: Callable[[str], StepsalAPI]) -> None:
         call = ToolCall(id="1", function="add", arguments={"x": 2, "y": 3})

@@ -114,13 +114,17 @@ class StepsalAPI(ModelAPI):
         self.batch_size = batch_size
         if config.max_connections is None and config.adaptive_connections is None:
             config.max_connections = batch_size  # as many samples as fit into a batch; Inspect begins with 20 otherwise
+        self.kept: OrderedDict[str, Kept] = OrderedDict()
+        self._asked: OrderedDict[tuple[str, ...], int] = OrderedDict()
         self._key = (model_name, *sorted(options.items(), key=str))
         self.engine = shared_engine(self._key, lambda: load(model_name, **options))
         self._closed = False
         if self.stepflow is not None:
-            self.stepflow.resolve(self.model.cfg.n_layers)  # complains about layers that are not there
-        self.kept: OrderedDict[str, Kept] = OrderedDict()
-        self._asked: OrderedDict[tuple[str, ...], int] = OrderedDict()
+            try:
+                self.stepflow.resolve(self.model.cfg.n_layers)  # complains about layers that are not there
+            except ValueError:
+                self.close()
+                raise
 
     @property
     def model(self) -> TransformerBridge:
@@ -195,8 +199,8 @@ class StepsalAPI(ModelAPI):
                 except (jinja2.TemplateError, TypeError) as error:
                     raise ValueError(f"the chat template of {self.model_name} refuses this chat: {error}") from error
         for message in messages:  # in place of the stand-ins, which no template takes out
-            if isinstance(message, ChatMessageAssistant):
-                text = text.replace(_STAND_IN, f"<think>{reasoning_of(message)}</think>", 1)
+            if isinstance(message, ChatMessageAssistant) and (reasoning := reasoning_of(message)):
+                text = text.replace(_STAND_IN, f"<think>{reasoning}</think>", 1)
         # a template that opens the thinking of earlier answers itself, before content that opens it too
         return re.sub(r"<think>\s*<think>", "<think>", text)
 
