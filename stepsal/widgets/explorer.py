@@ -122,7 +122,7 @@ class Explorer(ipywidgets.VBox):
         state = self.state
         labels = self.scene.traces(state)
         with plots.style():
-            size = (3.6 * len(labels), 3.6 if state["view"] == "map" else 2.0)
+            size = (3.6 * len(labels), 3.9 if state["view"] == "map" else 2.0)
             fig, axes = plt.subplots(1, len(labels), figsize=size, layout="constrained", squeeze=False)
             for ax, label in zip(axes[0], labels, strict=True):
                 values, metric = self.scene.shown(label, state), self.scene.metric(label, state)
