@@ -21,13 +21,11 @@ import ipywidgets
 import traitlets
 
 from stepsal.maps import StepSaliency
-from stepsal.widgets.export import page
+from stepsal.widgets.export import STATIC, page
 from stepsal.widgets.scene import BANDS, METRICS, MOST_LINKS, SCALES, VIEWS, Scene, State
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-STATIC = Path(__file__).parent / "static"
 
 
 class ExplorerView(anywidget.AnyWidget):
