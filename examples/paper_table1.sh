@@ -5,7 +5,8 @@
 #   examples/paper_cost.py                         # first: about how long that takes
 #   MODEL=stepsal/mini RECORDS=tests/records examples/paper_table1.sh    # a dry run, in seconds, without hub and GPU
 #
-# An interrupted run goes on when it is called again: what is done is kept, the rest is run (inspect eval-set).
+# The environment with pip install '.[inspect,hub]' must be active. An interrupted run goes on when it is called again:
+# what is done is kept, the rest is run (inspect eval-set).
 set -euo pipefail
 MODEL=${MODEL:-stepsal/deepseek-ai/DeepSeek-R1-Distill-Qwen-7B}
 BENCHMARKS=${BENCHMARKS:-aime24 aime25 amc23 math500 gpqa-diamond}

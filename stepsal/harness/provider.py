@@ -115,6 +115,7 @@ class StepsalAPI(ModelAPI):
         if config.max_connections is None and config.adaptive_connections is None:
             config.max_connections = batch_size  # as many samples as fit into a batch; Inspect begins with 20 otherwise
         self.kept: OrderedDict[str, Kept] = OrderedDict()
+        self._n_kept = 0  # tokens
         self._asked: OrderedDict[tuple[str, ...], int] = OrderedDict()
         self._key = (model_name, *sorted(options.items(), key=str))
         self.engine = shared_engine(self._key, lambda: load(model_name, **options))
@@ -275,8 +276,9 @@ class StepsalAPI(ModelAPI):
 
     def _keep(self, message: str, answer: Kept) -> None:
         self.kept[message] = answer
-        while sum(len(kept.tokens) for kept in self.kept.values()) > KEPT:
-            self.kept.popitem(last=False)
+        self._n_kept += len(answer.tokens)
+        while self._n_kept > KEPT:
+            self._n_kept -= len(self.kept.popitem(last=False)[1].tokens)
 
     def trace(self, output: ModelOutput) -> Trace:
         """The trace of an answer of this model.
