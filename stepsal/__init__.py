@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stepsal.bridge import load
+    from stepsal.calibration import Calibration, calibrate
     from stepsal.effects import token_effects
     from stepsal.evaluation import Evaluation, Variant, evaluate
     from stepsal.generation import generate, generate_batch
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Calibration",
     "Evaluation",
     "Population",
     "Step",
@@ -25,6 +27,7 @@ __all__ = [
     "StepSaliency",
     "Trace",
     "Variant",
+    "calibrate",
     "collect",
     "evaluate",
     "generate",
@@ -39,6 +42,8 @@ __all__ = [
 # Imported on first use, so that looking at saved maps does not load TransformerLens.
 _HOME = {
     "load": "stepsal.bridge",
+    "Calibration": "stepsal.calibration",
+    "calibrate": "stepsal.calibration",
     "token_effects": "stepsal.effects",
     "generate": "stepsal.generation",
     "generate_batch": "stepsal.generation",

@@ -212,6 +212,11 @@ class Evaluation:
     n_problems: int
     n_samples: int
 
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """Model, task, parameters and versions."""
+        return read_manifest(self.folder, FORMAT, FORMAT_VERSION)
+
     @cached_property
     def answers(self) -> pd.DataFrame:
         """One row per answer that the variants need: way, problem, draw, correct, answer, error, n_new_tokens, ...

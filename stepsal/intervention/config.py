@@ -109,8 +109,11 @@ class StepFlowConfig:
             values["split"] = getattr(self.split, "pattern", None) or getattr(self.split, "__name__", "callable")
         return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, **about: Any) -> Path:
         """Write the settings as JSON, to be read by `load` and by whatever takes a `preset`.
+
+        Args:
+            about: what else to keep in the file, JSON-ready, such as where the settings come from.
 
         Raises:
             ValueError: a format or a split of your own, which a file can't hold.
@@ -118,7 +121,7 @@ class StepFlowConfig:
         if not isinstance(self.format, str) or not isinstance(self.split, str):
             raise ValueError(f"format={self.format!r} and split={self.split!r} can't be written to a file; use names")
         path = Path(path)
-        write_atomic(path, (json.dumps({"stepflow": self.to_dict()}, indent=2) + "\n").encode())
+        write_atomic(path, (json.dumps({"stepflow": self.to_dict(), **about}, indent=2) + "\n").encode())
         return path
 
     @classmethod

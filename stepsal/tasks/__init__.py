@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from stepsal.tasks import chain
 
 if TYPE_CHECKING:
-    from stepsal.tasks import answers, gym, hub, jsonl
+    from stepsal.tasks import answers, gym, hub, jsonl, parts
     from stepsal.trace import Trace
 
-__all__ = ["Problem", "Task", "Verdict", "answers", "chain", "gym", "hub", "jsonl"]
+__all__ = ["Problem", "Task", "Verdict", "answers", "chain", "gym", "hub", "jsonl", "parts"]
 
 
 class Verdict(Protocol):
@@ -47,6 +47,6 @@ class Task(Protocol):
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("answers", "gym", "hub", "jsonl"):  # on first use: what they need is optional
+    if name in ("answers", "gym", "hub", "jsonl", "parts"):  # on first use: what they need is optional
         return import_module(f"stepsal.tasks.{name}")
     raise AttributeError(f"module 'stepsal.tasks' has no attribute {name!r}")

@@ -1,0 +1,272 @@
+"""Layers and strengths of StepFlow for a model and a task: proposed by the model's own maps, tried out, and held out.
+
+    1. profile      A few answers with their maps say in which layers wrong traces lock in more than correct ones, and
+                    in which their summary leaves the thinking; that becomes a prior (`stepsal.proposals`).
+    2. search       Settings drawn by the prior, the paper's among them, answer problems beside the baseline. The worse
+                    half is dropped after each round and the rest go on, with the same number of answers in each round:
+                    successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943).
+    3. held out     The best one and the baseline answer problems that nothing was chosen by. Only this comparison
+                    counts: what a setting gained in the search is what it was chosen for, and so too high, the more so
+                    the more settings there were (the winner's curse).
+
+No question is in two of these. The folder keeps all answers, and a call that was interrupted goes on:
+
+    folder/profile/, folder/search/, folder/held_out/
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from stepsal.accuracy import PairedDifference
+from stepsal.evaluation import Evaluation, Variant, evaluate
+from stepsal.intervention import StepFlowConfig, stepflow
+from stepsal.population import collect
+from stepsal.proposals import describe, layer_words, possible, profile_evidence, propose
+from stepsal.stats import FEWEST
+from stepsal.tasks.parts import Part
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformer_lens.model_bridge import TransformerBridge
+
+    from stepsal.tasks import Task
+
+MOST_TRACES = 64  # of the profile
+SHARES = {"profile": (0.0, 1 / 8), "search": (1 / 8, 9 / 16), "held_out": (9 / 16, 1.0)}  # of the questions
+BASELINE, CHOSEN = "baseline", "chosen"
+
+
+def calibrate(
+    model: TransformerBridge,
+    task: Task,
+    budget: int,
+    *,
+    folder: str | Path,
+    settings: int | Sequence[StepFlowConfig] = 16,
+    base: StepFlowConfig | None = None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    max_new_tokens: int = 512,
+    system: str | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> Calibration:
+    """Choose layers, tau_max and alpha of StepFlow, and say on held-out problems whether they help.
+
+    An eighth of the budget, at most 64 answers, goes to the profile, half of the rest to the search, and the other half
+    to the held-out comparison.
+
+    Args:
+        model: from `stepsal.load`.
+        task: gives the problem of a seed. One that has a length is divided whole, and its problems come again, with
+            other draws, where the budget goes beyond them.
+        budget: how many answers the model may write. A larger one in the same folder goes on with those that are there,
+            and looks at the held-out problems again.
+        folder: made if it is not there.
+        settings: how many to begin the search with, or which ones; then there is no profile.
+        base: what is not searched, where settings are not given: window, bridge, format, steps. None is the paper's.
+        temperature, top_p, max_new_tokens, system: see `stepsal.generate`.
+        seed: of problems and settings.
+        batch_size: answers decoded together.
+        progress: show bars over answers.
+
+    Raises:
+        ValueError: fewer than two settings, a budget that is too small for them, greedy decoding of more answers than
+            there are problems, or whatever `stepsal.collect` and `stepsal.evaluate` refuse; before any work.
+    """
+    given = None if isinstance(settings, int) else tuple(settings)
+    n_settings = settings if isinstance(settings, int) else len(settings)
+    if n_settings < 2 or (given and len(set(map(describe, given))) < n_settings):
+        raise ValueError(f"settings={settings} must be two or more that differ; to try one, use stepsal.evaluate")
+    if given is None and n_settings > (there := possible(model.cfg.n_layers)):
+        raise ValueError(f"settings={settings} is more than the {there} that there are for {model.cfg.n_layers} layers")
+    n_profile, n_search, n_held_out = divide(budget, profile=given is None)
+    rounds = halving(n_settings, n_search)
+    if rounds[0].n_problems < FEWEST:
+        enough = next(
+            b for b in count(budget) if halving(n_settings, divide(b, given is None)[1])[0].n_problems >= FEWEST
+        )
+        raise ValueError(
+            f"budget={budget} leaves {rounds[0].n_problems} problems for the first round of {n_settings} settings: use "
+            f"at least {enough}, or fewer settings"
+        )
+    base = base or StepFlowConfig()
+    for config in given or (base,):
+        with stepflow(model, config):  # complains about what the model does not have, such as a chat template
+            pass
+    parts = {name: Part(task, *shares, seed) for name, shares in SHARES.items()}
+    for name, n in (("profile", n_profile), ("search", rounds[-1].n_problems), ("held_out", n_held_out)):
+        found = parts[name].n_problems
+        if temperature == 0 and found is not None and found < n:
+            raise ValueError(
+                f"budget={budget} asks for {n} {name} problems, of which {task.name} has {found}, and temperature=0 "
+                "gives the same answers again: use a smaller budget, or a temperature"
+            )
+    folder = Path(folder)
+    options: dict[str, Any] = {
+        "temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "system": system,
+        "progress": progress,
+    }  # fmt: skip
+    evidence = None
+    if given is None:
+        profile = collect(model, parts["profile"], n_profile, folder / "profile", part_size=batch_size, **options)
+        evidence = profile_evidence(profile.metrics, model.cfg.n_layers)
+        given = propose(evidence, n_settings, base=base, seed=seed)
+
+    options["batch_size"] = batch_size
+    left, runs = [Variant(describe(config), stepflow=config) for config in given], list[Evaluation]()
+    for n_left, n_problems in rounds:
+        variants = [Variant(BASELINE), *left[:n_left]]
+        runs.append(evaluate(model, parts["search"], variants, n_problems, folder=folder / "search", **options))
+        gains = {v.name: runs[-1].verdicts(v.name).mean() for v in variants}
+        left = sorted(left[:n_left], key=lambda v: -gains[v.name])  # stable: of equal ones, the likelier stays
+    pair = [Variant(BASELINE), Variant(CHOSEN, stepflow=left[0].stepflow)]
+    held_out = evaluate(model, parts["held_out"], pair, n_held_out, folder=folder / "held_out", **options)
+    return Calibration(str(model.cfg.model_name), task.name, budget, seed, evidence, given, tuple(runs), held_out)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was found.
+
+    Attributes:
+        model, task, budget, seed: as asked for.
+        evidence: of the profile (see `stepsal.proposals.profile_evidence`); None where the settings were given.
+        settings: tried; the likelier, or the earlier given, first.
+        rounds: of the search; each has the answers of those before, and fewer settings.
+        held_out: the variants "baseline" and "chosen" on problems of their own.
+    """
+
+    model: str
+    task: str
+    budget: int
+    seed: int
+    evidence: pd.DataFrame | None
+    settings: tuple[StepFlowConfig, ...]
+    rounds: tuple[Evaluation, ...]
+    held_out: Evaluation
+
+    @property
+    def chosen(self) -> StepFlowConfig:
+        """The best setting of the search, whether it helps or not."""
+        return next(config for v in self.held_out.variants if (config := v.stepflow) is not None)
+
+    @cached_property
+    def difference(self) -> PairedDifference:
+        """Accuracy of the chosen setting minus the baseline's, on the held-out problems."""
+        return self.held_out.difference(BASELINE, CHOSEN)
+
+    @property
+    def beats_baseline(self) -> bool:
+        """Whether the 95 % interval of the held-out difference lies above zero."""
+        return self.difference.low > 0
+
+    @property
+    def stepflow(self) -> StepFlowConfig:
+        """The chosen setting if it beats the baseline, otherwise one with both parts off, which edits nothing."""
+        return self.chosen if self.beats_baseline else self.chosen.but(oeb_layers=None, smi_layers=None)
+
+    @cached_property
+    def search(self) -> pd.DataFrame:
+        """One row per setting tried, the best first.
+
+        Columns: setting, oeb_layers, tau_max, smi_layers, alpha; rounds (that it stayed in); n_problems (that it has
+        answered by then), accuracy on them, baseline (its accuracy on the same ones), difference.
+        """
+        import pandas as pd
+
+        rows = []
+        for config in self.settings:
+            name = describe(config)
+            stayed = [run for run in self.rounds if name in {v.name for v in run.variants}]
+            accuracy, baseline = (float(stayed[-1].verdicts(n).mean()) for n in (name, BASELINE))
+            rows.append(
+                {"setting": name, "oeb_layers": config.oeb_layers, "tau_max": config.tau_max,
+                 "smi_layers": config.smi_layers, "alpha": config.alpha, "rounds": len(stayed),
+                 "n_problems": stayed[-1].n_problems, "accuracy": accuracy, "baseline": baseline,
+                 "difference": accuracy - baseline}
+            )  # fmt: skip
+        table = pd.DataFrame(rows)
+        return table.sort_values(["rounds", "accuracy"], ascending=False, kind="stable", ignore_index=True)
+
+    def __str__(self) -> str:
+        """What was done and found, in a few lines."""
+        best, found, n = self.search.iloc[0], self.difference, len(self.settings)
+        lines = [f"StepFlow for {self.model} on {self.task}: {self.budget} answers, seed {self.seed}"]
+        if self.evidence is not None:
+            for part, of_part in self.evidence.groupby("part", sort=False):
+                top = of_part.sort_values("t", ascending=False).iloc[0]  # NaN comes last
+                where = f"is most above that of {top['n_correct']} correct ones in layers {layer_words(top['layers'])}"
+                where = f"{where}, t = {top['t']:.1f}" if top["t"] > 0 else "points nowhere"
+                lines.append(f"profile: {top['metric']} of {top['n_wrong']} wrong traces {where} ({part})")
+        different = "" if found.n_different == found.n_problems else f", {found.n_different} different"
+        return "\n".join(
+            [
+                *lines,
+                f"chosen among {n} settings: {describe(self.chosen)}",
+                f"in the search: {100 * best['difference']:+.1f} points over the baseline (n = {best['n_problems']}). "
+                f"The best of {n} is too high, since it was chosen for this number (winner's curse)",
+                f"held out: {100 * found.difference:+.1f} points (95 %: {100 * found.low:+.1f} to "
+                f"{100 * found.high:+.1f}), {found.fixed} fixed, {found.broken} broken, p = {found.p:.2g} "
+                f"(n = {found.n_problems}{different})",
+                "the chosen setting beats the baseline"
+                if self.beats_baseline
+                else "no setting beats the baseline; with this many answers, a gain of "
+                f"{100 * found.detectable:.1f} points would be seen in 4 of 5 cases",
+            ]
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write `stepflow` as a preset, JSON, with what it rests on beside it.
+
+        `StepFlowConfig.load` reads it, and so does `-M preset=` in Inspect. Where no setting beats the baseline, it
+        switches both parts off.
+
+        Raises:
+            ValueError: a format or a split of your own, which a file can't hold.
+        """
+        manifest, best = self.held_out.manifest, self.search.iloc[0]
+        about = {
+            "model": self.model, "weights": manifest["weights"], "task": self.task, "decoding": manifest["decoding"],
+            "budget": self.budget, "seed": self.seed, "n_settings": len(self.settings),
+            "chosen": self.chosen.to_dict(), "beats_baseline": self.beats_baseline,
+            "search": {"n_problems": int(best["n_problems"]), "difference": float(best["difference"])},
+            "held_out": {k: None if v != v else v for k, v in asdict(self.difference).items()},  # NaN is no JSON
+        }  # fmt: skip
+        return self.stepflow.save(path, calibration=about)
+
+
+class Round(NamedTuple):
+    """Of the search: settings in it, and problems that each of them has answered at its end."""
+
+    n_settings: int
+    n_problems: int
+
+
+def divide(budget: int, profile: bool = True) -> tuple[int, int, int]:
+    """Answers of the profile, answers of the search, and held-out problems, each of which is answered twice."""
+    n_profile = min(budget // 8, MOST_TRACES) if profile else 0
+    n_search = (budget - n_profile) // 2
+    return n_profile, n_search, (budget - n_profile - n_search) // 2
+
+
+def halving(n_settings: int, n_answers: int) -> tuple[Round, ...]:
+    """Rounds of successive halving down to two settings, about the same number of answers in each.
+
+    The baseline answers beside the settings, and is never dropped.
+    """
+    sizes = [n_settings]
+    while sizes[-1] > 2:
+        sizes.append(math.ceil(sizes[-1] / 2))
+    new = [n_answers // len(sizes) // (size + 1) for size in sizes]
+    return tuple(map(Round, sizes, np.cumsum(new).tolist()))
