@@ -277,7 +277,7 @@ def _decode(
             if not going:
                 break
             if len(going) < len(running):  # a row that is done stops costing
-                index = torch.tensor(going, device=device)
+                index = torch.tensor(going)  # on the CPU: it selects from caches on whatever device
                 cache.batch_select_indices(index)  # type: ignore[union-attr]
                 chosen, mask = chosen[index], mask[index]
                 if flow is not None:

@@ -16,11 +16,11 @@ import stepsal
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"segment", "pooling", "versions", "storage", "stats", "accuracy", "ticks"},
-    {"trace", "bridge", "flops"},
+    {"trace", "bridge", "flops", "devices"},
     {"maps", "tracking"},
     {"intervention", "metrics"},
     {"saliency", "generation", "effects"},
-    {"tasks", "population", "proposals"},
+    {"tasks", "population", "proposals", "footprint"},
     {"evaluation"},
     {"calibration"},
     {"plots", "figures"},

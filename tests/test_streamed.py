@@ -20,6 +20,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 import stepsal
+from stepsal import devices
 from stepsal.saliency import memory
 from stepsal.saliency.attention import Attention, Workspace, attend, attend_backward, attention_of, row_blocks
 from stepsal.saliency.pattern import pattern_maps
@@ -495,8 +496,8 @@ class TestMemory:
             (group / "memory.max").write_text(f"{limit}\n")
             (group / "memory.current").write_text(f"{used}\n")
             (group / "memory.stat").write_text("anon 60\ninactive_file 30\n")
-        assert memory._left_in_control_groups(tmp_path / "root", own) == [40]
-        assert memory._left_in_control_groups(tmp_path / "root", tmp_path / "none") == []
+        assert devices.left_in_control_groups(tmp_path / "root", own) == [40]
+        assert devices.left_in_control_groups(tmp_path / "root", tmp_path / "none") == []
 
     def test_the_engine_is_chosen_by_size(self, smollm2: TransformerBridge) -> None:
         options: dict = {"layers": tuple(range(30)), "keep_heads": False, "keep_tokens": False, "engine": "auto"}

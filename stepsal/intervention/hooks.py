@@ -19,7 +19,8 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,13 +76,23 @@ def active_flow(model: TransformerBridge) -> StepFlow | None:
     return _active.get(model)
 
 
-class _Bridging(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Bridging:
     """OEB in one pass: sections that are bridge and segment of each query row, and the ceiling for each window."""
 
     bridge: Tensor  # bool [batch, query_pos, key_pos]
     segment: Tensor  # bool [batch, query_pos, key_pos]
     ceilings: dict[int | None, Tensor]  # window of a layer -> [batch, query_pos]
     eligible: dict[int | None, Tensor]  # ceiling > 0
+    copies: dict[torch.device, _Bridging] = field(default_factory=dict)  # for layers on other devices
+
+    def on(self, device: torch.device) -> _Bridging:
+        if device == self.bridge.device:
+            return self
+        if device not in self.copies:
+            ceilings, eligible = ({w: x.to(device) for w, x in of.items()} for of in (self.ceilings, self.eligible))
+            self.copies[device] = _Bridging(self.bridge.to(device), self.segment.to(device), ceilings, eligible)
+        return self.copies[device]
 
 
 class StepFlow:
@@ -330,7 +341,7 @@ class StepFlow:
         def hook(pattern: Tensor, hook: HookPoint) -> Tensor | None:  # [batch, head, query_pos, key_pos]
             if self._bridging is None:
                 return None
-            bridging, window, n_keys = self._bridging, self._windows[layer], pattern.shape[-1]
+            bridging, window, n_keys = self._bridging.on(pattern.device), self._windows[layer], pattern.shape[-1]
             if n_keys > bridging.bridge.shape[-1]:
                 raise ValueError(f"a cache of fixed size ({n_keys} keys) is not supported: use a DynamicCache")
             bridged = odds_equal_bridge(
@@ -366,7 +377,8 @@ class StepFlow:
             if self._injections is not None:
                 kept_from = chunks[0][0] if chunks else self._first
                 kept = torch.cat([*(chunk for _, chunk in chunks), v], dim=1)
-                injections = self._injections._replace(member_pos=self._injections.member_pos - kept_from)
+                injections = Injections(*(x.to(v.device) for x in self._injections))
+                injections = injections._replace(member_pos=injections.member_pos - kept_from)
                 means = previous_step_means(kept, injections)  # [injection, kv_head, d_head]
                 edited = inject(z, means, injections, self.config.alpha)
                 per_head = z.shape[2] // means.shape[1]

@@ -8,13 +8,11 @@ SmolLM2-135M in float32 on a CPU.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-import psutil
-import torch
 from transformer_lens.model_bridge import TransformerBridge
 
+from stepsal.devices import devices_of, free_bytes
 from stepsal.saliency.attention import attention_of
 from stepsal.saliency.streamed import LOGITS
 
@@ -66,7 +64,7 @@ def plan(
         MemoryError: what the engine needs is not free.
     """
     sizes = _Sizes(model, n_tokens, n_steps, layers, keep_heads, keep_tokens, forward_only)
-    free = free_bytes(next(model.parameters()).device)
+    free = sum(map(free_bytes, devices_of(model)))  # of several, each has its layers
     if engine == "streamed" and only_pattern:
         raise ValueError(f'{only_pattern}: use engine="pattern"')
     patterns, streamed = Plan("pattern", 0, 0, sizes.patterns()), sizes.streamed(free)
@@ -86,31 +84,13 @@ def plan(
     return chosen
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that can be had where the model runs."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + cached
-    return min([int(psutil.virtual_memory().available), *_left_in_control_groups()])
+def least_bytes(model: TransformerBridge, n_tokens: int, n_steps: int) -> tuple[int, int]:
+    """What the streamed and the pattern engine need for the maps of all layers, whatever is free.
 
-
-def _left_in_control_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
-    """What the control groups of this process, such as a container, leave it: limit minus use, caches left out."""
-    found: list[int] = []
-    try:
-        (line,) = (line for line in own.read_text().splitlines() if line.startswith("0::"))
-        folder = root / line.removeprefix("0::").lstrip("/")
-        for group in (folder, *folder.parents):
-            if not group.is_relative_to(root):
-                break
-            limit = (group / "memory.max").read_text().strip() if (group / "memory.max").exists() else "max"
-            if limit != "max":
-                counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-                used = int((group / "memory.current").read_text()) - int(counts.get("inactive_file", 0))
-                found.append(max(0, int(limit) - used))
-    except (OSError, ValueError):  # no control groups of the second version: nothing is known of a limit
-        pass
-    return found
+    The model may be a blueprint, without weights.
+    """
+    sizes = _Sizes(model, n_tokens, n_steps, tuple(range(model.cfg.n_layers)), False, False, False)
+    return sizes.streamed(0).n_bytes, sizes.patterns()
 
 
 class _Sizes:

@@ -120,7 +120,7 @@ def pattern_maps(
     with differentiable(model), first_hooks_on(model, first_hooks), model.hooks(fwd_hooks=fwd_hooks):
         inputs = tokens.to(device)[None].clone()  # a copy made here is no inference tensor
         logits = model(inputs, attention_mask=torch.ones_like(inputs), return_type="logits")
-        loss = F.cross_entropy(logits[0, :-1].float(), inputs[0, 1:], reduction="sum")
+        loss = F.cross_entropy(logits[0, :-1].float(), inputs[0, 1:].to(logits.device), reduction="sum")
         loss.backward()
     return pool.result(layers)
 

@@ -98,7 +98,7 @@ class StreamedPass:
             )
         with torch.no_grad():
             expected = unembed(self.model, final[0][:, -1:])
-            if not torch.allclose(expected, logits, rtol=1e-3, atol=1e-4, equal_nan=True):
+            if not torch.allclose(expected, logits.to(expected.device), rtol=1e-3, atol=1e-4, equal_nan=True):
                 raise ValueError(
                     f"the logits of {self.model.cfg.model_name!r} are not its unembedding of the last residual stream: "
                     'use engine="pattern"'
@@ -109,6 +109,7 @@ class StreamedPass:
         """Differentiate the summed loss; every requested layer is pooled on the way."""
         gradient = torch.zeros_like(final)  # [pos, d_model]; the last position predicts nothing
         size = max(1, LOGITS // self.model.cfg.d_vocab)
+        tokens = tokens.to(final.device)
         for first in range(0, len(tokens) - 1, size):
             x = final[first : min(first + size, len(tokens) - 1)].detach().requires_grad_()
             logits = wide(unembed(self.model, x))  # [chunk, d_vocab]
