@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from stepsal.calibration import Calibration, calibrate
     from stepsal.effects import token_effects
     from stepsal.evaluation import Evaluation, Variant, evaluate
+    from stepsal.footprint import Footprint, memory_needed
     from stepsal.generation import generate, generate_batch
     from stepsal.intervention import StepFlowConfig, stepflow
     from stepsal.maps import StepSaliency
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Calibration",
     "Evaluation",
+    "Footprint",
     "Population",
     "Step",
     "StepFlowConfig",
@@ -33,6 +35,7 @@ __all__ = [
     "generate",
     "generate_batch",
     "load",
+    "memory_needed",
     "step_attention",
     "step_saliency",
     "stepflow",
@@ -45,6 +48,8 @@ _HOME = {
     "Calibration": "stepsal.calibration",
     "calibrate": "stepsal.calibration",
     "token_effects": "stepsal.effects",
+    "Footprint": "stepsal.footprint",
+    "memory_needed": "stepsal.footprint",
     "generate": "stepsal.generation",
     "generate_batch": "stepsal.generation",
     "StepFlowConfig": "stepsal.intervention",

@@ -10,6 +10,7 @@ the first token that it reaches directly is the second one of a step.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,16 +31,19 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def token_effects(model: TransformerBridge, trace: Trace, stepflow: StepFlowConfig) -> pd.DataFrame:
+def token_effects(
+    model: TransformerBridge, trace: Trace, stepflow: StepFlowConfig | Mapping[str, StepFlowConfig]
+) -> pd.DataFrame:
     """Compare the next-token distributions without and with StepFlow at each token of an answer.
 
     Args:
         model: from `stepsal.load`.
-        trace: whose answer is read again; two forward passes.
-        stepflow: settings.
+        trace: whose answer is read again; one forward pass, and one for each setting.
+        stepflow: settings, or several by name.
 
     Returns:
-        One row per token of the answer, in order. Columns: position (of the token, in the trace), step (-1: template),
+        One row per token of the answer, in order; of several settings, one after the other, with their name in the
+        column `variant`. Columns: position (of the token, in the trace), step (-1: template),
         role, in_step (0 for the first token of a step; -1 in the template), entropy (nats, of the distribution without
         StepFlow from which the token comes), kl (nats, from that distribution to the one with StepFlow), switched (the
         most likely token differs).
@@ -52,22 +56,25 @@ def token_effects(model: TransformerBridge, trace: Trace, stepflow: StepFlowConf
     if active_flow(model) is not None:
         raise ValueError("a stepflow context is open: leave it, and pass its settings as stepflow=")
     before = _next_token(model, trace)
-    with open_stepflow(model, stepflow):
-        after = _next_token(model, trace)
-    compared = [_compare(*each) for each in zip(before.split(CHUNK), after.split(CHUNK), strict=True)]
-    of_token = {name: np.concatenate([chunk[name] for chunk in compared]) for name in compared[0]}
     positions = np.arange(trace.n_prompt, len(trace))
     step_ids = trace.step_ids.numpy()[positions]
     starts = np.array([step.start for step in trace.steps])
-    return pd.DataFrame(
+    tokens = pd.DataFrame(
         {
             "position": positions,
             "step": step_ids,
             "role": ["template" if i < 0 else trace.steps[i].role for i in step_ids],
             "in_step": np.where(step_ids < 0, -1, positions - starts[step_ids]),
-            **of_token,
         }
     )
+    frames = []
+    for name, config in ({"": stepflow} if isinstance(stepflow, StepFlowConfig) else stepflow).items():
+        with open_stepflow(model, config):
+            after = _next_token(model, trace)
+        compared = [_compare(*each) for each in zip(before.split(CHUNK), after.split(CHUNK), strict=True)]
+        of_token = {column: np.concatenate([chunk[column] for chunk in compared]) for column in compared[0]}
+        frames.append(tokens.assign(**of_token, **({"variant": name} if name else {})))
+    return pd.concat(frames, ignore_index=True)
 
 
 def _next_token(model: TransformerBridge, trace: Trace) -> Float[Tensor, "answer_token d_vocab"]:

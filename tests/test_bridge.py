@@ -13,6 +13,7 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 import stepsal
 from stepsal.bridge import attention_hooks, check_model, preset
+from stepsal.saliency.memory import least_bytes
 
 MINI = Path(__file__).parents[1] / "data" / "mini"
 
@@ -118,3 +119,57 @@ class TestRefusals:
     def test_a_folder_that_is_none(self, tmp_path: Path) -> None:
         with pytest.raises((OSError, ValueError), match=str(tmp_path.name)):
             stepsal.load(str(tmp_path))
+
+
+class TestRoom:
+    """What a model needs, and where it goes."""
+
+    def test_spread_over_what_there_is(self, mini: TransformerBridge) -> None:
+        model = stepsal.load(str(MINI), device_map="auto")
+        assert {p.device for p in model.parameters()} == {torch.device("cpu")}
+        question = "Hugo is 4 plus 3. Anna is Hugo plus 9. What is Anna?"
+        config = stepsal.StepFlowConfig(tau_max=0.4)
+        expected, got = (stepsal.generate(m, question, stepflow=config, max_new_tokens=60) for m in (mini, model))
+        assert got.response == expected.response
+        maps = [stepsal.step_saliency(m, got).values for m in (mini, model)]
+        assert torch.equal(*maps)
+
+    @pytest.mark.parametrize("other", [{"device": "cpu"}, {"hf_model": tiny_hf_model("Llama")}])
+    def test_device_map_stands_alone(self, other: dict) -> None:
+        with pytest.raises(ValueError, match=r"device_map='auto' .* without device and hf_model"):
+            stepsal.load(str(MINI), device_map="auto", **other)
+
+    def test_what_would_be_left_outside_is_refused(self) -> None:
+        places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+        places |= {f"model.layers.{i}": "cpu" if i < 4 else "disk" for i in range(8)}
+        with pytest.raises(MemoryError, match="would leave some of it where gradients can't be had"):
+            stepsal.load(str(MINI), device_map=places)
+
+    def test_a_model_that_does_not_fit_is_not_loaded(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        config = transformers.Qwen2Config(  # of R1-Distill-Qwen-7B
+            hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+            num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False,
+        )  # fmt: skip
+        config.save_pretrained(tmp_path)
+        monkeypatch.setattr("stepsal.bridge.free_bytes", lambda device: 20 * 10**9)
+        with pytest.raises(
+            MemoryError, match=r"7\.62 billion parameters, 30\.5 GB in float32, but 20\.0 GB are free on"
+        ):
+            stepsal.load(str(tmp_path))
+        with pytest.raises(OSError, match=r"no file named model\.safetensors"):  # it would fit, if it were there
+            stepsal.load(str(tmp_path), dtype=torch.bfloat16)
+        found = stepsal.memory_needed(str(tmp_path), 8192, batch_size=2)
+        assert found.weights == 2 * found.n_parameters == 2 * 7_615_616_512
+        assert found.cache == 2 * 8192 * 28 * 2 * 4 * 128 * 2
+        assert found.streamed < found.weights < found.patterns
+        assert "7.62 billion in bfloat16" in str(found)
+
+    def test_needs_are_those_of_the_loaded_model(self, mini: TransformerBridge) -> None:
+        found = stepsal.memory_needed(str(MINI), 2000, dtype=torch.float32)
+        parameters = list(mini.original_model.parameters())
+        assert found.weights == sum(p.numel() * 4 for p in parameters)
+        assert (found.streamed, found.patterns) == least_bytes(mini, 2000, 200)
+
+    def test_numbers_that_make_no_sense(self) -> None:
+        with pytest.raises(ValueError, match="n_tokens=0"):
+            stepsal.memory_needed(str(MINI), 0)

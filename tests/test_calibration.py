@@ -169,6 +169,8 @@ class TestCalibrate:
     def test_the_preset_says_where_it_comes_from(self, planted: Calibration, tmp_path: Path) -> None:
         path = planted.save(tmp_path / "preset.json")
         assert StepFlowConfig.load(path) == PLANTED
+        provider = pytest.importorskip("stepsal.harness.provider")
+        assert provider.stepflow_of({"preset": str(path)}) == PLANTED  # what -M preset= does
         about = json.loads(path.read_text())["calibration"]
         assert about["beats_baseline"] is True
         assert about["model"] == "mini"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from transformer_lens.model_bridge import TransformerBridge
@@ -73,3 +74,14 @@ def test_no_edit_has_no_effect_and_nothing_is_left_behind(mini: TransformerBridg
     with stepsal.stepflow(mini), pytest.raises(ValueError, match="context is open"):
         token_effects(mini, traces[0], ONLY_SMI)
     assert not any(point.fwd_hooks for point in mini.hook_dict.values())
+
+
+def test_several_settings_at_once_are_the_same_as_one_by_one(mini: TransformerBridge) -> None:
+    trace = stepsal.generate(mini, chain.sample(1, length=3).question, max_new_tokens=100)
+    configs = {"paper": stepsal.StepFlowConfig(), "strong": stepsal.StepFlowConfig(tau_max=0.5, alpha=1.0)}
+    both = stepsal.token_effects(mini, trace, configs)
+    assert list(both["variant"].unique()) == list(configs)
+    for name, config in configs.items():
+        one = both[both["variant"] == name].drop(columns="variant").reset_index(drop=True)
+        pd.testing.assert_frame_equal(one, stepsal.token_effects(mini, trace, config))
+    assert both.groupby("variant")["kl"].mean().is_monotonic_increasing

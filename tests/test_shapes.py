@@ -6,8 +6,6 @@ vocabulary and the number of experts (which no part of stepsal looks at) are cut
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import brute_force
 import psutil
 import pytest
@@ -30,8 +28,7 @@ SHAPES = {
         "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4,
         "rope_theta": 1e4}),
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B": ("Qwen2", {**QWEN2, "intermediate_size": 13824, "rope_theta": 1e6}),
-    "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B": ("Qwen2", {**QWEN2, "intermediate_size": 27648, "rope_theta": 1e6}),
-    "Qwen/QwQ-32B": ("Qwen2", {**QWEN2, "intermediate_size": 27648, "rope_theta": 1e6}),
+    "Qwen/QwQ-32B": ("Qwen2", {**QWEN2, "intermediate_size": 27648, "rope_theta": 1e6}),  # and R1-Distill-Qwen-32B
     "openai/gpt-oss-20b": ("GptOss", {"num_local_experts": 8}),  # the rest is the default of its configuration
     "Qwen/Qwen3-8B": ("Qwen3", {
         "hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -41,7 +38,7 @@ RESPONSE = " One is two. It is so again. We see it once more. </think> Two."
 
 
 @pytest.fixture(scope="module", params=SHAPES, ids=lambda name: name.rpartition("/")[2])
-def wide(request: pytest.FixtureRequest) -> Iterator[TransformerBridge]:
+def wide(request: pytest.FixtureRequest) -> TransformerBridge:
     """Parameters are stretches of one million random numbers, since drawing a billion takes a minute."""
     architecture, shape = SHAPES[request.param]
     shape |= {"num_hidden_layers": 2, "vocab_size": 160, "max_position_embeddings": 4096, "tie_word_embeddings": False}
@@ -62,7 +59,7 @@ def wide(request: pytest.FixtureRequest) -> Iterator[TransformerBridge]:
                 p.copy_(1 + 0.1 * values)
             else:
                 p.copy_(values * (0.5 if p.ndim == 1 else p.shape[-1] ** -0.5))
-    yield stepsal.load(request.param, hf_model=hf_model.eval(), tokenizer=char_tokenizer())
+    return stepsal.load(request.param, hf_model=hf_model.eval(), tokenizer=char_tokenizer())
 
 
 def trace_of(model: TransformerBridge, response: str = RESPONSE) -> Trace:

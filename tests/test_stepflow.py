@@ -133,7 +133,8 @@ class TestEquivalence:
         seen: list[tuple] = []
 
         def look(pattern: Tensor, hook: object) -> None:
-            seen.append(tuple(active_flow(model)._bridging[:2]))
+            bridging = active_flow(model)._bridging
+            seen.append((bridging.bridge, bridging.segment))
 
         turn = "<user>And why is that?<assistant><think>" + RESPONSE
         for history in ("<bos><user>How many?<assistant><think>Two of them are here.</think>Two.\n", "<bos>"):

@@ -76,10 +76,11 @@ class StepsalAPI(ModelAPI):
         model_name: what `stepsal.load` takes: "mini", "smollm2", a hub id, a local folder.
         config: of Inspect. max_tokens, temperature (0 if not set), top_p, stop_seqs and seed are honoured; what can't
             be (`UNSUPPORTED`) is refused.
-        **model_args: `device`, `dtype`, `revision`, `trust_remote_code` of `stepsal.load`; `batch_size`: most answers
-            at once (default 16); the fields of `StepFlowConfig` (`tau_max`, `alpha`, `oeb_layers`, ...), any of which
-            switches StepFlow on, as does `stepflow=true` with the paper's settings, while `stepflow=false` overrules
-            them; `preset`: a JSON file of `StepFlowConfig.save`, which the other fields change.
+        **model_args: `device`, `device_map`, `dtype`, `revision`, `trust_remote_code` of `stepsal.load`; `batch_size`:
+            most answers at once (default 16); the fields of `StepFlowConfig` (`tau_max`, `alpha`, `oeb_layers`, ...),
+            any of which switches StepFlow on, as does `stepflow=true` with the paper's settings, while `stepflow=false`
+            overrules them; `preset`: a JSON file of `StepFlowConfig.save` or `Calibration.save`, which the other fields
+            change.
 
     Raises:
         ValueError: an unknown argument, or a bad value.
@@ -117,7 +118,7 @@ class StepsalAPI(ModelAPI):
         self.kept: OrderedDict[str, Kept] = OrderedDict()
         self._n_kept = 0  # tokens
         self._asked: OrderedDict[tuple[str, ...], int] = OrderedDict()
-        self._key = (model_name, *sorted(options.items(), key=str))
+        self._key = (model_name, *sorted((name, str(value)) for name, value in options.items()))
         self.engine = shared_engine(self._key, lambda: load(model_name, **options))
         self._closed = False
         if self.stepflow is not None:
@@ -322,7 +323,7 @@ class StepsalAPI(ModelAPI):
             release(self._key)
 
 
-LOADING = ("device", "dtype", "revision", "trust_remote_code")
+LOADING = ("device", "device_map", "dtype", "revision", "trust_remote_code")
 FLOW_FIELDS = tuple(f.name for f in fields(StepFlowConfig))
 TOOL_PROMPT = (
     "You may call functions, given as JSON schemas: {}\nTo call one, write its name and its arguments in one line of "
