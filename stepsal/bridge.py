@@ -170,11 +170,13 @@ def _read(
 
 
 def _check_room(name: str, blank: PreTrainedModel, device_map: DeviceMap) -> None:
-    """Refuse a model before it is loaded where it would not fit.
+    """Refuse a model before it is loaded where it would not fit; one of quantized weights is left to the loader.
 
     Raises:
         MemoryError: with its size, what is free, and what else to try.
     """
+    if getattr(blank.config, "quantization_config", None):
+        return
     n_gpus = torch.cuda.device_count()
     if isinstance(device_map, str):
         places = {torch.device("cuda", i) for i in range(n_gpus)} or {torch.device("cpu")}

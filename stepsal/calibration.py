@@ -84,8 +84,8 @@ def calibrate(
         ValueError: fewer than two settings, a budget that is too small for them, greedy decoding of more answers than
             there are problems, or whatever `stepsal.collect` and `stepsal.evaluate` refuse; before any work.
     """
-    given = None if isinstance(settings, int) else tuple(settings)
-    n_settings = settings if isinstance(settings, int) else len(settings)
+    given = tuple(settings) if isinstance(settings, Sequence) else None
+    n_settings = len(settings) if isinstance(settings, Sequence) else settings
     if n_settings < 2 or (given and len(set(map(describe, given))) < n_settings):
         raise ValueError(f"settings={settings} must be two or more that differ; to try one, use stepsal.evaluate")
     if given is None and n_settings > (there := possible(model.cfg.n_layers)):
