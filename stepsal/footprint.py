@@ -60,7 +60,9 @@ def memory_needed(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Footprint:
-    """Estimate what a hub model or a folder needs; reads its configuration, no weights.
+    """Estimate what a model of `stepsal.load` needs; reads its configuration, no weights.
+
+    Quantized checkpoints are counted as if they were not, and step maps with the smallest buffers.
 
     Args:
         name, dtype, revision, trust_remote_code: see `stepsal.load`.
@@ -74,13 +76,16 @@ def memory_needed(
     if min(n_tokens, n_steps, batch_size) < 1:
         raise ValueError(f"n_tokens={n_tokens}, n_steps={n_steps} and batch_size={batch_size} must be at least 1")
     blank = blueprint(name, dtype, revision=revision, trust_remote_code=trust_remote_code)
-    model = build_bridge_from_module(
-        blank, type(blank).__name__, hf_config=blank.config, tokenizer=None, model_name=name
-    )
+    try:
+        model = build_bridge_from_module(
+            blank, type(blank).__name__, hf_config=blank.config, tokenizer=None, model_name=name
+        )
+        streamed, patterns = least_bytes(model, n_tokens, n_steps)
+    except (ValueError, KeyError, NotImplementedError, AttributeError) as error:
+        raise ValueError(f"{name!r} ({type(blank).__name__}) is not supported: {error}") from error
     n_parameters = sum(parameter.numel() for parameter in blank.parameters())
     keys = sum(min(sliding_window(model, layer) or n_tokens, n_tokens) for layer in range(model.cfg.n_layers))
     of_key = 2 * (model.cfg.n_key_value_heads or model.cfg.n_heads) * model.cfg.d_head * dtype.itemsize
-    streamed, patterns = least_bytes(model, n_tokens, n_steps)
     return Footprint(
         name, dtype, n_parameters, n_tokens, batch_size, weights=n_parameters * dtype.itemsize,
         cache=batch_size * keys * of_key, streamed=streamed, patterns=patterns,

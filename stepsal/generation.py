@@ -218,7 +218,7 @@ def log_probabilities(model: TransformerBridge, trace: Trace) -> Float[Tensor, "
     """
     tokens = trace.tokens.to(next(model.parameters()).device)
     logits = model(tokens[None], attention_mask=torch.ones_like(tokens)[None])[0, :-1]
-    targets = tokens[1:]
+    targets = tokens[1:].to(logits.device)
     chunks = range(0, len(targets), 1024)  # float32 copies of a few rows only
     return -torch.cat(
         [cross_entropy(logits[i : i + 1024].float(), targets[i : i + 1024], reduction="none").cpu() for i in chunks]

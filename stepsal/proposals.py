@@ -1,7 +1,9 @@
 """Which settings of StepFlow are worth a try: layers by what the maps of a model say, at any strength.
 
 Shallow Lock-in is what the Odds-Equal Bridge is to repair, Deep Decay what Step Momentum Injection is. So the bands of
-layers in which wrong traces have more of them than correct ones are the likelier places of the two.
+layers in which wrong traces have more of them than correct ones are the likelier places of the two. That is a hint and
+no finding: traces of one question count as several, and wrong traces are often longer, which both metrics go with
+(`stepsal.stats.compare_groups` holds length alike; it needs more traces).
 """
 
 from __future__ import annotations
@@ -24,10 +26,11 @@ if TYPE_CHECKING:
 
 TAUS = (0.02, 0.05, 0.1, 0.15, 0.3, 0.5)
 ALPHAS = (0.03, 0.06, 0.12, 0.25, 0.5, 1.0)
+MOST_T = 4.0  # larger ones are scaled down to this, since one band would take all
 OFF = 0.25  # prior of a part's being off
 #: Part of StepFlow: the metric of `stepsal.metrics` that says where it has something to repair.
 REPAIRS = {"oeb": "lock_in", "smi": "thinking_deficit"}
-_SEARCHED = ("oeb_layers", "tau_max", "smi_layers", "alpha")
+SEARCHED = ("oeb_layers", "tau_max", "smi_layers", "alpha")
 
 
 def bands(n_layers: int) -> tuple[tuple[int, ...], ...]:
@@ -50,8 +53,8 @@ def profile_evidence(metrics: pd.DataFrame, n_layers: int) -> pd.DataFrame:
             part, layers, metric
             n_correct, n_wrong   traces that have the metric in all layers of the band
             t                    Welch's, wrong minus correct, of the mean over the band; NaN below 5 traces of either
-            prior                that the part belongs here, if anywhere: half is spread evenly, half goes by exp(t), so
-                                 that what the maps don't show has its chance. NaN counts as 0
+            prior                that the part belongs here, if anywhere: half is spread evenly, half goes by exp(t) (scaled
+                                 down to 4), so that what the maps don't show has its chance. NaN counts as 0
     """
     import pandas as pd
 
@@ -70,7 +73,8 @@ def profile_evidence(metrics: pd.DataFrame, n_layers: int) -> pd.DataFrame:
                 {"part": part, "layers": band, "metric": metric, "n_correct": len(right), "n_wrong": len(wrong), "t": t}
             )
         table = pd.DataFrame(rows)
-        table["prior"] = (softmax(table["t"].fillna(0.0)) + 1 / len(table)) / 2
+        t = table["t"].fillna(0.0).clip(-99.0, 99.0)  # infinite where neither group has any spread
+        table["prior"] = (softmax(t * min(1.0, MOST_T / max(t.abs().max(), MOST_T))) + 1 / len(table)) / 2
         found.append(table)
     return pd.concat(found, ignore_index=True)
 
@@ -111,7 +115,7 @@ def describe(config: StepFlowConfig) -> str:
     parts = [("OEB", config.oeb_layers, config.tau_max), ("SMI", config.smi_layers, config.alpha)]
     words = [f"{name} {layer_words(layers)} at {strength:g}" for name, layers, strength in parts if layers is not None]
     usual, settings = StepFlowConfig().to_dict(), config.to_dict()
-    rest = [f"{name}={settings[name]}" for name in usual if name not in _SEARCHED and settings[name] != usual[name]]
+    rest = [f"{name}={settings[name]}" for name in usual if name not in SEARCHED and settings[name] != usual[name]]
     return ", ".join([*words, *rest] if words else ["no edit"])
 
 

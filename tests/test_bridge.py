@@ -13,6 +13,7 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 import stepsal
 from stepsal.bridge import attention_hooks, check_model, preset
+from stepsal.intervention.hooks import _Bridging
 from stepsal.saliency.memory import least_bytes
 
 MINI = Path(__file__).parents[1] / "data" / "mini"
@@ -142,8 +143,20 @@ class TestRoom:
     def test_what_would_be_left_outside_is_refused(self) -> None:
         places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
         places |= {f"model.layers.{i}": "cpu" if i < 4 else "disk" for i in range(8)}
-        with pytest.raises(MemoryError, match="would leave some of it where gradients can't be had"):
+        with pytest.raises(ValueError, match="puts parts on cpu and disk, where gradients can't be had"):
             stepsal.load(str(MINI), device_map=places)
+        with pytest.raises(ValueError, match="puts parts on cpu and cuda"):
+            stepsal.load(str(MINI), device_map=places | {"lm_head": 0, "model.layers.7": "cuda:1"} | dict.fromkeys(
+                [f"model.layers.{i}" for i in range(4, 7)], "cpu"))  # fmt: skip
+
+    def test_masks_go_where_the_layer_is(self) -> None:
+        masks = [torch.ones(1, 2, 3, dtype=torch.bool) for _ in range(2)]
+        bridging = _Bridging(*masks, {None: torch.ones(1, 2)}, {None: torch.ones(1, 2) > 0})
+        assert bridging.on(torch.device("cpu")) is bridging
+        other = bridging.on(torch.device("meta"))
+        assert other is bridging.on(torch.device("meta"))
+        tensors = [other.bridge, other.segment, other.ceilings[None], other.eligible[None]]
+        assert {x.device.type for x in tensors} == {"meta"}
 
     def test_a_model_that_does_not_fit_is_not_loaded(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         config = transformers.Qwen2Config(  # of R1-Distill-Qwen-7B
@@ -165,10 +178,18 @@ class TestRoom:
         assert "7.62 billion in bfloat16" in str(found)
 
     def test_needs_are_those_of_the_loaded_model(self, mini: TransformerBridge) -> None:
-        found = stepsal.memory_needed(str(MINI), 2000, dtype=torch.float32)
+        found = stepsal.memory_needed("mini", 2000, dtype=torch.float32)
         parameters = list(mini.original_model.parameters())
         assert found.weights == sum(p.numel() * 4 for p in parameters)
         assert (found.streamed, found.patterns) == least_bytes(mini, 2000, 200)
+
+    def test_a_model_from_gguf(self, smollm2: TransformerBridge) -> None:
+        assert stepsal.memory_needed("smollm2").n_parameters == sum(p.numel() for p in smollm2.parameters())
+
+    def test_an_architecture_without_attention(self, tmp_path: Path) -> None:
+        transformers.MambaConfig(num_hidden_layers=2, hidden_size=32).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=r"\(MambaForCausalLM\) is not supported"):
+            stepsal.memory_needed(str(tmp_path))
 
     def test_numbers_that_make_no_sense(self) -> None:
         with pytest.raises(ValueError, match="n_tokens=0"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -16,7 +16,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import stepsal
 from stepsal import StepFlowConfig
-from stepsal.calibration import BASELINE, CHOSEN, Calibration, calibrate, divide, halving
+from stepsal.accuracy import paired_difference
+from stepsal.calibration import BASELINE, CHOSEN, Calibration, calibrate, halving, plan
 from stepsal.proposals import ALPHAS, TAUS, bands, describe, possible, profile_evidence, propose
 from stepsal.storage import digest
 from stepsal.tasks import Problem, Task
@@ -127,6 +128,10 @@ class TestCalibrate:
         preset = StepFlowConfig.load(found.save(tmp_path / "null.json"))
         assert preset == found.stepflow
         assert preset.resolve(mini.cfg.n_layers) == ((), ())
+        assert (
+            pytest.importorskip("stepsal.harness.provider").stepflow_of({"preset": str(tmp_path / "null.json")})
+            == preset
+        )
         question = CHAIN.sample(0).question
         plain, under = (stepsal.generate(mini, question, stepflow=s, max_new_tokens=50) for s in (None, preset))
         assert under.response == plain.response
@@ -138,12 +143,31 @@ class TestCalibrate:
         assert len(profile) == 15
         pd.testing.assert_frame_equal(found.evidence, profile_evidence(profile.metrics, 8))
         assert found.settings == propose(found.evidence, 4, base=StepFlowConfig(window=4), seed=3)
-        assert "profile: lock_in of" in str(found)
+        assert "profile, oeb: lock_in of" in str(found)
         kept = sorted(path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock")
         before = [(path, path.read_bytes()) for path in kept]
         again = calibrate(mini, CHAIN, 120, folder=tmp_path, base=StepFlowConfig(window=4), **options)
         assert str(again) == str(found)
         assert all(path.read_bytes() == data for path, data in before)
+        more = calibrate(mini, CHAIN, 160, folder=tmp_path, base=StepFlowConfig(window=4), **options)
+        assert more.settings == found.settings  # though there are more traces to go by
+        assert (found.looks, more.looks) == (1, 2)
+        assert "this is look 2 at these problems, so that p must be 0.025 or less" in str(more)
+        fewer = calibrate(mini, CHAIN, 120, folder=tmp_path, base=StepFlowConfig(window=4), **options)
+        pd.testing.assert_frame_equal(fewer.evidence, found.evidence)
+        pd.testing.assert_frame_equal(fewer.search, found.search)
+
+    def test_few_questions_again_and_again_are_no_proof(self, planted: Calibration) -> None:
+        """Three questions, fifty draws of each, a little better in all of them."""
+        before = np.zeros((150, 1), dtype=bool)
+        after = (np.arange(150) % 10 == 0)[:, None]
+        found = paired_difference(before, after, groups=np.arange(150) // 50)
+        assert found.low > 0
+        one = replace(planted)
+        one.__dict__["difference"] = found
+        assert not one.beats_baseline
+        one.__dict__["difference"] = paired_difference(before, after)
+        assert one.beats_baseline
 
     def test_an_interrupted_one_goes_on(
         self, mini: TransformerBridge, planted: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -193,6 +217,9 @@ class TestRefusals:
             (100, {"settings": 16}, r"budget=100 leaves 0 problems .* at least 744, or fewer settings"),
             (100, {"settings": 1}, "must be two or more"),
             (100, {"settings": [StepFlowConfig(), StepFlowConfig()]}, "must be two or more that differ"),
+            (1000, {"settings": [StepFlowConfig(), StepFlowConfig(oeb_layers=(0, 1), smi_layers=(-2, -1))]}, "differ"),
+            (1000, {"settings": [StepFlowConfig(), StepFlowConfig(None, None)]}, "differ in what they edit"),
+            (1000, {"settings": SETTINGS, "base": StepFlowConfig(window=4)}, "base goes with settings that are drawn"),
             (1000, {"settings": [StepFlowConfig(), StepFlowConfig(oeb_layers=(8,))]}, "has no layer 8"),
             (10**6, {"settings": 4000}, "more than the 3720 that there are"),
         ],
@@ -204,12 +231,12 @@ class TestRefusals:
             calibrate(mini, CHAIN, budget, folder=tmp_path / "none", **options)
         assert not (tmp_path / "none").exists()
 
-    def test_more_greedy_answers_than_problems(self, mini: TransformerBridge, tmp_path: Path) -> None:
+    def test_a_task_that_is_too_small_for_so_many_greedy_answers(self, mini: TransformerBridge, tmp_path: Path) -> None:
         lines = [json.dumps({"question": f"{i} + 1 = ?", "answer": i + 1}) for i in range(40)]
         (tmp_path / "sums.jsonl").write_text("\n".join(lines))
         task = stepsal.tasks.jsonl.JsonlTask(tmp_path / "sums.jsonl", grader="number")
-        with pytest.raises(ValueError, match=r"asks for 30 profile problems, of which .* has 5"):
-            calibrate(mini, task, 240, folder=tmp_path / "none", settings=4, temperature=0.0)
+        with pytest.raises(ValueError, match=r"leaves 1 problems of .* for the first round of 16 settings: use fewer"):
+            calibrate(mini, task, 2400, folder=tmp_path / "none", temperature=0.0)
         assert not (tmp_path / "none").exists()
 
     def test_a_model_without_a_chat_template(self, tmp_path: Path) -> None:
@@ -273,10 +300,24 @@ class TestHalving:
         assert n_answers - spent < sum(r.n_settings + 2 for r in rounds)
         assert (np.diff(new) >= 0).all()
 
-    @given(st.integers(0, 5000), st.booleans())
-    def test_the_parts_of_a_budget(self, budget: int, profile: bool) -> None:
-        n_profile, n_search, n_held_out = divide(budget, profile)
-        assert budget - 1 <= n_profile + n_search + 2 * n_held_out <= budget
+    @given(st.integers(2, 40), st.integers(0, 5000), st.booleans())
+    def test_a_budget_is_spent(self, n_settings: int, budget: int, profile: bool) -> None:
+        n_profile, rounds, n_held_out = plan(budget, n_settings, profile, {})
+        new = np.diff([0, *(r.n_problems for r in rounds)])
+        spent = n_profile + sum((r.n_settings + 1) * n for r, n in zip(rounds, new, strict=True)) + 2 * n_held_out
+        assert budget - 1 - sum(r.n_settings + 2 for r in rounds) < spent <= budget
+        assert (n_profile > 0) == (profile and budget >= 8)
+
+    @given(st.integers(2, 40), st.integers(0, 20_000), st.integers(0, 100))
+    def test_no_problem_comes_again_where_none_may(self, n_settings: int, budget: int, n: int) -> None:
+        most = {"profile": n // 3, "search": n, "held_out": n}
+        n_profile, rounds, n_held_out = plan(budget, n_settings, True, most)
+        assert n_profile <= n // 3
+        assert rounds[-1].n_problems <= n
+        assert n_held_out <= n
+        if budget > 10_000 and n > 10:  # what there is, is used
+            assert n_held_out == n
+            assert rounds[-1].n_problems >= 0.8 * n
 
 
 class TestProposals:
@@ -331,6 +372,13 @@ class TestProposals:
         found = profile_evidence(missing, 8)
         assert found.loc[found["part"] == "oeb", "t"].isna().all()
         assert found.loc[found["part"] == "smi", "t"].notna().all()
+
+    def test_what_tells_them_apart_for_sure_takes_not_all(self) -> None:
+        metrics = self.metrics({})
+        metrics["lock_in"] = np.where(metrics["correct"], 0.1, 0.3)  # without any spread
+        found = profile_evidence(metrics, 8)
+        assert np.isfinite(found["prior"]).all()
+        assert len(propose(found, 20, base=StepFlowConfig())) == 20
 
     def test_settings_differ_and_hold_the_papers(self) -> None:
         found = profile_evidence(self.metrics({}), 8)
