@@ -53,8 +53,8 @@ def profile_evidence(metrics: pd.DataFrame, n_layers: int) -> pd.DataFrame:
             part, layers, metric
             n_correct, n_wrong   traces that have the metric in all layers of the band
             t                    Welch's, wrong minus correct, of the mean over the band; NaN below 5 traces of either
-            prior                that the part belongs here, if anywhere: half is spread evenly, half goes by exp(t) (scaled
-                                 down to 4), so that what the maps don't show has its chance. NaN counts as 0
+            prior                that the part belongs here, if anywhere: half is spread evenly, half goes by exp(t),
+                                 scaled down to 4, so that what the maps don't show has its chance. NaN counts as 0
     """
     import pandas as pd
 
