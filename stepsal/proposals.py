@@ -73,8 +73,8 @@ def profile_evidence(metrics: pd.DataFrame, n_layers: int) -> pd.DataFrame:
                 {"part": part, "layers": band, "metric": metric, "n_correct": len(right), "n_wrong": len(wrong), "t": t}
             )
         table = pd.DataFrame(rows)
-        t = table["t"].fillna(0.0).clip(-99.0, 99.0)  # infinite where neither group has any spread
-        table["prior"] = (softmax(t * min(1.0, MOST_T / max(t.abs().max(), MOST_T))) + 1 / len(table)) / 2
+        ts = table["t"].fillna(0.0).clip(-99.0, 99.0)  # infinite where neither group has any spread
+        table["prior"] = (softmax(ts * min(1.0, MOST_T / max(ts.abs().max(), MOST_T))) + 1 / len(table)) / 2
         found.append(table)
     return pd.concat(found, ignore_index=True)
 
