@@ -59,7 +59,7 @@ def saliency(n_layers: int, n_steps: int) -> StepSaliency:
     distance = (torch.arange(n_steps)[:, None] - torch.arange(n_steps)).clamp(min=0)
     values = torch.rand(n_layers, n_steps, n_steps).tril() / (1 + distance)
     return StepSaliency(
-        values=values, layers=tuple(range(n_layers)), n_layers=n_layers, model="random", target="token", reduce="mean",
+        values=values, layers=tuple(range(n_layers)), n_layers=n_layers, model="random", target="token", reduce="density",
         roles=("question", *["thinking"] * (n_steps - 11), *["summary"] * 10),
         step_texts=tuple(f"Step {i}: then {i} plus {i + 1} is {2 * i + 1}, which we keep." for i in range(n_steps)),
         step_lengths=(20,) * n_steps, step_ids=torch.arange(n_steps).repeat_interleave(20),

@@ -38,9 +38,9 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 import stepsal
-from stepsal.bridge import attention_hooks
-from stepsal.pooling import StepSums
-from stepsal.saliency.attention import Workspace, row_blocks
+from stepsal.bridge.hooks import attention_hooks
+from stepsal.maps.pooling import StepSums
+from stepsal.saliency.blocks import Workspace, row_blocks
 from stepsal.saliency.common import differentiable
 from stepsal.saliency.memory import Plan, plan
 from stepsal.saliency.pattern import pattern_maps

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 from inspect_ai.log import list_eval_logs, read_eval_log
 
-from stepsal.accuracy import accuracy, paired_difference
+from stepsal.stats.paired import accuracy, paired_difference
 
 ROOT = Path(__file__).parents[1]
 VARIANTS = ("baseline", "StepFlow")

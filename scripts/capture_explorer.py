@@ -17,7 +17,7 @@ from chromium import chromium
 from PIL import Image, ImageDraw
 from playwright.sync_api import Browser, Page
 
-from stepsal.population import Population
+from stepsal.experiments.collect import Population
 from stepsal.widgets import Explorer
 
 ROOT = Path(__file__).parents[1]

@@ -3,7 +3,7 @@
 All shares are taken on row-normalised maps, R[i, j] = I[i, j] / sum_j' I[i, j'], so that scaling a row changes
 nothing. What a share means depends on how long steps are and how many there are; therefore some metrics are set
 against the map U that a *uniform causal* token map would give for the same tokens, row-normalised likewise: under
-reduce="mean" (density) U is the same for all steps that exist, under reduce="sum" (mass) it grows with their number of
+reduce="density" (density) U is the same for all steps that exist, under reduce="mass" (mass) it grows with their number of
 tokens. That takes out what uniform attention explains, not all that length does: where a share is near its ceiling
 whatever the length, the difference from U moves with U alone. So look at the share itself as well, and match for
 length (`stepsal.stats.compare_groups`).
@@ -46,8 +46,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from stepsal.maps import Band, StepSaliency, band_layers
-from stepsal.pooling import pair_counts, reduce_blocks, row_counts
+from stepsal.layers import Band, layer_indices
+from stepsal.maps.pooling import pair_counts, reduce_blocks, row_counts
+from stepsal.maps.step_saliency import StepSaliency
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -128,8 +129,8 @@ def flow_metrics(saliency: StepSaliency, *, last: int = 3) -> pd.DataFrame:
         len(summary) > 0,
         np.isnan(found["decay_slope"]),
     )
-    middle = [saliency.layers.index(layer) for layer in saliency.band("middle")]
-    whole_middle = saliency.band("middle") == band_layers("middle", saliency.n_layers) and len(middle) > 0
+    middle = [saliency.layers.index(layer) for layer in saliency.computed("middle")]
+    whole_middle = saliency.computed("middle") == layer_indices("middle", saliency.n_layers) and len(middle) > 0
     levels = found["summary_thinking"][middle]
     level = levels[np.isfinite(levels)].mean() if whole_middle and np.isfinite(levels).any() else np.nan
     found["summary_thinking_change"] = found["summary_thinking"] - level
@@ -180,10 +181,10 @@ def trace_metrics(saliency: StepSaliency) -> pd.Series:
 
     table = flow_metrics(saliency).set_index("layer")
 
-    computed = {b: saliency.band(b) == band_layers(b, saliency.n_layers) for b in BANDS}
+    computed = {b: saliency.computed(b) == layer_indices(b, saliency.n_layers) for b in BANDS}
 
     def over(band: Band, column: str) -> float:
-        return float(table.loc[list(saliency.band(band)), column].mean(skipna=False)) if computed[band] else np.nan
+        return float(table.loc[list(saliency.computed(band)), column].mean(skipna=False)) if computed[band] else np.nan
 
     numbers = {
         "shallow_lock_in": over("shallow", "lock_in"),
@@ -192,7 +193,7 @@ def trace_metrics(saliency: StepSaliency) -> pd.Series:
     }
     reasons = [f"not all layers of the {band} band were computed" for band in BANDS if not computed[band]]
     if any(np.isnan(list(numbers.values()))):
-        banded = [*saliency.band("shallow"), *saliency.band("deep")]
+        banded = [*saliency.computed("shallow"), *saliency.computed("deep")]
         reasons += [reason for reason in dict.fromkeys(table.loc[banded, "reason"]) if reason]
     return pd.Series({**numbers, "reason": "; ".join(reasons)})
 

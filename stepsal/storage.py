@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +110,17 @@ def check_manifest(folder: Path, manifest: dict[str, Any], wanted: dict[str, Any
                 f"{folder} was made with {name}={manifest.get(name)!r}, not {here!r}; use another folder, or the "
                 "parameters of its manifest.json"
             )
+
+
+PACKAGES = ("stepsal", "torch", "transformer-lens", "transformers", "matplotlib")
+
+
+def package_versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:
+    """Versions of Python and of the packages a result depends on; None for those not installed."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions

@@ -47,6 +47,6 @@ def pool(token_map: Tensor, step_ids: Tensor, n_steps: int, how: str) -> Tensor:
             rows = [t for t in range(n - 1) if step_ids[t] == i]
             pairs = [(t, k) for t in rows for k in range(t + 1) if step_ids[k] == j]
             total = sum(float(token_map[t, k]) for t, k in pairs)
-            size = len(pairs) if how == "mean" else len(rows)
+            size = len(pairs) if how == "density" else len(rows)
             result[i, j] = total / size if size else 0.0
     return result

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from stepsal.notebook import WIDGET_STATE, WIDGET_VIEW
 from typer.testing import CliRunner
 
 from stepsal.cli import app
 from stepsal.maps import StepSaliency
-from stepsal.notebook import WIDGET_STATE, WIDGET_VIEW
 from stepsal.tasks import chain
 
 QUESTION = chain.sample(1, length=2).question

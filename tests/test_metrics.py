@@ -11,8 +11,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import stepsal
 from stepsal.maps import StepSaliency
+from stepsal.maps.pooling import pair_counts, reduce_blocks, row_counts
 from stepsal.metrics import COLUMNS, PARTS, SUMMARY_PARTS, flow_metrics, trace_metrics
-from stepsal.pooling import pair_counts, reduce_blocks, row_counts
 from stepsal.tasks import chain
 
 N_LAYERS = 8
@@ -25,7 +25,7 @@ def labelled(
     lengths: list[int],
     roles: list[str],
     *,
-    reduce: str = "mean",
+    reduce: str = "density",
     values: torch.Tensor | None = None,
     template: int = 2,
     layers: tuple[int, ...] = tuple(range(N_LAYERS)),
@@ -34,7 +34,7 @@ def labelled(
     ids = torch.cat([torch.full((template,), -1), *(torch.full((n,), i) for i, n in enumerate(lengths))])
     if values is None:
         assert token_map is not None
-        from stepsal.pooling import pool_steps
+        from stepsal.maps.pooling import pool_steps
 
         sums = pool_steps(token_map, ids, len(lengths))
         values = reduce_blocks(sums, pair_counts(ids, len(lengths)), row_counts(ids, len(lengths)), reduce)
@@ -59,7 +59,7 @@ def random_map(seed: int, lengths: list[int], reduce: str) -> StepSaliency:
 @given(
     seed=st.integers(0, 1000),
     lengths=st.lists(st.integers(2, 9), min_size=8, max_size=12),
-    reduce=st.sampled_from(["mean", "sum"]),
+    reduce=st.sampled_from(["density", "mass"]),
 )
 def test_shares_equal_a_loop_over_cells(seed: int, lengths: list[int], reduce: str) -> None:
     saliency = random_map(seed, lengths, reduce)
@@ -90,7 +90,7 @@ def test_shares_equal_a_loop_over_cells(seed: int, lengths: list[int], reduce: s
     assert (table["reason"] == "").all()
 
 
-@given(lengths=st.lists(st.integers(2, 9), min_size=8, max_size=12), reduce=st.sampled_from(["mean", "sum"]))
+@given(lengths=st.lists(st.integers(2, 9), min_size=8, max_size=12), reduce=st.sampled_from(["density", "mass"]))
 def test_uniform_attention_shows_neither_failure_whatever_the_lengths(lengths: list[int], reduce: str) -> None:
     n = sum(lengths) + 2
     saliency = labelled(torch.ones(N_LAYERS, n, n).tril(), lengths, roles(len(lengths) - 3, 2), reduce=reduce)
@@ -102,7 +102,7 @@ def test_uniform_attention_shows_neither_failure_whatever_the_lengths(lengths: l
 
 def test_reach_in_tokens_is_the_mean_distance_of_tokens() -> None:
     lengths = [5, 3, 4, 2, 6, 3, 4]
-    saliency = random_map(0, lengths, "sum")
+    saliency = random_map(0, lengths, "mass")
     n = sum(lengths) + 2
     ids = saliency.step_ids.numpy()
     table, values = flow_metrics(saliency), saliency.values.double().numpy()
@@ -152,7 +152,7 @@ def test_planted_decay_is_recovered(slope: float) -> None:
 
 
 def test_scaling_a_row_changes_nothing() -> None:
-    saliency = random_map(3, [4, 3, 5, 2, 6, 3, 4, 5], "mean")
+    saliency = random_map(3, [4, 3, 5, 2, 6, 3, 4, 5], "density")
     factors = torch.rand(N_LAYERS, saliency.n_steps, 1) * 9 + 0.1
     scaled = labelled(None, list(saliency.step_lengths), list(saliency.roles), values=saliency.values * factors)
     a, b = flow_metrics(saliency), flow_metrics(scaled)
@@ -165,7 +165,7 @@ def test_scaling_a_row_changes_nothing() -> None:
 
 
 def test_intensities_are_means_of_blocks() -> None:
-    saliency = random_map(4, [4, 3, 5, 2, 6, 3, 4, 5], "mean")
+    saliency = random_map(4, [4, 3, 5, 2, 6, 3, 4, 5], "density")
     table, values = flow_metrics(saliency), saliency.values.numpy()
     thinking = [values[:, i, j] for i in range(1, 6) for j in range(1, i + 1)]
     summary = [values[:, i, j] for i in (6, 7) for j in range(6, i + 1)]
@@ -208,7 +208,7 @@ def test_what_cannot_be_said_is_nan_with_a_reason(
 
 
 def test_every_nan_has_a_reason_and_rows_without_saliency_are_left_out() -> None:
-    saliency = random_map(5, [4, 3, 5, 2, 6, 3, 4, 5], "mean")
+    saliency = random_map(5, [4, 3, 5, 2, 6, 3, 4, 5], "density")
     values = saliency.values.clone()
     values[2, 3] = 0  # a thinking row of layer 2
     values[3, 3:6] = 0  # all of layer 3
@@ -261,7 +261,7 @@ def test_bands_that_were_not_computed_whole_are_a_reason() -> None:
 
 def test_on_a_real_trace(mini: TransformerBridge) -> None:
     trace = stepsal.generate(mini, chain.sample(3, length=5).question)
-    mean, mass = (stepsal.step_saliency(mini, trace, reduce=how) for how in ("mean", "sum"))
+    mean, mass = (stepsal.step_saliency(mini, trace, reduce=how) for how in ("density", "mass"))
     for saliency in (mean, mass):
         table = flow_metrics(saliency)
         assert table["layer"].tolist() == list(range(8))

@@ -67,7 +67,7 @@ def run(code: str) -> str:
     [
         "stepsal",
         "stepsal.plots",
-        "stepsal.figures",
+        "stepsal.plots.save",
         "stepsal.maps",
         "stepsal.metrics",
         "stepsal.stats",

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from transformer_lens.model_bridge import TransformerBridge
 
-from stepsal.generation import Ended, write
+from stepsal.generation.answers import Ended, write
 from stepsal.intervention import StepFlowConfig, stepflow
 
 PATIENCE = 0.05  # seconds without a new request until a batch begins

@@ -40,12 +40,12 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from stepsal.bridge import load
-from stepsal.generation import check_decoding, check_prompt
+from stepsal.bridge.loading import load
+from stepsal.generation.answers import check_decoding, check_prompt
 from stepsal.harness.engine import Reply, Request, Sharing, release, shared_engine
 from stepsal.intervention import StepFlowConfig
 from stepsal.storage import digest
-from stepsal.trace import Trace, sections
+from stepsal.trace.trace import Trace, sections
 
 MAX_TOKENS = 32768  # where the evaluation says nothing, as in the paper's settings; the context is a limit too
 UNSUPPORTED = (

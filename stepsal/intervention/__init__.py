@@ -5,7 +5,7 @@ functions on tensors; `hooks` applies them at hook points, `config` and `log` ar
 """
 
 from stepsal.intervention.config import StepFlowConfig
-from stepsal.intervention.hooks import active_flow, stepflow
+from stepsal.intervention.hooks import active_flow, agreed_segmentation, stepflow
 from stepsal.intervention.log import FlowLog
 
-__all__ = ["FlowLog", "StepFlowConfig", "active_flow", "stepflow"]
+__all__ = ["FlowLog", "StepFlowConfig", "active_flow", "agreed_segmentation", "stepflow"]

@@ -19,7 +19,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,13 +29,16 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint, LensHandle
 from transformer_lens.model_bridge import TransformerBridge
 
-from stepsal.bridge import attention_hooks, check_model, preset, remove_hook, sliding_window
+from stepsal.bridge.attention import sliding_window
+from stepsal.bridge.hooks import attention_hooks, check_model, remove_hook
+from stepsal.bridge.presets import preset_format
 from stepsal.intervention.config import StepFlowConfig
 from stepsal.intervention.log import FlowLog
 from stepsal.intervention.oeb import bridge_ceiling, odds_equal_bridge
 from stepsal.intervention.smi import Injections, inject, previous_step_means
-from stepsal.segment import Format
-from stepsal.tracking import PromptFrame, Section, SequenceTracker, response_format
+from stepsal.trace.formats import FORMATS
+from stepsal.trace.segment import Segmentation
+from stepsal.trace.tracking import PromptFrame, Section, SequenceTracker
 
 _NOWHERE = -1  # a section that no key is in
 _BRIDGE_OF = np.array([_NOWHERE, _NOWHERE, Section.QUESTION, Section.THINKING], dtype=np.int8)  # by section of the row
@@ -45,7 +48,9 @@ _active: weakref.WeakKeyDictionary[TransformerBridge, StepFlow] = weakref.WeakKe
 
 
 @contextmanager
-def stepflow(model: TransformerBridge, config: StepFlowConfig | None = None) -> Iterator[FlowLog]:
+def stepflow(
+    model: TransformerBridge, config: StepFlowConfig | None = None, *, segmentation: Segmentation | None = None
+) -> Iterator[FlowLog]:
     """Run every forward pass of `model` inside the context under StepFlow.
 
     `model(tokens)`, `model.generate`, `stepsal.generate` and `stepsal.step_saliency` all work: prompts, prompts with
@@ -56,6 +61,7 @@ def stepflow(model: TransformerBridge, config: StepFlowConfig | None = None) -> 
     Args:
         model: from `stepsal.load`, with a tokenizer.
         config: settings; None is the paper's.
+        segmentation: how sections and steps are found; None is `Segmentation()`.
 
     Yields:
         The log of what was edited.
@@ -66,7 +72,7 @@ def stepflow(model: TransformerBridge, config: StepFlowConfig | None = None) -> 
             cache than that of the last pass, that gives embeddings instead of tokens, or after the context's hooks
             have been removed.
     """
-    flow = StepFlow(model, config or StepFlowConfig())
+    flow = StepFlow(model, config or StepFlowConfig(), segmentation or Segmentation())
     with flow.applied():
         yield flow.log
 
@@ -74,6 +80,25 @@ def stepflow(model: TransformerBridge, config: StepFlowConfig | None = None) -> 
 def active_flow(model: TransformerBridge) -> StepFlow | None:
     """The StepFlow that is open on a model, for a decoding loop that drops finished rows."""
     return _active.get(model)
+
+
+def agreed_segmentation(model: TransformerBridge, segmentation: Segmentation | None) -> Segmentation | None:
+    """Return the segmentation that traces of a model are to be cut with: that of the StepFlow that is open, if one is.
+
+    Raises:
+        ValueError: a segmentation that differs from it.
+    """
+    if (flow := active_flow(model)) is None:
+        return segmentation
+    if (
+        segmentation is not None
+        and replace(segmentation, format=flow.segmentation.format) != flow.segmentation
+        or (segmentation is not None and segmentation.format not in ("auto", flow.segmentation.format))
+    ):
+        raise ValueError(
+            f"StepFlow is open with {flow.segmentation}, but the steps are those of {segmentation}: use one of them for both"
+        )
+    return flow.segmentation
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +139,7 @@ class StepFlow:
     _injections: Injections | None
     _injected_rows: list[int]  # row of each of them, on the host
 
-    def __init__(self, model: TransformerBridge, config: StepFlowConfig) -> None:
+    def __init__(self, model: TransformerBridge, config: StepFlowConfig, segmentation: Segmentation) -> None:
         if model in _active:  # before any pass, which the open context would take for a sequence
             raise ValueError(f"stepflow is open on {model.cfg.model_name!r} already: leave that context first")
         if getattr(model.tokenizer, "backend_tokenizer", None) is None:
@@ -128,19 +153,16 @@ class StepFlow:
         self.log = FlowLog(self.oeb_layers, self.smi_layers)
         self._windows = {layer: sliding_window(model, layer) for layer in self.oeb_layers}
         self._frame = PromptFrame.of(model.tokenizer)
-        self._format = self._format_of(config.format)
+        name = segmentation.format
+        if name == "auto":
+            name = preset_format(model) or ("think" if FORMATS["think"].opened_by(self._frame.tail) else "plain")
+        self.segmentation = replace(segmentation, format=name)
+        self._format = (FORMATS[name] if isinstance(name, str) else name).after(self._frame.tail)
         self._editors: list[tuple[HookPoint, LensHandle]] = []
         points = model.hook_dict  # made anew at each access
         self._value_points = {layer: points[attention_hooks(layer)["v"]] for layer in self.smi_layers}
         self._listeners: dict[int, tuple[HookPoint, LensHandle]] = {}
         self._start(0)
-
-    def _format_of(self, format: str | Format) -> Format:
-        if isinstance(format, Format):
-            return format.after(self._frame.tail)
-        found = preset(self.model) if format == "auto" else None
-        name = found.format if found else None if format == "auto" else format
-        return response_format(self.model.tokenizer, self._frame, name)
 
     # ------------------------------------------------------------------------------------------- the context
 
@@ -230,8 +252,8 @@ class StepFlow:
         self.log.begin(batch)
         self._trackers = [
             SequenceTracker(
-                self.model.tokenizer, self._frame, self._format, split=self.config.split,  # type: ignore[arg-type]
-                min_chars=self.config.min_chars, whole_prompt=self.config.bridge == "prompt",
+                self.model.tokenizer, self._frame, self._format, split=self.segmentation.split,
+                min_chars=self.segmentation.min_chars, whole_prompt=self.config.bridge == "prompt",
             )
             for _ in range(batch)
         ]  # fmt: skip

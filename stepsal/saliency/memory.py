@@ -12,8 +12,8 @@ from typing import Literal
 
 from transformer_lens.model_bridge import TransformerBridge
 
-from stepsal.devices import devices_of, free_bytes
-from stepsal.saliency.attention import attention_of
+from stepsal.bridge.attention import attention_of
+from stepsal.bridge.devices import devices_of, free_bytes
 from stepsal.saliency.streamed import LOGITS
 
 _SMALL = 2**29  # bytes that nobody minds: patterns up to here are kept whole

@@ -25,8 +25,8 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from stepsal.bridge import attention_hooks
-from stepsal.saliency.attention import attention_of
+from stepsal.bridge.attention import attention_of
+from stepsal.bridge.hooks import attention_hooks
 
 Hook = Callable[..., Tensor | None]
 

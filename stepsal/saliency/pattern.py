@@ -22,8 +22,8 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from stepsal.bridge import attention_hooks, first_hooks_on
-from stepsal.pooling import pool_steps
+from stepsal.bridge.hooks import attention_hooks, first_hooks_on
+from stepsal.maps.pooling import pool_steps
 from stepsal.saliency.common import PooledMaps, check_finite, differentiable
 from stepsal.saliency.own_position import Hook, own_position_hooks
 

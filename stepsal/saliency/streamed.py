@@ -41,9 +41,10 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
 
-from stepsal.bridge import attention_hooks, first_hooks_on
-from stepsal.pooling import StepSums
-from stepsal.saliency.attention import Block, Visit, Workspace, attend, attend_backward, attention_of, wide
+from stepsal.bridge.attention import attention_of, unembed, unknown_layer_type
+from stepsal.bridge.hooks import attention_hooks, first_hooks_on
+from stepsal.maps.pooling import StepSums
+from stepsal.saliency.blocks import Block, Visit, Workspace, attend, attend_backward, wide
 from stepsal.saliency.common import PooledMaps, check_finite, differentiable, freed_at_once
 
 LOGITS = 2**23  # elements of the largest [chunk, d_vocab] tensor
@@ -267,25 +268,10 @@ def _checkpointed(block: torch.nn.Module) -> Iterator[None]:
             block.__dict__["forward"] = own
 
 
-def unembed(model: TransformerBridge, x: Float[Tensor, "*pos d_model"]) -> Float[Tensor, "*pos d_vocab"]:
-    """Logits of the last residual stream, without its hooks."""
-    logits = model.unembed.original_component(x)
-    config: Any = model.original_model.config
-    config = config.get_text_config()
-    logits = logits * (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
-
-
 def why_not(model: TransformerBridge) -> str | None:
     """What keeps a model from being streamed: hooks that would not see what they were made for, or its own ways."""
-    config: Any = model.original_model.config
-    unknown = set(getattr(config.get_text_config(), "layer_types", None) or ()) - {
-        "full_attention",
-        "sliding_attention",
-    }
-    if unknown:
-        return f"{model.cfg.model_name!r} has layers of type {sorted(unknown)[0]!r}, which can't be streamed"
+    if kind := unknown_layer_type(model):
+        return f"{model.cfg.model_name!r} has layers of type {kind!r}, which can't be streamed"
     names, points = [attention_hooks(layer) for layer in range(model.cfg.n_layers)], model.hook_dict
     unseen = [hooks[kind] for hooks in names for kind in ("scores", "pattern")] + ["unembed.hook_out"]
     for name in unseen:

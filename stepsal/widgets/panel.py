@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets
 import torch
 
-from stepsal.generation import generate
+from stepsal.generation.answers import generate
 from stepsal.intervention import StepFlowConfig
 from stepsal.saliency import step_saliency
 from stepsal.widgets.explorer import Explorer

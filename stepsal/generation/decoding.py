@@ -1,0 +1,55 @@
+"""How an answer is written: limits, sampling, and what may end it, as one value."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are written; for `collect`, `evaluate`, `calibrate`, the panel and Inspect.
+
+    Attributes:
+        max_new_tokens: limit of an answer.
+        temperature: 0 decodes greedily.
+        top_p: nucleus of the sampling distribution, in (0, 1].
+        stop: texts that end an answer where one of them has been written.
+        budget_forcing: how many times the end of the thinking is replaced by "Wait", so that the model thinks on (s1, arXiv
+            2501.19393). The end is `</think>`, or the end of the answer where the tokenizer has no such token.
+
+    Raises:
+        ValueError: a number out of range, or an empty stop text.
+
+    Example:
+        >>> Decoding(temperature=0.6).but(max_new_tokens=64).to_dict()["max_new_tokens"]
+        64
+    """
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    budget_forcing: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature={self.temperature} must be a number >= 0; 0 decodes greedily")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must lie in (0, 1]; 1 keeps every token")
+        if self.budget_forcing < 0:
+            raise ValueError(f"budget_forcing={self.budget_forcing} must be >= 0; 0 lets the thinking end")
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError(f"stop={self.stop!r} must be a list of texts, none of them empty")
+        object.__setattr__(self, "stop", tuple(self.stop))
+
+    def but(self, **changes: Any) -> Decoding:
+        """Return a copy with some settings changed."""
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings JSON-ready, for provenance."""
+        return asdict(self) | {"stop": list(self.stop)}

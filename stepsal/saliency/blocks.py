@@ -1,0 +1,232 @@
+"""Causal attention and its gradient in blocks of query rows, with A * dL/dA handed out on the way.
+
+For one head, with s[t, k] = scale * q_t . k_k (soft-capped to c tanh(s / c) where the model does so) over the keys k
+that row t sees,
+
+    A[t, :] = softmax(s[t, :]),        z_t = sum_k A[t, k] v_k.
+
+Given dz_t = dL/dz_t, everything else follows row by row:
+
+    dA[t, k] = dz_t . v_k                                  (the gradient that the saliency wants)
+    ds[t, k] = A[t, k] (dA[t, k] - delta_t),   delta_t = sum_j A[t, j] dA[t, j]
+    dq_t     = scale * sum_k ds[t, k] k_k                  (ds times 1 - tanh^2 under a soft-cap)
+    dk_k     = scale * sum_t ds[t, k] q_t
+    dv_k     = sum_t A[t, k] dz_t
+
+A block of rows sees all its keys at once, so that its rows of A are recomputed exactly, and A, dA and A * dA exist for
+one block only: O(rows * pos) memory instead of O(pos^2). An attention sink adds exp(sink) to the denominator of the
+softmax, which scales a row by sigmoid(logsumexp(s[t, :]) - sink); its column of dA is zero, and nothing else changes.
+
+**The gradient that stays at its own position.** When L = sum_t L_t and each L_t is wanted apart, keys and values of
+other positions are constants (see `own_position`), and the two sums over t keep a single term:
+
+    dk_t = scale * ds[t, t] q_t,        dv_t = A[t, t] dz_t.
+
+A fused kernel would need these as corrections, with A[t, t] = exp(s[t, t] - lse_t) from the log-sum-exp of the row.
+Here they lie on the diagonal of the block, and two of the five matrix products of the backward pass are not needed at
+all: the gradient of every target by itself costs less than that of their sum.
+
+Under grouped-query attention all query heads of a group are one matrix product against the keys they share, which are
+never repeated. Arithmetic is float32 (or float64), whatever the model's dtype; how exact a float32 product is on an
+accelerator is for `torch.set_float32_matmul_precision` to say.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from stepsal.bridge.attention import Attention
+
+
+class Block(NamedTuple):
+    """Query rows first..stop-1, which see keys first_key..stop-1."""
+
+    first: int
+    stop: int
+    first_key: int
+
+
+class Workspace:
+    """Buffers for blocks, kept between layers and traces, of the size of the largest block so far.
+
+    Blocks come with the largest first (`row_blocks`), so that a pass allocates each buffer once.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, like: Tensor, *shape: int) -> Tensor:
+        """An uninitialised tensor of this shape, with the dtype and device of `like`."""
+        size, buffer = math.prod(shape), self._buffers.get(name)
+        if buffer is None or buffer.numel() < size or buffer.dtype != like.dtype or buffer.device != like.device:
+            self._buffers.pop(name, None)
+            buffer = self._buffers[name] = like.new_empty(size)
+        return buffer[:size].view(shape)
+
+
+Visit = Callable[[Float[Tensor, "head row key"], Block, slice], None]
+"""Takes A * dL/dA (or A) of a block for some heads (all of one group); the tensor is overwritten afterwards."""
+
+
+def row_blocks(n_pos: int, n_rows: int, window: int | None = None) -> Iterator[Block]:
+    """Cut n_pos query rows into blocks of at most n_rows, from the last to the first, which may be a short one."""
+    for stop in range(n_pos, 0, -n_rows):
+        first = max(0, stop - n_rows)
+        yield Block(first, stop, 0 if window is None else max(0, first - window + 1))
+
+
+@torch.no_grad()
+def attend(
+    q: Float[Tensor, "head pos d_head"],
+    k: Float[Tensor, "kv_head pos d_head"],
+    v: Float[Tensor, "kv_head pos d_head"],
+    attention: Attention,
+    n_rows: int,
+    workspace: Workspace,
+    visit: Visit | None = None,
+) -> Float[Tensor, "head pos d_head"]:
+    """z, the attention output of each head, in the dtype of q. Not differentiable: see `attend_backward`.
+
+    `visit` is given A of each block. Where nobody wants A, a fused kernel gives z, if there is one for this attention.
+    """
+    if visit is None and (z := _fused(q, k, v, attention)) is not None:
+        return z
+    z = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for heads, kv_head in _groups(q, k):
+        keys, values = wide(k[kv_head]), wide(v[kv_head])
+        for block in row_blocks(q.shape[1], n_rows, attention.window):
+            pattern, _ = _pattern(q[heads], keys, attention, heads, block, workspace)
+            z[heads, block.first : block.stop] = (pattern @ values[block.first_key : block.stop]).to(z.dtype)
+            if visit is not None:
+                visit(pattern, block, heads)
+    return z
+
+
+@torch.no_grad()
+def attend_backward(
+    q: Float[Tensor, "head pos d_head"],
+    k: Float[Tensor, "kv_head pos d_head"],
+    v: Float[Tensor, "kv_head pos d_head"],
+    dz: Float[Tensor, "head pos d_head"],
+    attention: Attention,
+    n_rows: int,
+    workspace: Workspace,
+    *,
+    own_position: bool,
+    differentiate: bool = True,
+    visit: Visit | None = None,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Gradients of q, k and v, and |A * dL/dA| block by block.
+
+    Args:
+        q, k, v: as for `attend`.
+        dz: gradient of z.
+        attention: of the layer.
+        n_rows: query rows per block.
+        workspace: buffers.
+        own_position: keep for keys and values only the gradient from their own position's query.
+        differentiate: False when only the saliency is wanted.
+        visit: is given A * dL/dA of each block.
+
+    Returns:
+        (dq, dk, dv) in the dtype and shape of q, k and v; None without `differentiate`.
+    """
+    like = wide(q[:0])
+    dq, dk, dv = (torch.zeros(x.shape if differentiate else 0, dtype=like.dtype, device=x.device) for x in (q, k, v))
+    for heads, kv_head in _groups(q, k):
+        keys, values = wide(k[kv_head]), wide(v[kv_head])
+        for block in row_blocks(q.shape[1], n_rows, attention.window):
+            rows, seen = slice(block.first, block.stop), slice(block.first_key, block.stop)
+            pattern, slope = _pattern(q[heads], keys, attention, heads, block, workspace)  # [group, row, key]
+            dz_rows = wide(dz[heads, rows])  # [group, row, d_head]
+            shape = pattern.shape
+            product = workspace.take("scores", like, *shape)  # the scores have become the pattern
+            torch.mm(dz_rows.flatten(0, 1), values[seen].T, out=product.flatten(0, 1))
+            product.mul_(pattern)  # A * dA
+            if visit is not None:
+                visit(product, block, heads)
+            if not differentiate:
+                continue
+            ds = product.addcmul_(pattern, product.sum(-1, keepdim=True), value=-1)
+            if slope is not None:
+                ds.mul_(slope)
+            dq[heads, rows] = attention.scale * (ds.flatten(0, 1) @ keys[seen]).view(dz_rows.shape)
+            q_rows = wide(q[heads, rows])
+            if own_position:
+                offset = block.first - block.first_key
+                own = ds.diagonal(offset, 1, 2).unsqueeze(-1)  # [group, row, 1]
+                dk[kv_head, rows] = attention.scale * (own * q_rows).sum(0)
+                dv[kv_head, rows] = (pattern.diagonal(offset, 1, 2).unsqueeze(-1) * dz_rows).sum(0)
+            else:
+                dk[kv_head, seen].addmm_(ds.flatten(0, 1).T, q_rows.flatten(0, 1), alpha=attention.scale)
+                dv[kv_head, seen].addmm_(pattern.flatten(0, 1).T, dz_rows.flatten(0, 1))
+    return (dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)) if differentiate else None
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor | None:
+    """z of plain causal attention by a kernel that never builds the pattern; None if there is none."""
+    n_pos = q.shape[1]
+    if attention.softcap is not None or attention.sinks is not None or n_pos > (attention.window or n_pos):
+        return None
+    k, v = (x.repeat_interleave(len(q) // len(k), dim=0)[None] for x in (k, v))  # [batch=1, head, pos, d_head]
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
+        try:
+            return scaled_dot_product_attention(q[None], k, v, is_causal=True, scale=attention.scale)[0]
+        except RuntimeError:  # no such kernel for this device, dtype or head
+            return None
+
+
+def _groups(q: Tensor, k: Tensor) -> Iterator[tuple[slice, int]]:
+    """The query heads that share each key-value head."""
+    size = q.shape[0] // k.shape[0]
+    for kv_head in range(k.shape[0]):
+        yield slice(kv_head * size, (kv_head + 1) * size), kv_head
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32, or float64 if that is what it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _pattern(
+    q: Float[Tensor, "group pos d_head"],
+    keys: Float[Tensor, "pos d_head"],
+    attention: Attention,
+    heads: slice,
+    block: Block,
+    workspace: Workspace,
+) -> tuple[Float[Tensor, "group row key"], Float[Tensor, "group row key"] | None]:
+    """Rows of A, and the slope of the soft-cap; valid until the next call with the same workspace."""
+    first, stop, first_key = block
+    q_rows = attention.scale * wide(q[:, first:stop])  # [group, row, d_head]
+    shape = (q.shape[0], stop - first, stop - first_key)
+    scores = workspace.take("scores", q_rows, *shape)
+    torch.mm(q_rows.flatten(0, 1), keys[first_key:stop].T, out=scores.flatten(0, 1))
+    slope = None
+    if attention.softcap is not None:
+        scores.div_(attention.softcap).tanh_()
+        slope = workspace.take("slope", q_rows, *shape)
+        torch.mul(scores, scores, out=slope)
+        slope.neg_().add_(1)
+        scores.mul_(attention.softcap)
+    n_rows = stop - first
+    future = torch.ones(n_rows, n_rows, dtype=torch.bool, device=q.device).triu_(1)  # of the keys from `first` on
+    scores[..., first - first_key :].masked_fill_(future, -torch.inf)
+    if attention.window is not None and stop - attention.window > first_key:
+        t = torch.arange(first, stop, device=q.device)[:, None]
+        past = torch.arange(first_key, stop - attention.window, device=q.device) <= t - attention.window
+        scores[..., : past.shape[1]].masked_fill_(past, -torch.inf)
+    pattern = workspace.take("pattern", q_rows, *shape)
+    torch.softmax(scores, -1, out=pattern)
+    if attention.sinks is not None:  # A is largest where s is, at exp(max s - logsumexp s)
+        logsumexp = scores.amax(-1) - pattern.amax(-1).log()  # [group, row]
+        pattern.mul_(torch.sigmoid(logsumexp - wide(attention.sinks[heads, None])).unsqueeze(-1))
+    return pattern, slope

@@ -1,0 +1,18 @@
+"""Statistics with the trace, or the problem, as the unit."""
+
+from stepsal.stats.groups import FEWEST, auroc, compare_groups, mean_profile, strata_of, tell_apart
+from stepsal.stats.paired import PairedDifference, Share, accuracy, paired_difference, pass_at_k
+
+__all__ = [
+    "FEWEST",
+    "PairedDifference",
+    "Share",
+    "accuracy",
+    "auroc",
+    "compare_groups",
+    "mean_profile",
+    "paired_difference",
+    "pass_at_k",
+    "strata_of",
+    "tell_apart",
+]

@@ -1,0 +1,377 @@
+"""Runs of variants: paired, resumed after a kill, compared; and a planted help that the harness finds."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from transformer_lens.model_bridge import TransformerBridge
+
+import stepsal
+from stepsal.experiments.evaluate import Evaluation, Variant, evaluate
+from stepsal.generation.flops import decoding_flops
+from stepsal.tasks.chain import ChainTask
+from stepsal.trace.trace import render_prompt
+
+TASK = ChainTask(length=3, distractors=2)
+OPTIONS: dict = {"temperature": 2.0, "max_new_tokens": 100, "batch_size": 4, "progress": False}
+VARIANTS = [
+    Variant("baseline"),
+    Variant("StepFlow", stepflow=stepsal.StepFlowConfig()),
+    Variant("three votes", votes=3),
+    Variant("short", budget=12),
+]
+
+
+@pytest.fixture(scope="module")
+def run(mini: TransformerBridge, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
+    return evaluate(mini, TASK, VARIANTS, 6, 2, folder=tmp_path_factory.mktemp("run"), **OPTIONS)
+
+
+def test_answers_are_those_of_generate(mini: TransformerBridge, run: Evaluation) -> None:
+    given = run.given("StepFlow")
+    row = given[(given["problem"] == 4) & (given["sample"] == 1)].iloc[0]
+    problem = TASK.sample(4)
+    from stepsal.experiments.evaluate import _seed
+
+    trace = stepsal.generate(
+        mini, problem.question, stepflow=stepsal.StepFlowConfig(), temperature=2.0, max_new_tokens=100,
+        seed=_seed(0, 4, 1),
+    )  # fmt: skip
+    assert row["response"] == trace.response
+    assert row["correct"] == problem.grade(trace).correct
+    assert row["n_new_tokens"] == len(trace) - trace.n_prompt
+    assert run.given("short")["n_new_tokens"].max() <= 12
+    assert run.given("short")["truncated"].any()
+
+
+def test_variants_of_one_way_share_its_answers(run: Evaluation) -> None:
+    assert len(run.answers) == 6 * (6 + 2 + 2)  # six draws for three votes, of which the first two are the baseline's
+    votes, single = run.given("three votes"), run.given("baseline")
+    assert len(votes) == len(single) == 12
+    assert (votes["n_new_tokens"] > 2 * single["n_new_tokens"].min()).all()
+
+
+def test_tables(run: Evaluation) -> None:
+    table = run.accuracy(k=(1, 2)).set_index("variant")
+    correct = run.verdicts("baseline")
+    assert table.loc["baseline", "accuracy"] == pytest.approx(correct.mean())
+    assert table.loc["baseline", "pass@2"] == pytest.approx(correct.any(1).mean())
+    paired = run.paired().set_index("variant")
+    change = run.verdicts("StepFlow").astype(int) - correct
+    assert paired.loc["StepFlow", "difference"] == pytest.approx(change.mean())
+    assert list(paired.index) == ["StepFlow", "three votes", "short"]
+    errors = run.errors("StepFlow")
+    assert errors.to_numpy().sum() == 12
+    assert 0 < errors.loc["none"].sum() == correct.sum() < 12
+    costs = run.costs().set_index("variant")
+    assert costs.loc["baseline", "time_ratio"] == costs.loc["baseline", "flops_ratio"] == 1.0
+    assert costs.loc["StepFlow", "batches"] == 3
+    assert costs.loc["three votes", "time_ratio"] == 3.0
+    assert 2 < costs.loc["three votes", "flops_ratio"] < 4
+    assert costs.loc["short", "flops_ratio"] < 1
+    repairs = run.repairs("short").set_index("error")
+    assert repairs["before"].sum() == 12 - correct.sum()
+    assert repairs["after"].sum() == 12 - run.verdicts("short").sum()
+    fixed, broken = paired.loc["short", ["fixed", "broken"]]
+    assert (repairs["fixed"].sum(), repairs["broken"].sum()) == (fixed, broken)
+    assert broken > fixed
+    assert (
+        repairs.loc["truncated", "after"] == run.given("short")["truncated"].sum() > repairs.loc["truncated", "before"]
+    )
+
+
+def test_flops_are_those_of_every_answer(mini: TransformerBridge, run: Evaluation) -> None:
+    flops = decoding_flops(mini)
+    for _, row in run.answers.iterrows():
+        assert row["flops"] == flops.of(row["n_prompt"], row["n_new_tokens"])
+
+
+def test_the_order_of_variants_changes_nothing(run: Evaluation) -> None:
+    other = Evaluation(run.folder, run.variants[::-1], 6, 2)
+    pd.testing.assert_frame_equal(other.answers, run.answers)
+    for name in ("baseline", "three votes"):
+        pd.testing.assert_frame_equal(other.given(name), run.given(name))
+
+
+def test_times_are_compared_on_the_same_answers(mini: TransformerBridge, tmp_path: Path) -> None:
+    same = [Variant("one", votes=2), Variant("other", budget=100)]  # the run's limit: the same decoding
+    found = evaluate(mini, TASK, same, 3, folder=tmp_path, **OPTIONS)
+    costs = found.costs("other").set_index("variant")  # batches of 4: two draws of three problems, and one draw
+    assert costs.loc["one", "batches"] == 0
+    assert pd.isna(costs.loc["one", "time_ratio"])
+    single = Evaluation(tmp_path, (same[1], Variant("one")), 3, 1).costs().set_index("variant")
+    assert single.loc["one", "batches"] == 0
+    assert found.costs().set_index("variant").loc["one", "time_ratio"] == 1.0
+
+
+def test_every_part_of_a_way_reaches_the_model(mini: TransformerBridge, tmp_path: Path) -> None:
+    variants = [
+        Variant("baseline"), Variant("asked", instruction="What is Anna?"), Variant("wait", wait=1),
+        Variant("cut", edit=cut),
+    ]  # fmt: skip
+    options = OPTIONS | {"temperature": 0.0}
+    found = evaluate(mini, TASK, variants, 3, folder=tmp_path, **options)
+    for i in range(3):
+        question = TASK.sample(i).question
+        expected = {
+            "baseline": stepsal.generate(mini, question, max_new_tokens=100),
+            "asked": stepsal.generate(mini, f"{question}\n\nWhat is Anna?", max_new_tokens=100),
+            "wait": stepsal.generate(mini, question, max_new_tokens=100, put_off=1),
+        }
+        with cut(mini, TASK.sample(i)):
+            expected["cut"] = stepsal.generate(mini, question, max_new_tokens=100)
+        responses = [trace.response for trace in expected.values()]
+        assert len(set(responses)) == 4
+        assert [found.given(name)["response"][i] for name in expected] == responses
+
+
+def cut(model: TransformerBridge, problem: object) -> AbstractContextManager:
+    """The first layer attends to nothing: an edit that shows."""
+    return model.hooks(fwd_hooks=[("blocks.0.attn.o.hook_in", lambda z, hook: z * 0)])
+
+
+class Plain:
+    """A task of the smallest protocol."""
+
+    name = "plain"
+
+    def __init__(self, word: str = "What") -> None:
+        self.word = word
+
+    def sample(self, seed: int) -> PlainProblem:
+        return PlainProblem(f"{self.word} is {seed % 2}?")
+
+
+@dataclass
+class PlainProblem:
+    question: str
+    reference: int = 3
+
+    def grade(self, trace: stepsal.Trace) -> PlainVerdict:
+        return PlainVerdict("1" in self.question)
+
+
+@dataclass
+class PlainVerdict:
+    correct: bool
+    reason: str = "so it is"
+
+
+def test_tasks_of_the_smallest_protocol(mini: TransformerBridge, tmp_path: Path) -> None:
+    options = OPTIONS | {"max_new_tokens": 5}
+    variants = [Variant("baseline"), Variant("short", budget=2)]
+    found = evaluate(mini, Plain(), variants, 6, folder=tmp_path, **options)
+    assert found.errors("short").to_dict() == {"none": {"none": 3, "wrong": 0}, "wrong": {"none": 0, "wrong": 3}}
+    table = found.accuracy()
+    assert table["n_different"].tolist() == [2, 2]  # two questions, three times each
+    assert (table["high"] - table["low"] > 0.6).all()
+    assert pd.isna(found.paired()["mcnemar_p"]).all()
+    with pytest.raises(ValueError, match="no `answer` to vote with"):
+        evaluate(mini, Plain(), [Variant("votes", votes=2)], 6, folder=tmp_path / "votes", **options)
+    with pytest.raises(ValueError, match="another question as problem 0: the task has changed under its name"):
+        evaluate(mini, Plain("How much"), variants, 6, folder=tmp_path, **options)
+
+
+def test_a_single_variant_has_tables_too(run: Evaluation) -> None:
+    alone = Evaluation(run.folder, run.variants[:1], 6, 2)
+    assert len(alone.paired()) == 0
+    assert "mcnemar_p" in alone.paired()
+    with pytest.raises(ValueError, match="what='corect'"):
+        alone.accuracy("corect")
+    with pytest.raises(ValueError, match="there is no variant 'x'"):
+        alone.given("x")
+
+
+def test_more_of_everything_goes_on_with_what_is_there(mini: TransformerBridge, tmp_path: Path) -> None:
+    few = evaluate(mini, TASK, VARIANTS[:1], 3, folder=tmp_path / "grown", **OPTIONS)
+    before = few.answers
+    more = evaluate(mini, TASK, VARIANTS[:2], 5, 2, folder=tmp_path / "grown", **OPTIONS)
+    whole = evaluate(mini, TASK, VARIANTS[:2], 5, 2, folder=tmp_path / "whole", **OPTIONS)
+    pd.testing.assert_frame_equal(few.__class__(few.folder, few.variants, 3, 1).answers, before)
+    columns = ["way", "draw", "problem", "response", "correct"]
+    pd.testing.assert_frame_equal(more.answers[columns], whole.answers[columns])
+    with pytest.raises(ValueError, match="temperature"):
+        evaluate(mini, TASK, VARIANTS[:1], 3, folder=tmp_path / "grown", **OPTIONS | {"temperature": 0.5})
+
+
+def test_a_killed_run_goes_on(mini: TransformerBridge, tmp_path: Path) -> None:
+    code = f"""
+import stepsal
+from stepsal.experiments.evaluate import Variant, evaluate
+from stepsal.tasks.chain import ChainTask
+variants = [Variant("baseline"), Variant("StepFlow", stepflow=stepsal.StepFlowConfig())]
+evaluate(stepsal.load("mini"), ChainTask(length=3, distractors=2), variants, 8, 2,
+         folder={str(tmp_path / "killed")!r}, **{OPTIONS!r})
+"""
+    answers = tmp_path / "killed" / "answers"
+    process = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(answers.glob("*.parquet"))) < 3 and time.monotonic() < deadline:
+            assert process.poll() is None
+            time.sleep(0.01)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert 3 <= len(list(answers.glob("*.parquet"))) < 8
+    there = pd.concat([pd.read_parquet(path) for path in answers.glob("*.parquet")])
+    (answers / ".unfinished.part").write_bytes(b"half")
+    resumed = evaluate(mini, TASK, VARIANTS[:2], 8, 2, folder=tmp_path / "killed", **OPTIONS)
+    whole = evaluate(mini, TASK, VARIANTS[:2], 8, 2, folder=tmp_path / "whole", **OPTIONS)
+    columns = ["way", "draw", "problem", "response", "correct"]
+    pd.testing.assert_frame_equal(resumed.answers[columns], whole.answers[columns])
+    kept = resumed.answers.merge(there)  # on all columns, times included
+    assert len(kept) == len(there)
+    assert len(list(answers.iterdir())) == 1
+
+
+def test_a_kill_while_files_are_merged_loses_and_doubles_nothing(
+    mini: TransformerBridge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        if path.suffix == ".parquet":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(mini, TASK, VARIANTS[:2], 5, folder=tmp_path, **OPTIONS)
+    monkeypatch.undo()
+    answers = tmp_path / "answers"
+    assert len(list(answers.glob("*.parquet"))) == 5  # two variants, two batches, and all of it in one
+    before = Evaluation(tmp_path, tuple(VARIANTS[:2]), 5, 1).answers
+
+    def killed_later(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("stepsal.experiments.evaluate._merge", killed_later)  # a second kill, with more answers beside
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(mini, TASK, VARIANTS[:2], 6, folder=tmp_path, **OPTIONS)
+    monkeypatch.undo()
+    assert len(list(answers.glob("*.parquet"))) == 3  # what was merged is gone; two new ones
+    pd.testing.assert_frame_equal(before, Evaluation(tmp_path, tuple(VARIANTS[:2]), 5, 1).answers)
+    after = evaluate(mini, TASK, VARIANTS[:2], 6, folder=tmp_path, **OPTIONS)
+    pd.testing.assert_frame_equal(before, Evaluation(tmp_path, tuple(VARIANTS[:2]), 5, 1).answers)
+    assert len(after.answers) == 12
+    assert len(list(answers.glob("*.parquet"))) == 1
+
+
+def hidden(model: TransformerBridge, problem: object, names: set[str]) -> AbstractContextManager:
+    """No layer sees the definitions of these names."""
+    question = render_prompt(model.tokenizer, problem.question).text
+    offsets = model.tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    spans = [
+        (question.index(f"{d}."), question.index(f"{d}.") + len(f"{d}."))
+        for d in problem.definitions
+        if d.name in names
+    ]
+    keys = [i for i, (start, end) in enumerate(offsets) if any(a <= start and end <= b for a, b in spans)]
+    assert keys
+
+    def hide(scores: torch.Tensor, hook: object) -> torch.Tensor:
+        return scores.index_fill(-1, torch.tensor(keys), -1e9)
+
+    return model.hooks(fwd_hooks=[(f"blocks.{i}.attn.hook_attn_scores", hide) for i in range(model.cfg.n_layers)])
+
+
+def needed_and_not(problem: object) -> tuple[str, set[str]]:
+    """A definition that the goal needs, and those that it does not."""
+    needed, pending = set(), [problem.goal]
+    while pending:
+        needed.add(name := pending.pop())
+        pending += problem.by_name[name].needs
+    return min(needed - {problem.goal}), set(problem.by_name) - needed
+
+
+def forgetful(model: TransformerBridge, problem: object) -> AbstractContextManager:
+    """A premise, and a definition that is not needed, are hidden."""
+    needed, others = needed_and_not(problem)
+    return hidden(model, problem, {needed, min(others)})
+
+
+def oracle(model: TransformerBridge, problem: object) -> AbstractContextManager:
+    """Gives the attention on the premise back."""
+    return hidden(model, problem, {min(needed_and_not(problem)[1])})
+
+
+def random_help(model: TransformerBridge, problem: object) -> AbstractContextManager:
+    """Gives as much attention back, on what is not needed."""
+    return hidden(model, problem, {needed_and_not(problem)[0]})
+
+
+def test_the_harness_can_tell_help_from_none(mini: TransformerBridge, tmp_path: Path) -> None:
+    variants = [
+        Variant("forgetful", edit=forgetful),
+        Variant("oracle", edit=oracle),
+        Variant("random", edit=random_help),
+    ]
+    options = {"temperature": 0.0, "max_new_tokens": 120, "batch_size": 10, "progress": False}
+    found = evaluate(mini, ChainTask(length=3, distractors=3), variants, 20, folder=tmp_path, **options)
+    paired = found.paired().set_index("variant")
+    assert paired.loc["oracle", "low"] > 0.1
+    assert paired.loc["oracle", "mcnemar_p"] < 0.01
+    assert paired.loc["random", "mcnemar_p"] > 0.1
+    assert "wrong premise" in found.errors("oracle").index
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"variants": []}, "at least one"),
+        ({"variants": [Variant("a"), Variant("a", budget=3)]}, "names that differ"),
+        ({"n_problems": 0}, "n_problems=0"),
+        ({"temperature": 0.0, "n_samples": 2}, "temperature=0"),
+        ({"temperature": -1.0}, "temperature=-1"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"top_p": 0.0}, "top_p=0"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"variants": [Variant("long", instruction="what " * 2000)]}, "leaves no room in the context"),
+        ({"temperature": 0.0, "variants": [Variant("a", votes=2)]}, "temperature=0"),
+    ],
+)
+def test_what_makes_no_run(mini: TransformerBridge, tmp_path: Path, arguments: dict, message: str) -> None:
+    given = {"variants": VARIANTS, "n_problems": 2, "n_samples": 1, **OPTIONS, **arguments}
+    with pytest.raises(ValueError, match=message):
+        evaluate(mini, TASK, folder=tmp_path / "new", **given)
+    assert not (tmp_path / "new").exists()
+
+
+def test_folders_that_are_not_what_they_should_be(mini: TransformerBridge, tmp_path: Path) -> None:
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="no evaluation"):
+        evaluate(mini, TASK, VARIANTS[:1], 1, folder=tmp_path / "foreign", **OPTIONS)
+    evaluate(mini, TASK, VARIANTS[:1], 1, folder=tmp_path / "run", **OPTIONS)
+    (file,) = (tmp_path / "run" / "answers").glob("*.parquet")
+    content = file.read_bytes()
+    file.write_bytes(content[:-20])
+    with pytest.raises(ValueError, match=r"parquet is damaged .* delete it, and evaluate again"):
+        evaluate(mini, TASK, VARIANTS[:1], 1, folder=tmp_path / "run", **OPTIONS)
+    file.write_bytes(content)
+    (file.parent / "copy.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match="an answer twice"):
+        evaluate(mini, TASK, VARIANTS[:1], 1, folder=tmp_path / "run", **OPTIONS)
+
+
+def test_different_edits_are_different_ways() -> None:
+    one, two = (Variant(name, edit=lambda model, problems: model.hooks()) for name in ("one", "two"))
+    assert one.way != two.way
+
+
+def test_votes() -> None:
+    from stepsal.experiments.evaluate import _voted
+
+    assert _voted(pd.Series(["3", "5", "5", None], index=[7, 8, 9, 10])) == 8
+    assert _voted(pd.Series(["3", "5"], index=[7, 8])) == 7
+    assert _voted(pd.Series([None, None], index=[7, 8])) == 7
+    with pytest.raises(ValueError, match="votes=0"):
+        Variant("none", votes=0)

@@ -1,0 +1,249 @@
+"""The mathematics of OEB and SMI against a numeric solver and plain loops; settings."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+
+from stepsal import StepFlowConfig
+from stepsal.intervention.oeb import bridge_ceiling, odds_equal_bridge
+from stepsal.intervention.smi import Injections, inject, previous_step_means
+from stepsal.trace.segment import Format
+
+B, S, O = 1, 2, 0  # noqa: E741 (the paper's letters)
+
+
+@st.composite
+def rows(draw: st.DrawFn, n_keys: int = 7) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+    """Attention of one row, the group of each key, tau_max, and what a sink takes from the row."""
+    logits = draw(st.lists(st.floats(-8, 4), min_size=n_keys, max_size=n_keys))
+    groups = torch.tensor(draw(st.lists(st.sampled_from([B, S, O]), min_size=n_keys, max_size=n_keys)))
+    sink = draw(st.sampled_from([0.0, 0.0, 0.3, 0.9]))
+    p = torch.softmax(torch.tensor(logits, dtype=torch.float64), 0) * (1 - sink)
+    return p, groups, draw(st.floats(0.01, 0.99)), sink
+
+
+def bridged(p: torch.Tensor, groups: torch.Tensor, tau_max: float) -> tuple[torch.Tensor, float]:
+    """The new row, and the ceiling."""
+    ceiling = bridge_ceiling((groups == B).sum(), (groups == S).sum(), tau_max)
+    shape = (1, 1, 1, -1)
+    result = odds_equal_bridge(
+        p.view(shape), (groups == B).view(1, 1, -1), (groups == S).view(1, 1, -1), ceiling.view(1, 1)
+    )
+    return result.pattern.flatten(), float(ceiling)
+
+
+@settings(max_examples=40)
+@given(rows())
+def test_oeb_is_the_kl_projection(drawn: tuple) -> None:
+    p, groups, tau_max, sink = drawn
+    q, ceiling = bridged(p, groups, tau_max)
+    p_b, p_s = (float(p[groups == g].sum()) for g in (B, S))
+    tau = min(ceiling, (p_b + p_s) / 2)
+    if not 0 < p_b < tau:
+        assert torch.equal(q, p)
+        return
+    q_full = numeric_projection(
+        np.append(p, sink), np.append(groups, O), {B: tau, S: p_b + p_s - tau, O: 1 - p_b - p_s}
+    )
+    for g, mass in ((B, tau), (S, p_b + p_s - tau)):
+        assert float(q[groups == g].sum()) == pytest.approx(mass, abs=1e-9)
+    assert torch.equal(q[groups == O], p[groups == O])
+    assert divergence(q.numpy(), p.numpy()) <= divergence(q_full[:-1], p.numpy()) + 1e-9
+    np.testing.assert_allclose(q, q_full[:-1], atol=1e-3)  # the solver stops where the divergence is flat
+
+
+def divergence(q: np.ndarray, p: np.ndarray) -> float:
+    """KL(q || p)."""
+    there = q > 0
+    return float((q[there] * np.log(q[there] / p[there])).sum())
+
+
+def numeric_projection(p: np.ndarray, groups: np.ndarray, target: dict[int, float]) -> np.ndarray:
+    """The q with mass target[g] in each group that minimises KL(q || p), by BFGS over q = target[g] softmax(x).
+
+    From several starts: a line search that runs into the flat end of a softmax stays there.
+    """
+    there = p > 0
+
+    def q_of(x: np.ndarray) -> np.ndarray:
+        q = np.zeros_like(p)
+        for g in target:
+            member = (groups == g) & there
+            e = np.exp(x[member] - x[member].max(initial=0))
+            q[member] = target[g] * e / e.sum() if member.any() else 0
+        return q
+
+    def kl_and_gradient(x: np.ndarray) -> tuple[float, np.ndarray]:
+        q = q_of(x)
+        log_ratio = np.zeros_like(p)
+        positive = q > 0
+        log_ratio[positive] = np.log(q[positive] / p[positive])
+        gradient = np.zeros_like(p)
+        for g in target:  # softmax: d/dx_k = q_k (log_ratio_k - mean of log_ratio under q within the group)
+            member = (groups == g) & positive
+            if member.any():
+                mean = (q[member] * log_ratio[member]).sum() / q[member].sum()
+                gradient[member] = q[member] * (log_ratio[member] - mean)
+        return float((q * log_ratio).sum()), gradient
+
+    starts = np.vstack([np.zeros_like(p), np.random.default_rng(0).normal(size=(4, len(p)))])
+    found = [minimize(kl_and_gradient, x, jac=True, method="BFGS", options={"gtol": 1e-9}) for x in starts]
+    return q_of(min(found, key=lambda result: result.fun).x)
+
+
+@given(rows(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_oeb_invariants(drawn: tuple, dtype: torch.dtype) -> None:
+    p, groups, tau_max, _ = drawn
+    p = p.to(dtype)
+    q, ceiling = bridged(p, groups, tau_max)
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    assert q.dtype == dtype
+    assert (q >= 0).all()
+    assert abs(float(q.float().sum() - p.float().sum())) <= tolerance
+    assert torch.equal(q[groups == O], p[groups == O])
+    p_b, p_s = (float(p.float()[groups == g].sum()) for g in (B, S))
+    tau = min(ceiling, (p_b + p_s) / 2)
+    if p_b >= tau or p_b == 0:
+        assert torch.equal(q, p)
+    else:
+        assert abs(float(q.float()[groups == B].sum()) - tau) <= tolerance
+        assert q.float()[groups == S].sum() >= tau - tolerance
+
+
+@pytest.mark.parametrize("absent", [B, S])
+def test_oeb_leaves_rows_without_bridge_or_segment(absent: int) -> None:
+    p = torch.tensor([0.001, 0.299, 0.7])
+    groups = torch.tensor([O if absent == B else B, O if absent == S else S, O])
+    q, ceiling = bridged(p, groups, 0.5)
+    assert ceiling == 0
+    assert torch.equal(q, p)
+
+
+def test_oeb_where_the_paper_is_infeasible() -> None:
+    """p(O) = .9, p(S) = .06, p(B) = .04, tau_max = .3: 1 - p(O) - tau_B would be -.2."""
+    q, _ = bridged(torch.tensor([0.04, 0.06, 0.9]), torch.tensor([B, S, O]), 0.3)
+    torch.testing.assert_close(q, torch.tensor([0.05, 0.05, 0.9]))
+
+
+def test_the_ceiling_counts_keys() -> None:
+    n_bridge, n_segment = torch.tensor([1, 1, 0, 3]), torch.tensor([3, 999, 5, 0])
+    expected = torch.tensor([0.5, math.sqrt(1 / 1000), 0.0, 0.0])
+    torch.testing.assert_close(bridge_ceiling(n_bridge, n_segment, 0.8), expected)
+    torch.testing.assert_close(bridge_ceiling(n_bridge, n_segment, 0.15)[0], torch.tensor(0.15))
+
+
+@pytest.mark.parametrize("mass", [1e-12, 1e-30, 1e-37, 1e-42])
+def test_a_tiny_bridge_gives_finite_values_and_gradients(mass: float) -> None:
+    p = torch.tensor([[[[mass, 0.6, 0.4]]]], requires_grad=True)
+    bridge, segment = torch.tensor([[[True, False, False]]]), torch.tensor([[[False, True, False]]])
+    result = odds_equal_bridge(p, bridge, segment, torch.tensor([[0.15]]))
+    (gradient,) = torch.autograd.grad((result.pattern * torch.tensor([1.0, 2.0, 3.0])).sum(), p)
+    assert result.pattern.isfinite().all()
+    assert gradient.isfinite().all()
+    assert float(result.pattern.detach().sum()) == pytest.approx(1.0)
+    raised = bool(result.after > result.before)
+    assert raised == (mass > torch.finfo(torch.float32).tiny)  # 1e-42 counts as no mass at all
+
+
+@pytest.mark.parametrize(("n_heads", "n_kv_heads"), [(4, 4), (4, 2), (6, 1)])
+def test_smi_against_loops(n_heads: int, n_kv_heads: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(2, 9, n_kv_heads, 3, generator=generator)
+    z = torch.randn(2, 4, n_heads, 3, generator=generator)
+    places, members = [(0, 1), (1, 3), (0, 3)], [[2, 3, 4], [0], [5, 6]]
+    injections = Injections.of(places, members)
+    got = inject(z, previous_step_means(v, injections), injections, alpha=0.7)
+    expected = z.clone()
+    for (row, t), keys in zip(places, members, strict=True):
+        for head in range(n_heads):
+            mean = sum(v[row, k, head // (n_heads // n_kv_heads)] for k in keys) / len(keys)
+            expected[row, t, head] += 0.7 * mean
+    torch.testing.assert_close(got, expected)
+    assert not torch.equal(got, z)
+
+
+class TestConfig:
+    def test_the_defaults_are_the_papers(self) -> None:
+        config = StepFlowConfig()
+        assert (config.tau_max, config.alpha, config.window) == (0.15, 0.06, None)
+        assert config.resolve(28) == (tuple(range(7)), tuple(range(21, 28)))
+        assert config == StepFlowConfig.preset("paper")
+
+    @pytest.mark.parametrize(
+        ("layers", "expected"),
+        [
+            ("bottom-quarter", (0, 1)),
+            ("top-quarter", (6, 7)),
+            ("bottom-half", (0, 1, 2, 3)),
+            ("top-half", (4, 5, 6, 7)),
+            ("all", tuple(range(8))),
+            ((0.25, 0.5), (2, 3)),
+            ((0.0, 0.01), (0,)),
+            ((0, 0.5), (0, 1, 2, 3)),
+            ((0.5, 1), (4, 5, 6, 7)),
+            ((0, 1), (0, 1)),
+            (np.arange(2), (0, 1)),
+            ([-1, 0, 3], (0, 3, 7)),
+            (range(2), (0, 1)),
+            (None, ()),
+        ],
+    )
+    def test_layers(self, layers: object, expected: tuple[int, ...]) -> None:
+        assert StepFlowConfig(oeb_layers=layers).resolve(8)[0] == expected
+        assert StepFlowConfig(smi_layers=layers).resolve(8)[1] == expected
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"tau_max": 0}, r"tau_max=0 must lie in \(0, 1\)"),
+            ({"tau_max": 1.0}, "tau_max=1.0"),
+            ({"alpha": -0.1}, "alpha=-0.1 must be a number >= 0"),
+            ({"alpha": float("nan")}, "alpha=nan"),
+            ({"tau_max": "0.1"}, "tau_max='0.1' must be a number"),
+            ({"window": True}, "window=True"),
+            ({"window": 0}, "window=0"),
+            ({"window": 2.5}, "window=2.5"),
+            ({"bridge": "all"}, "bridge='all'.*'question' or 'prompt'"),
+            ({"oeb_layers": "lower"}, "oeb_layers='lower'.*'bottom-quarter'"),
+            ({"smi_layers": (0.5, 0.25)}, "smi_layers=.*0 <= from < to <= 1"),
+            ({"smi_layers": []}, r"smi_layers=\[\]"),
+            ({"oeb_layers": [0.5]}, "oeb_layers"),
+            ({"format": "thoughts"}, "format='thoughts'.*'think'"),
+            ({"split": "("}, "split="),
+        ],
+    )
+    def test_bad_values(self, values: dict, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            StepFlowConfig(**values)
+
+    def test_fractions_are_not_cut_short_by_rounding(self) -> None:
+        assert 0.29 * 100 < 29
+        assert StepFlowConfig(oeb_layers=(0.29, 0.57)).resolve(100)[0] == tuple(range(29, 57))
+
+    def test_layers_that_do_not_exist(self) -> None:
+        with pytest.raises(ValueError, match=r"smi_layers=\[3, 8\]: the model has no layer 8, only 0..7"):
+            StepFlowConfig(smi_layers=[3, 8]).resolve(8)
+
+    def test_presets(self) -> None:
+        authors = StepFlowConfig.preset("authors-code", alpha=0.1)
+        assert (authors.window, authors.bridge, authors.alpha) == (4, "prompt", 0.1)
+        assert StepFlowConfig.preset("openai/gpt-oss-20b").format == "harmony"
+        assert StepFlowConfig.preset("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B").format == "think"
+        with pytest.raises(ValueError, match=r"no preset 'gpt-2'.*'authors-code'.*'qwq-32b'"):
+            StepFlowConfig.preset("gpt-2")
+
+    def test_settings_as_json(self) -> None:
+        config = StepFlowConfig(oeb_layers=[0, 1], split=str.isspace, format=Format.with_marker("Answer:"))
+        values = json.loads(json.dumps(config.to_dict()))
+        assert values["oeb_layers"] == [0, 1]
+        assert values["split"] == "isspace"
+        assert values["format"] == "marker 'Answer:'"
+        assert config.but(alpha=0.0).alpha == 0

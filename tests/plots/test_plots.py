@@ -1,0 +1,414 @@
+"""The prepared state of each plot, the artists on the Axes, and labels that do not collide."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from matplotlib.colors import LogNorm, to_rgba
+from matplotlib.patches import PathPatch
+
+from stepsal import plots
+from stepsal.maps import StepSaliency
+from stepsal.maps.pooling import pair_counts, pool_steps, reduce_blocks, row_counts
+from stepsal.plots.ticks import fitted_log_ticks, log_ticks, number_labels, place_labels, step_ticks, text_width
+
+
+def make(n_thinking=14, n_summary=1, layers=(0, 3, 7), n_layers=8, keep_tokens=True) -> StepSaliency:
+    """Random saliency with template tokens before, between and after question, thinking and summary."""
+    roles = ("question", *["thinking"] * n_thinking, *["summary"] * n_summary)
+    lengths = (9, *[3] * (n_thinking + n_summary))
+    ids = [-1, -1, *[0] * 9, -1]
+    for step in range(1, len(roles)):
+        ids += [-1] * (step == n_thinking + 1) + [step] * 3
+    step_ids = torch.tensor(ids)
+    n_pos, n_steps = len(ids), len(roles)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(len(layers), n_pos, n_pos, generator=generator).mul(1.5).exp().mul(1e-4).tril()
+    pairs, rows = pair_counts(step_ids, n_steps), row_counts(step_ids, n_steps)
+    return StepSaliency(
+        values=reduce_blocks(pool_steps(tokens, step_ids, n_steps), pairs, rows, "density"),
+        layers=layers,
+        n_layers=n_layers,
+        model="random",
+        target="token",
+        reduce="density",
+        roles=roles,
+        step_texts=("text",) * n_steps,
+        step_lengths=lengths,
+        step_ids=step_ids,
+        token_texts=("t",) * n_pos,
+        token_values=tokens if keep_tokens else None,
+    )
+
+
+@pytest.fixture
+def ax():
+    with plots.style():
+        fig, axes = plt.subplots(figsize=(plots.SINGLE_COLUMN, 3.1), layout="constrained")
+        yield axes
+        plt.close(fig)
+
+
+def child(ax, label):
+    return next(axes for axes in ax.child_axes if axes.get_label() == label)
+
+
+def drawn_boxes(texts):
+    """Boxes of the visible texts on the rendered canvas."""
+    renderer = texts[0].figure.canvas.get_renderer()
+    return [text.get_window_extent(renderer) for text in texts if text.get_text() and text.get_visible()]
+
+
+def overlapping(boxes):
+    return [(i, j) for j in range(len(boxes)) for i in range(j) if boxes[i].overlaps(boxes[j])]
+
+
+# ---------------------------------------------------------------------------------------------- prepared state
+
+
+def test_map_view_masks_the_future_and_finds_the_bands():
+    view = plots.map_view(np.ones((4, 4)), ["question", "thinking", "thinking", "summary"])
+    assert np.array_equal(view.values.mask, np.triu(np.ones((4, 4)), 1).astype(bool))
+    assert [(span.role, span.start, span.stop) for span in view.spans] == [
+        ("question", 0, 1),
+        ("thinking", 1, 3),
+        ("summary", 3, 4),
+    ]
+    assert view.separators == [0.5, 2.5]
+    with pytest.raises(ValueError, match="one role per row"):
+        plots.map_view(np.ones((3, 4)), ["thinking"] * 3)
+
+
+def test_template_gaps_do_not_double_the_separators():
+    view = plots.map_view(np.ones((6, 6)), ["template", "question", "question", "template", "thinking", "summary"])
+    assert view.separators == [3.5, 4.5]
+
+
+def test_flow_view_takes_the_strongest_sources_of_each_step():
+    values = np.tril([[1, 0, 0, 0], [3, 1, 0, 0], [0, 1, 3, 0], [1, 4, 2, 1]]).astype(float)
+    view = plots.flow_view(values, ["question", "thinking", "thinking", "summary"], top_k=2)
+    arcs = {(int(k), int(q)): share for k, q, share in zip(view.key_steps, view.query_steps, view.shares, strict=True)}
+    assert arcs == {(0, 1): 0.75, (1, 2): 0.25, (1, 3): 0.5, (2, 3): 0.25}  # no own step, and no arc without saliency
+    assert (np.diff(view.shares) >= 0).all()
+    assert view.labels == ("Q", "1", "2", "S")
+    with pytest.raises(ValueError, match="top_k=0"):
+        plots.flow_view(values, ["thinking"] * 4, top_k=0)
+
+
+def test_several_summary_steps_are_numbered():
+    view = plots.flow_view(np.eye(4), ["question", "thinking", "summary", "summary"])
+    assert view.labels == ("Q", "1", "S1", "S2")
+    assert view.shares.size == 0
+
+
+def test_shared_norm_spans_all_maps_above_the_floor():
+    first, second = np.tril(np.geomspace(1e-6, 1e-3, 16).reshape(4, 4)), np.array([[0.0, 0.0], [0.02, 1e-12]])
+    norm = plots.shared_norm([first, second], quantile_floor=0.1)
+    positive = np.concatenate([first[first > 0], second[second > 0]])
+    assert (norm.vmin, norm.vmax) == (pytest.approx(np.quantile(positive, 0.1)), 0.02)
+    saliency = make()
+    assert plots.shared_norm(saliency).vmax == plots.shared_norm([saliency.values[0], *saliency.values[1:]]).vmax
+    constant = plots.shared_norm([np.ones((2, 2))])
+    assert constant.vmin < constant.vmax == 1
+    with pytest.raises(ValueError, match="no map has a positive value"):
+        plots.shared_norm([np.zeros((2, 2))])
+    with pytest.raises(ValueError, match="quantile_floor=5"):
+        plots.shared_norm([first], quantile_floor=5)
+
+
+@given(st.integers(1, 10_000), st.integers(1, 12))
+def test_ticks_are_few_and_inside(n, at_most):
+    ticks = step_ticks(n, at_most)
+    assert ticks[0] == 0
+    assert ticks[-1] < n
+    assert 1 <= len(ticks) <= at_most
+
+
+@given(st.floats(-12, 3), st.floats(0.01, 9), st.integers(2, 5))
+def test_log_ticks_lie_inside(exponent, decades, at_most):
+    low, high = 10**exponent, 10 ** (exponent + decades)
+    ticks = log_ticks(low, high, at_most)
+    assert 1 <= len(ticks) <= at_most
+    assert all(low * 0.999 <= tick <= high * 1.001 for tick in ticks)
+
+
+@given(st.lists(st.tuples(st.floats(0, 100), st.floats(1, 30)), min_size=1, max_size=5))
+def test_labels_are_placed_apart_and_inside(labels):
+    labels.sort()
+    centres, widths = zip(*labels, strict=True)
+    placed = place_labels(centres, widths, 100.0)
+    assert (placed is None) == (sum(widths) > 100)
+    assume(placed is not None)
+    edges = [edge for c, w in zip(placed, widths, strict=True) for edge in (c - w / 2, c + w / 2)]
+    assert np.all(np.diff([0, *edges, 100]) >= -1e-9)
+
+
+@given(st.floats(-9, 3), st.floats(0.05, 6), st.floats(20, 200))
+def test_colour_bar_labels_have_room(exponent, decades, length):
+    low, high = 10**exponent, 10 ** (exponent + decades)
+    ticks = fitted_log_ticks(low, high, length, 6.0)
+    at = np.log(np.array(ticks) / low) / np.log(high / low) * length
+    assert len(ticks) <= 4
+    widths = np.array([text_width(label, 6.0) for label in number_labels(ticks)])
+    assert len(ticks) < 2 or np.all(np.diff(at) > (widths[1:] + widths[:-1]) / 2 + 2)
+
+
+def test_role_labels_are_shortened_or_dropped_when_there_is_no_room():
+    view = plots.map_view(np.eye(4), ["question", "thinking", "template", "summary"])
+    names = [plots.role_labels(view, length, 7.0)[1] for length in (200, 40, 10)]
+    assert names == [["Q", "Thinking", "Summary"], ["Q", "T", "S"], []]
+
+
+# --------------------------------------------------------------------------------------------------- step maps
+
+
+@pytest.mark.parametrize(("layer", "rows"), [(3, [1]), (-1, [2]), ([0, 7], [0, 2]), ("shallow", [0])])
+def test_step_map_shows_the_mean_of_the_layers(ax, layer, rows):
+    saliency = make()
+    assert plots.step_map(saliency, layer, ax=ax) is ax
+    (image,) = ax.images
+    shown = image.get_array()
+    expected = np.maximum(saliency.values[rows].mean(0).numpy(), image.norm.vmin)
+    np.testing.assert_allclose(shown[np.tril_indices(16)], expected[np.tril_indices(16)], rtol=1e-6)
+    assert shown.mask[np.triu_indices(16, 1)].all()
+    assert isinstance(image.norm, LogNorm)
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("key step", "query step")
+    assert ax.get_ylim() == (15.5, -0.5)  # the first step is on top
+
+
+def test_zero_saliency_has_the_first_colour_not_the_background(ax):
+    values = np.tril(np.full((3, 3), 0.1))
+    values[2, 0] = 0
+    plots.step_map(values, roles=["question", "thinking", "summary"], norm=LogNorm(0.01, 1), ax=ax)
+    assert ax.images[0].get_array()[2, 0] == 0.01
+
+
+def test_bare_maps_need_roles_and_saliency_needs_a_layer(ax):
+    with pytest.raises(ValueError, match="give roles="):
+        plots.step_map(np.eye(3), ax=ax)
+    with pytest.raises(ValueError, match="name a layer"):
+        plots.step_map(make(), ax=ax)
+    with pytest.raises(ValueError, match="layer 5 was not computed"):
+        plots.step_map(make(), 5, ax=ax)
+
+
+@pytest.mark.parametrize("axis", ["x", "y"])
+def test_role_strips_have_the_colours_and_names_of_the_roles(ax, axis):
+    plots.step_map(make(5, 2), 0, ax=ax)
+    ax.figure.canvas.draw()
+    strip = child(ax, f"roles {axis}")
+    codes = strip.images[0].get_array().ravel()
+    colours = strip.images[0].cmap(strip.images[0].norm(codes))
+    wanted = ["question", *["thinking"] * 5, *["summary"] * 2]
+    np.testing.assert_allclose(colours, [to_rgba(plots.ROLE_COLORS[role]) for role in wanted])
+    labels = strip.get_xticklabels() if axis == "x" else strip.get_yticklabels()
+    assert [label.get_text() for label in labels] == ["Q", "Thinking", "Summary"]
+
+
+@pytest.mark.parametrize("n_thinking", [1, 3, 14, 57, 196])
+@pytest.mark.parametrize("width", [1.6, 2.2, 3.3])
+def test_labels_never_overlap(n_thinking, width):
+    with plots.style():
+        fig, ax = plt.subplots(figsize=(width, width * 0.95), layout="constrained")
+        ax.set_title("deep layers")
+        plots.step_map(make(n_thinking, 2, layers=(0,)), 0, ax=ax)
+        fig.canvas.draw()
+        strips = child(ax, "roles x").get_xticklabels() + child(ax, "roles y").get_yticklabels()
+        texts = [*strips, *ax.get_xticklabels(), *ax.get_yticklabels(), ax.title, ax._left_title, *ax.texts]
+        texts += [ax.xaxis.label, ax.yaxis.label]
+        boxes = drawn_boxes(texts)
+        assert len(boxes) >= 10
+        slack = 2 / 72 * fig.dpi  # two points: hinting widens text
+        for box in drawn_boxes(child(ax, "roles x").get_xticklabels()):
+            assert ax.bbox.x0 - slack <= box.x0 < box.x1 <= ax.bbox.x1 + slack
+        for box in drawn_boxes(child(ax, "roles y").get_yticklabels()):
+            assert ax.bbox.y0 - slack <= box.y0 < box.y1 <= ax.bbox.y1 + slack
+        assert not overlapping(boxes)
+        assert all(fig.bbox.padded(1).containsx(b.x0) and fig.bbox.padded(1).containsx(b.x1) for b in boxes)
+        plt.close(fig)
+
+
+def test_the_colour_bar_says_what_is_shown(ax):
+    for saliency, title in ((make(), "saliency"), (replace(make(), target="attention"), "attention")):
+        ax.clear()
+        plots.step_map(saliency, 0, ax=ax)
+        assert child(ax, "colorbar").get_title() == title
+
+
+def test_labels_and_colorbar_can_be_left_out(ax):
+    plots.step_map(make(), 0, ax=ax, labels=False, colorbar=False)
+    assert [axes.get_label() for axes in ax.child_axes] == ["roles x", "roles y"]
+    assert not child(ax, "roles x").get_xticklabels()
+
+
+def test_panels_share_a_norm():
+    saliency = make()
+    norm = plots.shared_norm(saliency)
+    fig, axes = plt.subplots(1, 2)
+    for ax, layer in zip(axes, (0, 7), strict=True):
+        plots.step_map(saliency, layer, ax=ax, norm=norm)
+    assert axes[0].images[0].norm is axes[1].images[0].norm
+    plt.close(fig)
+
+
+def test_token_map_shows_tokens_and_their_roles(ax):
+    saliency = make()
+    plots.token_map(saliency, "deep", ax=ax)
+    n_pos = len(saliency.token_texts)
+    assert ax.images[0].get_array().shape == (n_pos, n_pos)
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("key position", "query position")
+    codes = child(ax, "roles x").images[0].get_array().ravel()
+    template = list(plots.ROLE_COLORS).index("template")
+    assert np.array_equal(codes == template, saliency.step_ids.numpy() == -1)
+    with pytest.raises(ValueError, match="token_values were not kept"):
+        plots.token_map(make(keep_tokens=False), 0, ax=ax)
+
+
+# ------------------------------------------------------------------------------------------------- flow arcs
+
+
+@pytest.mark.parametrize("n_thinking", [2, 14, 97])
+def test_flow_arcs_draws_the_prepared_arcs(ax, n_thinking):
+    saliency = make(n_thinking, layers=(0,))
+    plots.flow_arcs(saliency, 0, ax=ax, top_k=2)
+    view = plots.flow_view(saliency.layer(0), saliency.roles, top_k=2)
+    arcs = [patch for patch in ax.patches if isinstance(patch, PathPatch)]
+    assert len(arcs) == len(view.shares) == 2 * (n_thinking + 2) - 3
+    for arc, key, query in zip(arcs, view.key_steps, view.query_steps, strict=True):
+        ends = arc.get_path().vertices[[0, -1]]
+        assert ends.tolist() == [[key, 0], [query, 0]]
+        assert arc.get_edgecolor()[:3] == to_rgba(plots.ROLE_COLORS[view.roles[key]])[:3]
+    widths = [arc.get_linewidth() for arc in arcs]
+    assert widths == sorted(widths)
+    nodes = ax.collections[0]
+    assert len(nodes.get_offsets()) == n_thinking + 2
+    ax.figure.canvas.draw()
+    texts = [text.get_text() for text in ax.texts]
+    assert texts[0] == "Q"
+    assert "S" in texts
+    assert len(texts) <= 40
+    assert not overlapping(drawn_boxes(ax.texts))
+
+
+def test_arcs_stay_inside_the_axes(ax):
+    values = np.tril(np.zeros((9, 9)))
+    values[8, 0] = 1.0
+    plots.flow_arcs(values, roles=["question", *["thinking"] * 7, "summary"], ax=ax)
+    (arc,) = ax.patches
+    curve = arc.get_path().interpolated(1).to_polygons(closed_only=False)[0]
+    assert curve[:, 1].max() <= ax.get_ylim()[1]
+
+
+# --------------------------------------------------------------------------------------------- layer profile
+
+
+def profile(**columns):
+    return pd.DataFrame(
+        {"layer": [0, 1, 2, 3] * 2, "intensity": np.arange(8.0), "group": ["wrong"] * 4 + ["correct"] * 4} | columns
+    )
+
+
+def test_layer_profile_draws_a_line_per_label(ax):
+    data = profile(low=np.arange(8.0) - 1, high=np.arange(8.0) + 1).sample(frac=1, random_state=0)
+    plots.layer_profile(data, "intensity", label="group", low="low", high="high", n_layers=4, ax=ax)
+    lines = {line.get_label(): line for line in ax.lines}
+    assert set(lines) == {"wrong", "correct"}
+    assert lines["correct"].get_xydata().tolist() == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert lines["wrong"].get_color() == plots.GROUP_COLORS["wrong"]
+    assert len(ax.collections) == 2
+    assert ax.get_legend() is not None
+    assert [text.get_text() for text in ax.texts] == ["shallow", "deep"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("layer", "intensity")
+
+
+def test_layer_profile_colours_are_distinct(ax):
+    names = ["correct", "before", "after", "x", "y", "z"]
+    data = pd.DataFrame([{"layer": i, "v": i, "name": name} for name in names for i in range(3)])
+    plots.layer_profile(data, "v", label="name", palette={"after": "#009E73"}, ax=ax)
+    colours = [line.get_color() for line in ax.lines]
+    assert len(set(colours)) == len(names)
+    assert colours[2] == "#009E73"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"y": "mass"}, "no column 'mass'"),
+        ({"y": "intensity"}, "several rows per layer"),
+        ({"y": "intensity", "label": "group", "low": "group"}, "two ends"),
+    ],
+)
+def test_layer_profile_refuses_unclear_data(ax, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        plots.layer_profile(profile(), **arguments, ax=ax)
+    with pytest.raises(ValueError, match="no rows"):
+        plots.layer_profile(profile().iloc[:0], "intensity", ax=ax)
+
+
+def estimates(**columns):
+    rows = [{"task": t, "variant": v, "value": x, "low": x - 1, "high": x + 2} for t, v, x in
+            [("b", "one", 1.0), ("b", "two", 2.0), ("a", "one", 3.0)]]  # fmt: skip
+    return pd.DataFrame(rows).assign(**columns)
+
+
+def test_forest_draws_estimates_in_the_order_of_the_data(ax):
+    plots.forest(estimates(), "value", y="task", low="low", high="high", label="variant", reference=0.5, ax=ax)
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["b", "a"]
+    assert ax.yaxis_inverted()
+    _, one, two = ax.lines
+    assert (one.get_label(), two.get_label()) == ("one", "two")
+    assert one.get_xdata().tolist() == [1, 3]
+    assert [segment[:, 0].tolist() for segment in ax.collections[0].get_segments()] == [[0, 3], [2, 5]]
+    assert 0 < two.get_ydata()[0] - one.get_ydata()[0] < 1
+    assert ax.lines[0].get_xdata() == [0.5, 0.5]
+    assert ax.get_xlabel() == "value"
+
+
+def test_forest_draws_what_has_no_interval(ax):
+    data = estimates(low=np.nan, high=np.nan).iloc[[0, 2]]
+    plots.forest(data, "value", y="task", low="low", high="high", ax=ax)
+    assert ax.lines[0].get_xdata().tolist() == [1, 3]
+    assert ax.get_legend() is None
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (estimates().drop(columns="low"), "no column 'low'"),
+        (estimates().iloc[:0], "no rows"),
+        (estimates(), "'task': 'b'} has several rows"),
+    ],
+)
+def test_forest_refuses_unclear_data(ax, data, message):
+    with pytest.raises(ValueError, match=message):
+        plots.forest(data, "value", y="task", low="low", high="high", ax=ax)
+
+
+# ----------------------------------------------------------------------------------------------------- house
+
+
+def test_style_is_confined_to_its_block():
+    before = dict(mpl.rcParams)
+    with plots.style():
+        assert mpl.rcParams["pdf.fonttype"] == 42
+    assert dict(mpl.rcParams) == before
+
+
+def test_importing_plots_loads_no_model_and_changes_no_setting():
+    code = (
+        "import sys, matplotlib as mpl; before = dict(mpl.rcParams); import stepsal.plots, stepsal.plots.save;"
+        "assert 'transformer_lens' not in sys.modules;"
+        "assert dict(mpl.rcParams) == before"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
