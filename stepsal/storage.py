@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there, whatever happens while they are written."""
+"""Files and folders that are whole or not there, whatever happens while they are written; versions of packages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -64,9 +64,9 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def begin_manifest(folder: Path, wanted: dict[str, Any], versions: dict[str, str | None]) -> None:
+def write_manifest(folder: Path, parameters: Mapping[str, Any], versions: Mapping[str, str | None]) -> None:
     """Write manifest.json of what a folder is to hold, and bring it to the disk."""
-    document = wanted | {"versions": versions}
+    document = {**parameters, "versions": versions}
     write_atomic(folder / "manifest.json", f"{json.dumps(document, indent=2, allow_nan=False)}\n".encode())
     for path in (folder / "manifest.json", folder, folder.resolve().parent):
         to_disk(path)
@@ -92,19 +92,19 @@ def read_manifest(folder: Path, format: str, version: int) -> dict[str, Any]:
         raise ValueError(f"{folder} is no {what}: its manifest.json is of another kind")
     if manifest.get("version") != version:
         raise ValueError(
-            f"{folder} has format version {manifest.get('version')}, this stepsal reads {version}; use the matching "
-            "stepsal, or make it again"
+            f"{folder} has format version {manifest.get('version')}, this stepsal reads {version}: migrate it by "
+            f"`python scripts/migrate.py {folder}`, or make it again"
         )
     return manifest
 
 
-def check_manifest(folder: Path, manifest: dict[str, Any], wanted: dict[str, Any]) -> None:
+def check_manifest(folder: Path, manifest: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
     """Refuse to add to a folder what is of other parameters.
 
     Raises:
         ValueError: naming the first difference.
     """
-    for name, here in json.loads(json.dumps(wanted)).items():
+    for name, here in json.loads(json.dumps(parameters)).items():
         if manifest.get(name) != here:
             raise ValueError(
                 f"{folder} was made with {name}={manifest.get(name)!r}, not {here!r}; use another folder, or the "
