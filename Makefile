@@ -51,7 +51,7 @@ nightly: install
 	$(PYTEST) -m nightly tests
 
 figures: install
-	$(BIN)/stepsal figures
+	$(BIN)/python scripts/run_notebooks.py
 
 lab: install
 	$(BIN)/jupyter lab notebooks

@@ -1,23 +1,30 @@
-"""The command line: `stepsal trace` and `stepsal figures`."""
+"""The command line: `stepsal trace`, which answers a question and writes the answer's step maps."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
+if TYPE_CHECKING:
+    from stepsal.maps import StepSaliency
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
-    help="See how information flows between the steps of a reasoning model's trace.",
 )
 console = Console()
 
 ROLE_STYLES = {"question": "bold blue", "thinking": "default", "summary": "bold green"}
+
+
+@app.callback()  # without it Typer would take the only command for the whole program
+def main() -> None:
+    """See how information flows between the steps of a reasoning model's trace."""
 
 
 @app.command()
@@ -69,7 +76,8 @@ def trace(
     console.print(Text(f"{len(answer)} tokens, {len(answer.steps)} steps; wrote {maps} and {picture}", style="dim"))
 
 
-def _draw(saliency: object, path: Path) -> None:
+def _draw(saliency: StepSaliency, path: Path) -> None:
+    """Write a picture of the shallow and the deep quarter of the layers, on one scale."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -79,51 +87,12 @@ def _draw(saliency: object, path: Path) -> None:
 
     with plots.style():
         fig, axes = plt.subplots(1, 2, figsize=(7.4, 3.6), layout="constrained")
-        norm = plots.shared_norm([saliency.mean_over(band) for band in ("shallow", "deep")])  # type: ignore[attr-defined]
+        norm = plots.shared_norm([saliency.mean_over(band) for band in ("shallow", "deep")])
         for ax, band in zip(axes, ("shallow", "deep"), strict=True):
-            plots.step_map(saliency, band, ax=ax, norm=norm, colorbar=band == "deep")  # type: ignore[arg-type]
+            plots.step_map(saliency, band, ax=ax, norm=norm, colorbar=band == "deep")
             ax.set_title(f"{band} layers")
         fig.savefig(path, dpi=200)
         plt.close(fig)
-
-
-@app.command()
-def figures(
-    names: Annotated[list[str] | None, typer.Argument(help="Notebooks, by number or name; all by default.")] = None,
-    notebooks: Annotated[Path, typer.Option(help="Folder of the notebooks.")] = Path("notebooks"),
-    inplace: Annotated[bool, typer.Option(help="Keep the outputs in the notebooks.")] = False,
-) -> None:
-    """Run notebooks; each rebuilds its figures in `figures/` beside the notebooks' folder.
-
-    Examples: `stepsal figures`, `stepsal figures 01 02_shallow_deep_flow`
-    """
-    try:
-        import nbformat
-        from nbclient.exceptions import CellExecutionError
-    except ImportError as error:
-        console.print(Text("error: running notebooks needs pip install 'stepsal[notebooks]'", style="bold red"))
-        raise typer.Exit(1) from error
-
-    from stepsal.notebook import execute, tidy
-
-    found = sorted(notebooks.glob("*.ipynb"))
-    chosen = [p for p in found if not names or any(p.stem == n or p.stem.split("_")[0] == n for n in names)]
-    unknown = [n for n in names or [] if not any(p.stem == n or p.stem.split("_")[0] == n for p in chosen)]
-    if unknown or not chosen:
-        there = ", ".join(p.stem for p in found) or "no notebook"
-        console.print(Text(f"error: {unknown or str(notebooks)!r} not found; there is: {there}", style="bold red"))
-        raise typer.Exit(1)
-    for path in chosen:
-        with console.status(f"running {path.stem} ..."):
-            try:
-                notebook = execute(path)
-            except CellExecutionError as error:
-                console.print(Text(f"{path.stem} failed:\n{error}", style="red"))
-                raise typer.Exit(1) from error
-        if inplace:
-            tidy(notebook)
-            nbformat.write(notebook, path)
-        console.print(f"[green]done[/] {path.stem}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,75 @@
+"""The script that runs this repository's notebooks, on notebooks made for the purpose."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+import pytest
+import run_notebooks
+from run_notebooks import WIDGET_STATE, WIDGET_VIEW
+
+
+def write(path: Path, *sources: str) -> None:
+    cells = [nbformat.v4.new_code_cell(source, id=f"cell-{i}") for i, source in enumerate(sources)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write(tmp_path / "00_good.ipynb", "open('made', 'w').write('x')")
+    write(tmp_path / "01_bad.ipynb", "raise RuntimeError('it broke')")
+    return tmp_path
+
+
+def test_runs_the_named_notebook_in_its_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (folder / "00_good.ipynb").read_bytes()
+    assert run_notebooks.main(["00", "--notebooks", str(folder)]) == 0
+    assert capsys.readouterr().out == "running 00_good ...\n"
+    assert (folder / "made").exists()
+    assert (folder / "00_good.ipynb").read_bytes() == before
+
+
+def test_keeps_outputs_without_noise(tmp_path: Path) -> None:
+    write(tmp_path / "00_noisy.ipynb", "import sys; print('kept'); print('bar', file=sys.stderr)")
+    assert run_notebooks.main(["--notebooks", str(tmp_path), "--inplace"]) == 0
+    (cell,) = nbformat.read(tmp_path / "00_noisy.ipynb", as_version=4).cells
+    assert [output.text for output in cell.outputs] == ["kept\n"]
+    assert "execution" not in cell.metadata
+
+
+def test_keeps_widgets_but_no_progress_bars_and_is_the_same_each_time(tmp_path: Path) -> None:
+    path, texts = tmp_path / "00_widgets.ipynb", []
+    for _ in range(2):
+        write(
+            path,
+            "from tqdm.notebook import tqdm\nfor _ in tqdm(range(3)): pass",
+            "import ipywidgets as w\na, b, c = w.IntSlider(2), w.IntText(2), w.IntText(7)\n"
+            "w.jslink((a, 'value'), (b, 'value')), w.jslink((a, 'value'), (c, 'value'))\nw.HBox([a, b])",
+        )
+        assert run_notebooks.main(["--notebooks", str(tmp_path), "--inplace"]) == 0
+        texts.append(path.read_text())
+    assert texts[0] == texts[1]
+    notebook = nbformat.read(path, as_version=4)
+    state = notebook.metadata.widgets[WIDGET_STATE]["state"]
+    names = sorted(model["model_name"] for model in state.values() if not model["model_name"].endswith("StyleModel"))
+    assert names == ["HBoxModel", "IntSliderModel", "IntTextModel", *["LayoutModel"] * 3, "LinkModel"]
+    assert notebook.cells[0].outputs == []
+    assert notebook.cells[1].outputs[0].data[WIDGET_VIEW]["model_id"] in state
+
+
+def test_reports_a_notebook_that_fails(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_notebooks.main(["--notebooks", str(folder)]) == 1
+    message = capsys.readouterr().err
+    assert "01_bad failed" in message
+    assert "it broke" in message
+
+
+def test_selects_by_number_or_name_and_names_what_there_is() -> None:
+    paths = [Path("00_good.ipynb"), Path("01_bad.ipynb")]
+    assert run_notebooks.select(paths, []) == paths
+    assert run_notebooks.select(paths, ["01_bad", "00", "01"]) == paths
+    with pytest.raises(ValueError, match="no notebook 07; there is 00_good, 01_bad"):
+        run_notebooks.select(paths, ["07", "00"])
+    with pytest.raises(ValueError, match="no notebook at all"):
+        run_notebooks.select([], [])
