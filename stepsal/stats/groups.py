@@ -22,18 +22,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Bool, Float, Int
 from scipy import stats as scipy_stats
 
-if TYPE_CHECKING:
-    import pandas as pd
+from stepsal.stats.checks import check_resampling, refuse_repeats, require_columns
+from stepsal.stats.prediction import auroc
 
 LENGTHS = ("n_steps", "n_tokens")
 FEWEST = 5  # traces of a group for an interval
 CLUSTER_Z = 1.96  # neighbouring layers join a cluster from this many null standard deviations on
+ROUNDING = 1e-12  # differences below this share of the largest value are rounding errors
 
 
 def compare_groups(
@@ -50,12 +51,13 @@ def compare_groups(
     """Contrast a metric between two groups of traces, wrong minus correct, in each layer.
 
     Args:
-        correct, wrong: tidy rows of the two groups with columns "trace", `metric`, those of `match`, and "layer";
-            without a column "layer", `metric` is one number per trace.
+        correct: tidy rows of the first group with columns "trace", `metric`, those of `match`, and "layer"; without a
+            column "layer", `metric` is one number per trace.
+        wrong: tidy rows of the second group, with the same columns.
         metric: column to compare.
         match: length variables to match on; constant within a trace.
-        bins: cut each length variable into so many quantile bins before matching; None matches exactly. Fewer bins keep
-            more traces and more of the difference in length.
+        bins: number of quantile bins into which each length variable is cut before matching; None matches exactly.
+            Fewer bins keep more traces and more of the difference in length.
         n_resamples: of the permutation test and of the bootstrap.
         level: of the interval.
         seed: of both.
@@ -83,81 +85,90 @@ def compare_groups(
 
     Raises:
         ValueError: a missing column, no finite value in one of the groups, a trace in both, or numbers out of range.
-    """
-    import pandas as pd
 
-    _check_options(n_resamples, level, bins)
-    table, layers, lengths, is_wrong, dropped = _by_trace(correct, wrong, metric, match)
-    found = []
-    for matching in ("none", "length"):
-        if matching == "length" and not match:
-            continue
-        strata = np.zeros(len(table), dtype=int) if matching == "none" else strata_of(lengths, bins)
-        kept = _with_partner(strata, is_wrong)
-        sample = _Sample(table.to_numpy()[kept], is_wrong[kept], np.unique(strata[kept], return_inverse=True)[1])
-        rows = _contrast(sample, np.array(table.columns), n_resamples, level, seed)
-        rows.insert(0, "layer", table.columns)
-        rows = rows.set_index("layer").reindex(layers).reset_index()
-        rows.insert(0, "matching", matching)
-        rows["n_left_out"] = dropped + int((~kept).sum())
-        left = sample.differences(lengths.to_numpy(dtype=float)[kept]) if kept.any() else np.full(len(match), np.nan)
-        for name, difference in zip(match, left, strict=True):
-            rows[f"{name}_difference"] = difference
-        found.append(rows)
-    result = pd.concat(found, ignore_index=True)
-    result.insert(0, "metric", metric)
-    return result if "layer" in correct else result.drop(columns=["layer", "q", "cluster", "cluster_p"])
+    Example:
+        >>> import numpy as np, pandas as pd
+        >>> data = pd.DataFrame({"trace": range(40), "n_steps": [4, 5] * 20, "decay": np.arange(40) % 7.0})
+        >>> table = stepsal.stats.compare_groups(data[:20], data[20:], "decay", match=["n_steps"])
+        >>> table[["matching", "n_correct", "n_wrong", "difference"]].round(2).values.tolist()
+        [['none', 20, 20, 0.25], ['length', 20, 20, 0.25]]
+    """
+    check_resampling(n_resamples, level)
+    traces = _complete_traces(correct, wrong, metric, match)
+    strata = {"none": np.zeros(len(traces.is_wrong), dtype=int)}
+    if match:
+        strata["length"] = strata_of(traces.lengths, bins)
+    rng_options = {"n_resamples": n_resamples, "level": level, "seed": seed}
+    tables = [_matched(traces, stratum, **rng_options).assign(matching=name) for name, stratum in strata.items()]
+    table = pd.concat(tables, ignore_index=True)
+    table.insert(0, "metric", metric)
+    table.insert(1, "matching", table.pop("matching"))
+    return table if "layer" in correct else table.drop(columns=["layer", "q", "cluster", "cluster_p"])
 
 
 def mean_profile(
     data: pd.DataFrame, metric: str, *, by: str = "correct", n_resamples: int = 1999, level: float = 0.95, seed: int = 0
 ) -> pd.DataFrame:
-    """Mean of a metric over the traces of each group, layer by layer, with its bootstrap interval.
+    """Average a metric over the traces of each group, layer by layer, with bootstrap intervals.
 
-    For looking at. Whether groups differ is for `compare_groups` to say: overlapping intervals are no test.
+    The table is for looking at. To tell whether groups differ, use `compare_groups`: overlapping intervals are no test.
 
     Args:
         data: tidy rows with columns "trace", "layer", `metric` and `by`, one per trace and layer.
         metric: column to average; traces that have no value in a layer are left out there.
         by: column that tells the groups apart.
-        n_resamples, level, seed: of the bootstrap over traces, layer by layer.
+        n_resamples: of the bootstrap over traces, layer by layer.
+        level: of its interval.
+        seed: of the bootstrap.
 
     Returns:
         One row per group and layer: `by`, layer, n (traces), mean, low, high. NaN intervals below 5 traces.
 
     Raises:
         ValueError: a missing column, several rows for one trace and layer, or numbers out of range.
-    """
-    import pandas as pd
 
-    _check_options(n_resamples, level, None)
-    _require_columns("data", data, ["trace", "layer", metric, by])
-    if data.duplicated(["trace", "layer"]).any():
-        again = data.loc[data.duplicated(["trace", "layer"]), ["trace", "layer"]].iloc[0].to_dict()
-        raise ValueError(f"data has several rows for {again}: give one row per trace and layer")
+    Example:
+        >>> import pandas as pd
+        >>> data = pd.DataFrame({"trace": [0, 1], "layer": 0, "decay": [0.2, 0.4], "correct": True})
+        >>> stepsal.stats.mean_profile(data, "decay")[["layer", "n", "mean"]].round(2).values.tolist()
+        [[0.0, 2.0, 0.3]]
+    """
+    check_resampling(n_resamples, level)
+    require_columns("data", data, ["trace", "layer", metric, by])
+    refuse_repeats("data", data, ["trace", "layer"])
     rows = []
-    for (group, layer), values in data.groupby([by, "layer"], sort=True)[metric]:
-        x = values.to_numpy(dtype=float)
-        x = x[np.isfinite(x)]
+    for (group, layer), column in data.groupby([by, "layer"], sort=True)[metric]:
+        values = column.to_numpy(dtype=float)
+        values = values[np.isfinite(values)]
         low = high = np.nan
-        if len(x) >= FEWEST:
-            drawn = scipy_stats.bootstrap(
-                (x,), np.mean, n_resamples=n_resamples, confidence_level=level, method="percentile",
+        if len(values) >= FEWEST:
+            bootstrap = scipy_stats.bootstrap(
+                (values,), np.mean, n_resamples=n_resamples, confidence_level=level, method="percentile",
                 rng=np.random.default_rng(seed),
             )  # fmt: skip
-            low, high = drawn.confidence_interval
-        mean = x.mean() if len(x) else np.nan
-        rows.append({by: group, "layer": layer, "n": len(x), "mean": mean, "low": low, "high": high})
+            low, high = bootstrap.confidence_interval
+        mean = values.mean() if len(values) else np.nan
+        rows.append({by: group, "layer": layer, "n": len(values), "mean": mean, "low": low, "high": high})
     return pd.DataFrame(rows)
 
 
 def strata_of(lengths: pd.DataFrame, bins: int | None) -> Int[np.ndarray, " trace"]:
-    """Number the strata of traces that agree in every column, after cutting each into `bins` quantile bins.
+    """Number the strata of traces that agree in every column, after cutting each into quantile bins.
 
-    A column with no more than `bins` distinct values, and every column under bins=None, is matched exactly.
+    Args:
+        lengths: one row per trace, one column per length variable.
+        bins: number of bins; a column with no more distinct values, and every column under None, is matched exactly.
+
+    Raises:
+        ValueError: `bins` is below 1.
+
+    Example:
+        >>> import pandas as pd
+        >>> stepsal.stats.strata_of(pd.DataFrame({"n_steps": [3, 3, 4, 9]}), bins=2).tolist()
+        [0, 0, 1, 1]
     """
-    import pandas as pd
-
+    if bins is not None and bins < 1:
+        raise ValueError(f"bins={bins} must be 1 or more, or None to match exactly")
     codes = []
     for name in lengths:
         column = lengths[name]
@@ -166,6 +177,83 @@ def strata_of(lengths: pd.DataFrame, bins: int | None) -> Int[np.ndarray, " trac
         else:
             codes.append(pd.Series(pd.qcut(column, bins, labels=False, duplicates="drop"), column.index, name=name))
     return pd.concat(codes, axis=1).groupby(list(lengths.columns)).ngroup().to_numpy()
+
+
+# ------------------------------------------------------------------------------------------ which traces are compared
+
+
+@dataclass(frozen=True)
+class _Traces:
+    """The traces of two groups that have a value in every layer that is compared."""
+
+    values: pd.DataFrame  # [trace, layer]
+    lengths: pd.DataFrame  # [trace, variable]
+    is_wrong: Bool[np.ndarray, " trace"]
+    layers: pd.Index  # all layers of the data, also those that are not compared
+    n_without_value: int
+
+
+def _complete_traces(correct: pd.DataFrame, wrong: pd.DataFrame, metric: str, match: Sequence[str]) -> _Traces:
+    """Pivot two groups into [trace, layer] and keep the layers and traces that have their values."""
+    groups = {"correct": correct, "wrong": wrong}
+    layered = "layer" in correct
+    keys = ["trace", "layer"] if layered else ["trace"]
+    for name, group in groups.items():
+        require_columns(name, group, [*keys, metric, *match])
+        refuse_repeats(name, group, keys)
+    if shared := set(correct["trace"]) & set(wrong["trace"]):
+        raise ValueError(f"trace {min(shared)!r} is in both groups; the numbers of traces must tell them apart")
+
+    rows = pd.concat(groups.values())
+    by_layer = rows if layered else rows.assign(layer=0)
+    values = pd.concat(
+        [
+            by_layer.iloc[part].pivot(index="trace", columns="layer", values=metric)
+            for part in (slice(len(correct)), slice(len(correct), None))
+        ]
+    )
+    is_wrong = values.index.isin(wrong["trace"])
+    layers = values.columns
+    finite = np.isfinite(values.to_numpy(dtype=float))
+    is_common = finite.sum(0) >= 0.5 * finite.any(1).sum()  # in most traces that have the metric anywhere
+    is_complete = finite[:, is_common].all(1) & is_common.any()
+    for name, members in (("correct", ~is_wrong), ("wrong", is_wrong)):
+        if not (is_complete & members).any():
+            raise ValueError(
+                f"no {name} trace (of {int(members.sum())}) has {metric!r} in all layers that most traces "
+                "have it in: there is nothing to compare"
+            )
+    values = values.loc[is_complete, is_common]
+    lengths = rows.groupby("trace")[list(match)].first() if match else pd.DataFrame(index=values.index)
+    return _Traces(values, lengths.loc[values.index], is_wrong[is_complete], layers, int((~is_complete).sum()))
+
+
+def _matched(
+    traces: _Traces, strata: Int[np.ndarray, " trace"], *, n_resamples: int, level: float, seed: int
+) -> pd.DataFrame:
+    """Compare the traces whose stratum has both groups: one row per layer."""
+    is_wrong = traces.is_wrong
+    has_partner = np.isin(strata, np.intersect1d(strata[is_wrong], strata[~is_wrong]))
+    sample = _Sample(
+        traces.values.to_numpy()[has_partner],
+        is_wrong[has_partner],
+        np.unique(strata[has_partner], return_inverse=True)[1],
+    )
+    if has_partner.any():
+        table = _contrast(sample, np.array(traces.values.columns), n_resamples, level, seed)
+        length_differences = sample.differences(traces.lengths.to_numpy(dtype=float)[has_partner])
+    else:
+        table = _empty_contrast(traces.values.shape[1])
+        length_differences = np.full(traces.lengths.shape[1], np.nan)
+    table.insert(0, "layer", traces.values.columns)
+    table = table.set_index("layer").reindex(traces.layers).reset_index()
+    table["n_left_out"] = traces.n_without_value + int((~has_partner).sum())
+    for name, difference in zip(traces.lengths, length_differences, strict=True):
+        table[f"{name}_difference"] = difference
+    return table
+
+
+# ------------------------------------------------------------------------------------------------- their statistics
 
 
 @dataclass(frozen=True)
@@ -179,7 +267,7 @@ class _Sample:
     def weights(
         self, counts: Float[np.ndarray, "draw trace"], is_wrong: Bool[np.ndarray, "draw trace"]
     ) -> Float[np.ndarray, "draw trace"]:
-        """What each trace contributes to the difference of means, when each is there `counts` times.
+        """Return what each trace contributes to the difference of means, when each is there `counts` times.
 
         Strata that lack a group in a draw have no weight in it; NaN where all do.
         """
@@ -191,44 +279,33 @@ class _Sample:
         per_wrong, per_correct = (of_stratum / np.maximum(n, 1) for n in (n_wrong, n_correct))
         return counts * np.where(is_wrong, per_wrong @ member.T, -per_correct @ member.T)
 
+    def weights_once(self) -> Float[np.ndarray, " trace"]:
+        """Return what each trace contributes to the difference of means as the groups are."""
+        return self.weights(np.ones((1, len(self.values))), self.is_wrong[None])[0]
+
     def differences(self, values: Float[np.ndarray, "trace layer"]) -> Float[np.ndarray, " layer"]:
-        return (self.weights(np.ones((1, len(values))), self.is_wrong[None]) @ values)[0]
+        """Return wrong minus correct of other values of the same traces."""
+        return self.weights_once() @ values
 
 
 def _contrast(
     sample: _Sample, layers: Int[np.ndarray, " layer"], n_resamples: int, level: float, seed: int
 ) -> pd.DataFrame:
-    import pandas as pd
-
+    """Estimate and test the difference in each layer; the columns are described in `compare_groups`."""
     x, is_wrong = sample.values, sample.is_wrong
-    n_layers = x.shape[1]
-    if len(x) == 0:
-        nan = np.full(n_layers, np.nan)
-        columns = ("mean_correct", "mean_wrong", "difference", "low", "high", "hedges_g", "cliffs_delta", "p", "q")
-        empty = {"n_correct": 0, "n_wrong": 0, **dict.fromkeys(columns, nan), "cluster": 0, "cluster_p": nan}
-        return pd.DataFrame(empty, index=range(n_layers))
-    once = np.ones((1, len(x)))
-    weights = sample.weights(once, is_wrong[None])[0]
+    weights = sample.weights_once()
     difference = weights @ x
-    rounding = 1e-12 * np.abs(x).max(0)  # a metric that is constant but for rounding is no effect
+    rounding = ROUNDING * np.abs(x).max(0)  # a metric that is constant but for rounding is no effect
     difference[np.abs(difference) <= rounding] = 0.0
-    rng = np.random.default_rng(seed)
 
-    labels = _permuted(is_wrong, sample.strata, n_resamples, rng)
-    null = sample.weights(np.ones((n_resamples, len(x))), labels) @ x  # [draw, layer]
-    p = (1 + (np.abs(null) >= np.abs(difference) - rounding).sum(0)) / (1 + n_resamples)
+    rng = np.random.default_rng(seed)  # of the permutations first, and of the bootstrap after them
+    null = _permutations(sample, n_resamples, rng)
+    n_extreme = (np.abs(null) >= np.abs(difference) - rounding).sum(0)
+    p = (1 + n_extreme) / (1 + n_resamples)
     spread = null.std(0)
     spread[spread <= rounding] = np.inf
     cluster, cluster_p = _clusters(difference / spread, null / spread, layers)
-
-    counts = np.zeros((n_resamples, len(x)))
-    for group in (True, False):  # each group is drawn by itself, so that its size stays
-        members = np.flatnonzero(is_wrong == group)
-        counts[:, members] = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), size=n_resamples)
-    drawn = sample.weights(counts, np.broadcast_to(is_wrong, counts.shape)) @ x
-    low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    if min(is_wrong.sum(), (~is_wrong).sum()) < FEWEST:
-        low, high = np.full((2, n_layers), np.nan)
+    low, high = _bootstrap_interval(sample, n_resamples, level, rng)
 
     return pd.DataFrame(
         {
@@ -249,21 +326,43 @@ def _contrast(
     )
 
 
-def _permuted(
-    is_wrong: Bool[np.ndarray, " trace"], strata: Int[np.ndarray, " trace"], n: int, rng: np.random.Generator
-) -> Bool[np.ndarray, "draw trace"]:
-    """Labels shuffled within strata."""
-    labels = np.empty((n, len(is_wrong)), dtype=bool)
-    for stratum in np.unique(strata):
-        members = np.flatnonzero(strata == stratum)
-        labels[:, members] = rng.permuted(np.broadcast_to(is_wrong[members], (n, len(members))), axis=1)
-    return labels
+def _empty_contrast(n_layers: int) -> pd.DataFrame:
+    """Return the table of `_contrast` where no trace has a partner."""
+    nan = np.full(n_layers, np.nan)
+    columns = ("mean_correct", "mean_wrong", "difference", "low", "high", "hedges_g", "cliffs_delta", "p", "q")
+    empty = {"n_correct": 0, "n_wrong": 0, **dict.fromkeys(columns, nan), "cluster": 0, "cluster_p": nan}
+    return pd.DataFrame(empty, index=range(n_layers))
+
+
+def _permutations(sample: _Sample, n_resamples: int, rng: np.random.Generator) -> Float[np.ndarray, "draw layer"]:
+    """Return the differences under labels that are shuffled within strata."""
+    is_wrong, n_traces = sample.is_wrong, len(sample.values)
+    labels = np.empty((n_resamples, n_traces), dtype=bool)
+    for stratum in np.unique(sample.strata):
+        members = np.flatnonzero(sample.strata == stratum)
+        labels[:, members] = rng.permuted(np.broadcast_to(is_wrong[members], (n_resamples, len(members))), axis=1)
+    return sample.weights(np.ones((n_resamples, n_traces)), labels) @ sample.values
+
+
+def _bootstrap_interval(
+    sample: _Sample, n_resamples: int, level: float, rng: np.random.Generator
+) -> Float[np.ndarray, "end layer"]:
+    """Return the percentile interval of the difference; each group is drawn by itself, so that its size stays."""
+    x, is_wrong = sample.values, sample.is_wrong
+    counts = np.zeros((n_resamples, len(x)))
+    for group in (True, False):
+        members = np.flatnonzero(is_wrong == group)
+        counts[:, members] = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), size=n_resamples)
+    if min(is_wrong.sum(), (~is_wrong).sum()) < FEWEST:
+        return np.full((2, x.shape[1]), np.nan)
+    differences = sample.weights(counts, np.broadcast_to(is_wrong, counts.shape)) @ x
+    return np.nanquantile(differences, [(1 - level) / 2, (1 + level) / 2], axis=0)
 
 
 def _clusters(
     z: Float[np.ndarray, " layer"], null: Float[np.ndarray, "draw layer"], layers: Int[np.ndarray, " layer"]
 ) -> tuple[Int[np.ndarray, " layer"], Float[np.ndarray, " layer"]]:
-    """Clusters of contiguous layers, and their p-values (Maris & Oostenveld 2007).
+    """Find clusters of contiguous layers, and their p-values (Maris & Oostenveld 2007).
 
     The mass of a cluster is the sum of |z|; it is compared with the largest mass in each permutation, which keeps the
     chance of *any* false cluster at the level of the test.
@@ -282,191 +381,22 @@ def _clusters(
     clusters = [(start, stop) for start, stop in pairwise([*starts, len(z)]) if direction[start]]
     for n, (start, stop) in enumerate(clusters, 1):
         number[start:stop] = n
-        p[start:stop] = (1 + (largest >= np.abs(z[start:stop]).sum() * (1 - 1e-12)).sum()) / (1 + len(null))
+        p[start:stop] = (1 + (largest >= np.abs(z[start:stop]).sum() * (1 - ROUNDING)).sum()) / (1 + len(null))
     return number, p
 
 
 def _hedges_g(sample: _Sample, difference: Float[np.ndarray, " layer"]) -> Float[np.ndarray, " layer"]:
-    """Difference over the deviation within groups and strata, times 1 - 3 / (4 f - 1) for f degrees of freedom."""
-    cell = 2 * sample.strata + sample.is_wrong
+    """Divide by the deviation within groups and strata, times 1 - 3 / (4 f - 1) for f degrees of freedom."""
+    cells = 2 * sample.strata + sample.is_wrong
     squares, n_cells = np.zeros(sample.values.shape[1]), 0
-    for c in np.unique(cell):
-        x = sample.values[cell == c]
+    for cell in np.unique(cells):
+        x = sample.values[cells == cell]
         squares += ((x - x.mean(0)) ** 2).sum(0)
         n_cells += 1
-    free = len(cell) - n_cells
-    if free < 2:
+    freedom = len(cells) - n_cells
+    if freedom < 2:
         return np.full(len(squares), np.nan)
     with np.errstate(divide="ignore", invalid="ignore"):
-        g = difference / np.sqrt(squares / free) * (1 - 3 / (4 * free - 1))
-    constant = squares <= len(cell) * (1e-12 * np.abs(sample.values).max(0)) ** 2
+        g = difference / np.sqrt(squares / freedom) * (1 - 3 / (4 * freedom - 1))
+    constant = squares <= len(cells) * (ROUNDING * np.abs(sample.values).max(0)) ** 2
     return np.where(constant, np.nan, g)
-
-
-def auroc(
-    score: Float[np.ndarray, " trace"],
-    positive: Bool[np.ndarray, " trace"],
-    strata: Int[np.ndarray, " trace"] | None = None,
-) -> float:
-    """P(score of a positive > score of a negative) + half of P(equal), over pairs within a stratum.
-
-    The Mann-Whitney statistic over the number of pairs; NaN without pairs.
-    """
-    strata = np.zeros(len(score), dtype=int) if strata is None else strata
-    wins, pairs = 0.0, 0
-    for stratum in np.unique(strata):
-        here = strata == stratum
-        a, b = score[here & positive], score[here & ~positive]
-        if len(a) and len(b):
-            ranks = scipy_stats.rankdata(np.concatenate([a, b]))
-            wins += ranks[: len(a)].sum() - len(a) * (len(a) + 1) / 2
-            pairs += len(a) * len(b)
-    return wins / pairs if pairs else np.nan
-
-
-def tell_apart(
-    data: pd.DataFrame,
-    predictors: dict[str, str | Sequence[str]],
-    *,
-    baseline: str | None = None,
-    correct: str = "correct",
-    group: str = "problem",
-    n_folds: int = 5,
-    n_resamples: int = 2000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """How well do metrics tell wrong traces from correct ones? Cross-validated by problem.
-
-    For each predictor a logistic regression on its standardised columns (L2, C = 1) is fitted on the other folds, also
-    when it has one column: the direction in which a metric points is learnt, not peeked at. A problem's traces are all
-    in one fold. The AUROC compares traces of the same fold only, for scores of different fits have different scales.
-    Intervals are of the scores as they are: that other training traces would have given other fits is not in them. A
-    predictor without any signal has its whole 95 % interval above 0.5 in about 5 % of samples, not in 2.5 %, since a
-    chance association is learnt in whichever direction it has.
-
-    Args:
-        data: one row per trace.
-        predictors: label -> column, or columns.
-        baseline: label of a predictor to compare the others with, on the same draws.
-        correct: boolean column.
-        group: column with the problem of each trace.
-        n_folds: of the cross-validation.
-        n_resamples, level, seed: of the bootstrap over problems, and of the folds.
-
-    Returns:
-        One row per predictor: predictor, n_correct, n_wrong, auroc, low, high (of the interval); over_baseline,
-        over_low, over_high, its AUROC minus that of `baseline`, where one is named; and n_left_out, the traces on which
-        some predictor has no value. All predictors are judged on the same traces and folds.
-
-    Raises:
-        ValueError: a missing column, numbers out of range, or fewer problems of either outcome than folds.
-    """
-    import pandas as pd
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import StratifiedGroupKFold
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    _check_options(n_resamples, level, None)
-    columns = {label: [c] if isinstance(c, str) else list(c) for label, c in predictors.items()}
-    used = list(dict.fromkeys(c for names in columns.values() for c in names))
-    _require_columns("data", data, [correct, group, *used])
-    if baseline is not None and baseline not in columns:
-        raise ValueError(f"baseline={baseline!r} is no predictor; there is {', '.join(map(repr, columns))}")
-    if data[correct].dtype != bool:
-        raise ValueError(f"column {correct!r} is {data[correct].dtype}, not bool: make it True and False")
-    whole = data[np.isfinite(data[used].to_numpy(dtype=float)).all(1)]
-    is_wrong, problems = ~whole[correct].to_numpy(dtype=bool), pd.factorize(whole[group])[0]
-    n_problems = min(len(np.unique(problems[is_wrong])), len(np.unique(problems[~is_wrong])))
-    if not 2 <= n_folds <= n_problems:
-        raise ValueError(
-            f"n_folds={n_folds} must lie in 2..{n_problems}: there are {len(np.unique(problems[is_wrong]))} problems "
-            f"with wrong and {len(np.unique(problems[~is_wrong]))} with correct traces that have all predictors"
-        )
-    folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
-    splits = list(folds.split(problems, is_wrong, problems))
-    fold = np.zeros(len(whole), dtype=int)
-    for n, (_, test) in enumerate(splits):
-        fold[test] = n
-    rng = np.random.default_rng(seed)
-    of_problem = [np.flatnonzero(problems == p) for p in range(problems.max() + 1)]
-    draws = [
-        np.concatenate([of_problem[p] for p in rng.integers(len(of_problem), size=len(of_problem))])
-        for _ in range(n_resamples)
-    ]
-    ends = [(1 - level) / 2, (1 + level) / 2]
-    found: dict[str, tuple[float, np.ndarray]] = {}
-    for label, names in columns.items():
-        x, score = whole[names].to_numpy(dtype=float), np.zeros(len(whole))
-        for train, test in splits:
-            model = make_pipeline(StandardScaler(), LogisticRegression())
-            score[test] = model.fit(x[train], is_wrong[train]).decision_function(x[test])
-        drawn = np.array([auroc(score[d], is_wrong[d], fold[d]) for d in draws])
-        found[label] = auroc(score, is_wrong, fold), drawn
-    rows = []
-    for label, (value, drawn) in found.items():
-        low, high = np.nanquantile(drawn, ends)
-        row = {"predictor": label, "n_correct": (~is_wrong).sum(), "n_wrong": is_wrong.sum()}
-        row |= {"auroc": value, "low": low, "high": high}
-        if baseline is not None:
-            of_baseline, drawn_of_baseline = found[baseline]
-            over_low, over_high = np.nanquantile(drawn - drawn_of_baseline, ends)
-            row |= {"over_baseline": value - of_baseline, "over_low": over_low, "over_high": over_high}
-        rows.append(row)
-    return pd.DataFrame(rows).assign(n_left_out=len(data) - len(whole))
-
-
-def _by_trace(
-    correct: pd.DataFrame, wrong: pd.DataFrame, metric: str, match: Sequence[str]
-) -> tuple[pd.DataFrame, pd.Index, pd.DataFrame, Bool[np.ndarray, " trace"], int]:
-    """(values [trace, layer], all layers, lengths [trace, variable], which are wrong, how many have no value)."""
-    import pandas as pd
-
-    layered = "layer" in correct
-    tables, lengths = [], []
-    for name, group in (("correct", correct), ("wrong", wrong)):
-        _require_columns(name, group, ["trace", metric, *match, *(["layer"] if layered else [])])
-        keys = ["trace", "layer"] if layered else ["trace"]
-        if group.duplicated(keys).any():
-            again = group.loc[group.duplicated(keys), keys].iloc[0].to_dict()
-            raise ValueError(f"{name} has several rows for {again}: give one row per {' and '.join(keys)}")
-        one = group if layered else group.assign(layer=0)
-        tables.append(one.pivot(index="trace", columns="layer", values=metric))
-        lengths.append(group.groupby("trace")[list(match)].first() if match else None)
-    if both := set(tables[0].index) & set(tables[1].index):
-        raise ValueError(f"trace {sorted(both)[0]!r} is in both groups; the numbers of traces must tell them apart")
-    table = pd.concat(tables)
-    is_wrong = np.repeat([False, True], [len(t) for t in tables])
-    layers = table.columns
-    finite = np.isfinite(table.to_numpy(dtype=float))
-    table = table.loc[:, finite.sum(0) >= 0.5 * finite.any(1).sum()]  # of the traces that have it anywhere
-    whole = np.asarray(np.isfinite(table.to_numpy(dtype=float)).all(1) & (table.shape[1] > 0))
-    for name, members in (("correct", ~is_wrong), ("wrong", is_wrong)):
-        if not (whole & members).any():
-            raise ValueError(
-                f"no {name} trace (of {int(members.sum())}) has {metric!r} in all layers that most traces "
-                "have it in: there is nothing to compare"
-            )
-    covariates = pd.concat(lengths)[whole] if match else pd.DataFrame(index=table.index[whole])
-    return table[whole], layers, covariates, is_wrong[whole], int((~whole).sum())
-
-
-def _with_partner(
-    strata: Int[np.ndarray, " trace"], is_wrong: Bool[np.ndarray, " trace"]
-) -> Bool[np.ndarray, " trace"]:
-    """Traces whose stratum has both groups."""
-    both = np.intersect1d(strata[is_wrong], strata[~is_wrong])
-    return np.isin(strata, both)
-
-
-def _require_columns(name: str, frame: pd.DataFrame, columns: Sequence[str]) -> None:
-    if missing := [column for column in columns if column not in frame]:
-        raise ValueError(f"{name} has no column {missing[0]!r}; it has {', '.join(map(str, frame.columns))}")
-
-
-def _check_options(n_resamples: int, level: float, bins: int | None) -> None:
-    if n_resamples < 99 or not 0 < level < 1 or (bins is not None and bins < 1):
-        raise ValueError(
-            f"n_resamples={n_resamples} must be >= 99, level={level} in (0, 1), and bins={bins} None or >= 1"
-        )

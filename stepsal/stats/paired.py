@@ -3,6 +3,9 @@
 All functions take verdicts as [problem, sample]: sample j of two variants has the same problem and the same seed. The
 problem is the unit: samples of one problem are not independent, so bootstraps draw, and permutations flip, whole
 problems. Where problems repeat, `groups` says which are the same, and the group is the unit.
+
+Bootstraps draw as if there were two more problems with opposite outcomes (`_with_two_more`): that all of n problems
+are solved, or that none of them changed, does not mean that every one would be, or that nothing can change.
 """
 
 from __future__ import annotations
@@ -12,16 +15,28 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import stats as scipy_stats
-from scipy.special import gammaln
 
 POWER = 0.8
+SIGNIFICANCE = 0.05
+DRAWS_AT_ONCE = 2**20  # numbers drawn at a time by a bootstrap: some 8 MB, whatever the number of problems
+ROUNDING = 1e-9  # sums of changes that differ by less are equal
 Verdicts = Bool[np.ndarray, "problem sample"]
 Groups = Int[np.ndarray, " problem"]
 
 
 @dataclass(frozen=True)
 class Share:
-    """A share with its interval."""
+    """Hold a share of answers with its interval.
+
+    Attributes:
+        value: the share, in 0..1.
+        low: lower end of the interval.
+        high: upper end of the interval.
+
+    Example:
+        >>> stepsal.stats.Share(value=0.7, low=0.4, high=0.9).value
+        0.7
+    """
 
     value: float
     low: float
@@ -31,60 +46,90 @@ class Share:
 def accuracy(
     correct: Verdicts, *, groups: Groups | None = None, level: float = 0.95, n_resamples: int = 4999, seed: int = 0
 ) -> Share:
-    """Share of correct answers; Wilson's interval for one sample of each of different problems, else a bootstrap.
+    """Return the share of correct answers with its interval.
 
-    The bootstrap draws problems as if there were two more, one solved and one not: that all are solved does not mean
-    that every one would be.
+    One sample of each of different problems has Wilson's interval; otherwise it is a percentile bootstrap over
+    problems, as if there were two more, one solved and one not.
 
     Args:
         correct: the verdicts.
         groups: a number for each problem, equal for equal problems; None where all are different.
+        level: of the interval.
+        n_resamples: of the bootstrap.
+        seed: of the bootstrap.
 
     Raises:
         ValueError: no verdicts, or groups of another length.
+
+    Example:
+        >>> import numpy as np
+        >>> share = stepsal.stats.accuracy(np.array([[True]] * 7 + [[False]] * 3))
+        >>> round(share.value, 2), round(share.low, 2), round(share.high, 2)
+        (0.7, 0.4, 0.89)
     """
     correct = _checked(correct)
-    sums, sizes = _by_group(correct.sum(1), correct.shape[1], groups)
-    if correct.shape[1] == 1 and len(sums) == len(correct):
-        found = scipy_stats.binomtest(int(correct.sum()), correct.size).proportion_ci(level, method="wilson")
-        return Share(float(correct.mean()), found.low, found.high)
-    size = correct.shape[1]
-    low, high = _interval(np.append(sums, [0, size]), np.append(sizes, [size, size]), level, n_resamples, seed)
+    n_problems, n_samples = correct.shape
+    sums, sizes = _by_group(correct.sum(1), n_samples, groups)
+    if n_samples == 1 and len(sums) == n_problems:
+        wilson = scipy_stats.binomtest(int(correct.sum()), n_problems).proportion_ci(level, method="wilson")
+        return Share(float(correct.mean()), wilson.low, wilson.high)
+    low, high = _interval(*_with_two_more(sums, sizes, n_samples, (0, n_samples)), level, n_resamples, seed)
     return Share(float(correct.mean()), low, high)
 
 
 def pass_at_k(correct: Verdicts, k: int) -> float:
-    """Chance that at least one of k samples is correct: mean of 1 - C(n - c, k) / C(n, k), which is unbiased.
+    """Return the chance that at least one of k samples of a problem is correct, averaged over problems.
 
-    (Chen et al. 2021, arXiv 2107.03374, Eq. 1.) n samples of a problem, c of them correct.
+    Of a problem with c correct ones among n samples it is 1 - C(n - c, k) / C(n, k): the chance that k of them, drawn
+    without replacement, are not all wrong, which is hypergeometric and unbiased (Chen et al. 2021, arXiv 2107.03374,
+    Eq. 1).
+
+    Args:
+        correct: the verdicts.
+        k: number of samples drawn, 1..n.
 
     Raises:
         ValueError: k outside 1..n.
+
+    Example:
+        >>> import numpy as np
+        >>> verdicts = np.array([[True, False, False, False], [False] * 4])
+        >>> round(stepsal.stats.pass_at_k(verdicts, 2), 3)  # the mean of 1/2 and 0
+        0.25
     """
     correct = _checked(correct)
-    n, c = correct.shape[1], correct.sum(1)
-    if not 1 <= k <= n:
-        raise ValueError(f"k={k} must lie in 1..{n}, the number of samples")
-    log_none = np.where(n - c >= k, _log_choose(np.maximum(n - c, k), k) - _log_choose(np.array(n), k), -np.inf)
-    return float((1 - np.exp(log_none)).mean())
+    n_samples, n_correct = correct.shape[1], correct.sum(1)
+    if not 1 <= k <= n_samples:
+        raise ValueError(f"k={k} must lie in 1..{n_samples}, the number of samples")
+    return float(1 - scipy_stats.hypergeom(n_samples, n_correct, k).pmf(0).mean())
 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """How accuracy changes from one variant to another, on the same problems and seeds.
+    """Say how accuracy changes from one variant to another, on the same problems and seeds.
 
     Attributes:
-        n_problems, n_different, n_samples: problems, different ones among them, samples of each.
-        fixed, broken: pairs that were wrong and become correct, and the reverse.
-        difference, low, high: of accuracy, with a bootstrap interval over problems, as if there were two more, one of
-            which is fixed and one broken (for one sample, the adjustment of Bonett and Price 2012): that nothing
-            changed in n problems does not mean that nothing can.
+        n_problems: problems answered.
+        n_different: different ones among them.
+        n_samples: samples of each problem.
+        fixed: pairs that were wrong and become correct.
+        broken: pairs that were correct and become wrong.
+        difference: of accuracy, after minus before.
+        low: lower end of its percentile bootstrap interval over problems, as if there were two more, of which one is
+            fixed and one broken (for one sample, the adjustment of Bonett and Price 2012).
+        high: upper end of that interval.
         mcnemar_p: exact, two-sided: are fixes and breaks equally likely? NaN for several samples or equal problems,
             which are not independent.
         p: two-sided permutation p-value; swaps the two variants of whole problems. Not corrected for how many variants
             are compared; no smaller than 1 / (1 + n_resamples).
         detectable: the smallest difference that a sample with this spread, and these two more, shows at 5 % with a
             power of 80 %.
+
+    Example:
+        >>> import numpy as np
+        >>> same = np.array([[True], [False]])
+        >>> stepsal.stats.paired_difference(same, same).difference
+        0.0
     """
 
     n_problems: int
@@ -109,63 +154,108 @@ def paired_difference(
     n_resamples: int = 4999,
     seed: int = 0,
 ) -> PairedDifference:
-    """Compare two variants.
+    """Compare the accuracy of two variants on the same problems and samples.
 
     Args:
-        before, after: the verdicts.
-        groups: as in `accuracy`.
+        before: verdicts of the first variant.
+        after: verdicts of the second variant.
+        groups: a number for each problem, equal for equal problems; None where all are different.
+        level: of the interval.
+        n_resamples: of the bootstrap and of the permutation test.
+        seed: of both.
 
     Raises:
         ValueError: shapes that differ, no verdicts, or groups of another length.
+
+    Example:
+        >>> import numpy as np
+        >>> before, after = np.zeros((20, 1), dtype=bool), np.arange(20)[:, None] < 6
+        >>> change = stepsal.stats.paired_difference(before, after)
+        >>> change.fixed, change.broken, round(change.difference, 2), round(change.mcnemar_p, 3)
+        (6, 0, 0.3, 0.031)
     """
     before, after = _checked(before), _checked(after)
     if before.shape != after.shape:
         raise ValueError(f"before is {before.shape} and after {after.shape}: pair the same problems and samples")
-    fixed, broken, n_samples = int((after & ~before).sum()), int((before & ~after).sum()), before.shape[1]
+    n_problems, n_samples = before.shape
+    fixed, broken = int((after & ~before).sum()), int((before & ~after).sum())
     changes, sizes = _by_group(after.sum(1) - before.sum(1).astype(int), n_samples, groups)
-    changes_and_two, sizes_and_two = np.append(changes, [n_samples, -n_samples]), np.append(sizes, [n_samples] * 2)
-    low, high = _interval(changes_and_two, sizes_and_two, level, n_resamples, seed)
-    mcnemar_p = np.nan
-    if n_samples == 1 and len(changes) == len(before):
-        mcnemar_p = float(scipy_stats.binomtest(fixed, fixed + broken).pvalue) if fixed + broken else 1.0
-    moved = changes[changes != 0]  # the others change nothing under a swap
-    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(n_resamples, len(moved)))
-    p = (1 + (np.abs(signs @ moved) >= abs(moved.sum()) - 1e-9).sum()) / (1 + n_resamples)
-    residual = changes_and_two - sizes_and_two * changes_and_two.sum() / sizes_and_two.sum()  # of a ratio of sums
-    error = residual.std(ddof=1) * np.sqrt(len(residual)) / sizes_and_two.sum()
+    adjusted = _with_two_more(changes, sizes, n_samples, (n_samples, -n_samples))
+    low, high = _interval(*adjusted, level, n_resamples, seed)
+    independent = n_samples == 1 and len(changes) == n_problems
     return PairedDifference(
-        n_problems=len(before), n_different=len(changes), n_samples=n_samples, fixed=fixed, broken=broken,
-        difference=float(changes.sum() / sizes.sum()), low=low, high=high, mcnemar_p=mcnemar_p, p=float(p),
-        detectable=float((scipy_stats.norm.ppf(0.975) + scipy_stats.norm.ppf(POWER)) * error),
-    )  # fmt: skip
+        n_problems=n_problems,
+        n_different=len(changes),
+        n_samples=n_samples,
+        fixed=fixed,
+        broken=broken,
+        difference=float(changes.sum() / sizes.sum()),
+        low=low,
+        high=high,
+        mcnemar_p=_mcnemar_p(fixed, broken) if independent else np.nan,
+        p=_swap_p(changes, n_resamples, seed),
+        detectable=_detectable(*adjusted),
+    )
 
 
 def _by_group(
     of_problem: Int[np.ndarray, " problem"], n_samples: int, groups: Groups | None
 ) -> tuple[Float[np.ndarray, " group"], Float[np.ndarray, " group"]]:
-    """Sum over the problems of each group, and its number of answers."""
+    """Sum over the problems of each group, and count its answers."""
     group = np.arange(len(of_problem)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
     if len(group) != len(of_problem):
         raise ValueError(f"groups has {len(group)} entries for {len(of_problem)} problems")
     return np.bincount(group, weights=of_problem), np.bincount(group).astype(float) * n_samples
 
 
+def _with_two_more(
+    sums: Float[np.ndarray, " group"], sizes: Float[np.ndarray, " group"], n_samples: int, outcomes: tuple[int, int]
+) -> tuple[Float[np.ndarray, " group"], Float[np.ndarray, " group"]]:
+    """Append two problems with opposite outcomes (sums over their samples)."""
+    return np.append(sums, outcomes), np.append(sizes, [n_samples, n_samples])
+
+
 def _interval(
     sums: Float[np.ndarray, " group"], sizes: Float[np.ndarray, " group"], level: float, n_resamples: int, seed: int
 ) -> tuple[float, float]:
-    """Of the ratio of sums; percentiles of a bootstrap over groups."""
-    rng, n = np.random.default_rng(seed), len(sums)
-    draws = (rng.integers(n, size=n) for _ in range(n_resamples))
-    ratios = [sums[drawn].sum() / sizes[drawn].sum() for drawn in draws]
-    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+    """Return the percentile interval of the ratio of sums, from a bootstrap over groups."""
+    result = scipy_stats.bootstrap(
+        (sums, sizes),
+        lambda s, n, axis: s.sum(axis) / n.sum(axis),
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        confidence_level=level,
+        n_resamples=n_resamples,
+        batch=max(1, DRAWS_AT_ONCE // len(sums)),
+        rng=np.random.default_rng(seed),
+    )
+    low, high = result.confidence_interval
     return float(low), float(high)
 
 
-def _log_choose(n: np.ndarray, k: int) -> np.ndarray:
-    return np.asarray(gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1))
+def _mcnemar_p(fixed: int, broken: int) -> float:
+    """Return McNemar's exact two-sided p-value; 1 where nothing changed."""
+    return float(scipy_stats.binomtest(fixed, fixed + broken).pvalue) if fixed + broken else 1.0
+
+
+def _swap_p(changes: Float[np.ndarray, " group"], n_resamples: int, seed: int) -> float:
+    """Return the two-sided p-value of a permutation test that swaps the two variants of whole groups."""
+    moved = changes[changes != 0]  # the others change nothing under a swap
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(n_resamples, len(moved)))
+    n_extreme = (np.abs(signs @ moved) >= abs(moved.sum()) - ROUNDING).sum()
+    return float((1 + n_extreme) / (1 + n_resamples))
+
+
+def _detectable(changes: Float[np.ndarray, " group"], sizes: Float[np.ndarray, " group"]) -> float:
+    """Return the difference that a sample of this spread finds with a chance of `POWER`."""
+    residual = changes - sizes * changes.sum() / sizes.sum()  # of a ratio of sums
+    standard_error = residual.std(ddof=1) * np.sqrt(len(residual)) / sizes.sum()
+    return float((scipy_stats.norm.ppf(1 - SIGNIFICANCE / 2) + scipy_stats.norm.ppf(POWER)) * standard_error)
 
 
 def _checked(correct: Verdicts) -> Verdicts:
+    """Return verdicts as an array, after a check that they are booleans [problem, sample]."""
     correct = np.asarray(correct)
     if correct.ndim != 2 or correct.size == 0 or correct.dtype != bool:
         raise ValueError(f"verdicts are {correct.dtype} {correct.shape}; give booleans [problem, sample]")
