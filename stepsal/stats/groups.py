@@ -87,19 +87,21 @@ def compare_groups(
         ValueError: a missing column, no finite value in one of the groups, a trace in both, or numbers out of range.
 
     Example:
-        >>> import numpy as np, pandas as pd
-        >>> data = pd.DataFrame({"trace": range(40), "n_steps": [4, 5] * 20, "decay": np.arange(40) % 7.0})
+        >>> import pandas as pd
+        >>> data = pd.DataFrame({"trace": range(40), "n_steps": [4, 4, 4, 5] * 5 + [4, 5, 5, 5] * 5})
+        >>> data["decay"] = data["n_steps"] / 10  # what differs is the length alone
         >>> table = stepsal.stats.compare_groups(data[:20], data[20:], "decay", match=["n_steps"])
         >>> table[["matching", "n_correct", "n_wrong", "difference"]].round(2).values.tolist()
-        [['none', 20, 20, 0.25], ['length', 20, 20, 0.25]]
+        [['none', 20, 20, 0.05], ['length', 20, 20, 0.0]]
     """
     check_resampling(n_resamples, level)
     traces = _complete_traces(correct, wrong, metric, match)
     strata = {"none": np.zeros(len(traces.is_wrong), dtype=int)}
     if match:
         strata["length"] = strata_of(traces.lengths, bins)
-    rng_options = {"n_resamples": n_resamples, "level": level, "seed": seed}
-    tables = [_matched(traces, stratum, **rng_options).assign(matching=name) for name, stratum in strata.items()]
+    tables = [
+        _matched(traces, stratum, n_resamples, level, seed).assign(matching=name) for name, stratum in strata.items()
+    ]
     table = pd.concat(tables, ignore_index=True)
     table.insert(0, "metric", metric)
     table.insert(1, "matching", table.pop("matching"))
@@ -229,7 +231,7 @@ def _complete_traces(correct: pd.DataFrame, wrong: pd.DataFrame, metric: str, ma
 
 
 def _matched(
-    traces: _Traces, strata: Int[np.ndarray, " trace"], *, n_resamples: int, level: float, seed: int
+    traces: _Traces, strata: Int[np.ndarray, " trace"], n_resamples: int, level: float, seed: int
 ) -> pd.DataFrame:
     """Compare the traces whose stratum has both groups: one row per layer."""
     is_wrong = traces.is_wrong

@@ -72,7 +72,7 @@ def accuracy(
     sums, sizes = _by_group(correct.sum(1), n_samples, groups)
     if n_samples == 1 and len(sums) == n_problems:
         wilson = scipy_stats.binomtest(int(correct.sum()), n_problems).proportion_ci(level, method="wilson")
-        return Share(float(correct.mean()), wilson.low, wilson.high)
+        return Share(float(correct.mean()), float(wilson.low), float(wilson.high))
     low, high = _interval(*_with_two_more(sums, sizes, n_samples, (0, n_samples)), level, n_resamples, seed)
     return Share(float(correct.mean()), low, high)
 

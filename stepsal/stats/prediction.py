@@ -95,7 +95,7 @@ def tell_apart(
         >>> data["lock_in"] += 30 * ~data["correct"]  # wrong traces lock in more
         >>> table = stepsal.stats.tell_apart(data, {"Lock-in": "lock_in"}, n_resamples=199)
         >>> table[["predictor", "auroc"]].round(2).values.tolist()
-        [['Lock-in', 0.95]]
+        [['Lock-in', 0.98]]
     """
     columns = {label: [names] if isinstance(names, str) else list(names) for label, names in predictors.items()}
     check_resampling(n_resamples, level)
