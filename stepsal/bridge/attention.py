@@ -1,7 +1,8 @@
 """Read off a Hugging Face model what its attention and its unembedding do besides matrix products.
 
-This is the one place that knows Hugging Face configurations and attributes: scale, sliding window, soft-cap, sinks, kinds
-of layers, and what stands between the last residual stream and the logits. All else works on plain values.
+This is the one place that knows Hugging Face configurations and attributes of attention: scale, sliding window,
+soft-cap, sinks, kinds of layers, and what stands between the last residual stream and the logits. All else works on
+plain values such as `Attention`, for which neither TransformerLens nor a model is needed.
 """
 
 from __future__ import annotations
@@ -39,10 +40,20 @@ class Attention:
 
 
 def attention_of(model: TransformerBridge, layer: int) -> Attention:
-    """Return what a layer's attention does, read off the module that the bridge wraps."""
+    """Return what a layer's attention does, read off the module that the bridge wraps.
+
+    Args:
+        model: a bridge that `stepsal.bridge.hooks.check_model` accepts.
+        layer: layer index.
+
+    Example:
+        >>> attention_of(stepsal.load("mini"), 0).window is None
+        True
+    """
     wrapped = model.blocks[layer].attn.original_component
+    scaling = getattr(wrapped, "scaling", None)
     return Attention(
-        scale=getattr(wrapped, "scaling", wrapped.head_dim**-0.5),
+        scale=wrapped.head_dim**-0.5 if scaling is None else scaling,
         window=sliding_window(model, layer),
         softcap=getattr(wrapped, "attn_logit_softcapping", None),
         sinks=getattr(wrapped, "sinks", None),
@@ -50,10 +61,15 @@ def attention_of(model: TransformerBridge, layer: int) -> Attention:
 
 
 def sliding_window(model: TransformerBridge, layer: int) -> int | None:
-    """Return how many keys a query of a layer sees at most, itself included; None for all of them."""
+    """Return how many keys a query of a layer sees at most, itself included; None for all of them.
+
+    Args:
+        model: a bridge; its parameters may be without memory.
+        layer: layer index.
+    """
     wrapped, config = model.blocks[layer].attn.original_component, _text_config(model)
     kinds = getattr(config, "layer_types", None)
-    if kinds:  # the word of the masks; some layers name a window that they do not have
+    if kinds:  # masks go by this list; some layers name a window that they do not have
         window = getattr(wrapped, "sliding_window", None) or getattr(config, "sliding_window", None)
         return window if kinds[layer] == "sliding_attention" else None
     if hasattr(wrapped, "sliding_window"):
@@ -62,13 +78,22 @@ def sliding_window(model: TransformerBridge, layer: int) -> int | None:
 
 
 def unknown_layer_type(model: TransformerBridge) -> str | None:
-    """Return a kind of layer that is neither full nor sliding attention; None where all are one of these."""
+    """Return a kind of layer that is neither full nor sliding attention; None where all are one of these.
+
+    Args:
+        model: a bridge.
+    """
     kinds = set(getattr(_text_config(model), "layer_types", None) or ())
     return min(kinds - _KNOWN_LAYER_TYPES, default=None)
 
 
 def unembed(model: TransformerBridge, x: Float[Tensor, "*pos d_model"]) -> Float[Tensor, "*pos d_vocab"]:
-    """Compute the logits of the last residual stream, past the hooks of the unembedding."""
+    """Compute the logits of the last residual stream, past the hooks of the unembedding.
+
+    Args:
+        model: a bridge.
+        x: the residual stream after the final norm, as `unembed.hook_in` shows it.
+    """
     config = _text_config(model)
     logits = model.unembed.original_component(x)
     logits = logits * (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)

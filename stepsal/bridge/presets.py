@@ -7,39 +7,58 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-#: Format (a name in `stepsal.trace.FORMATS`) of each model family, by a lower-case part of the last part of its name, most
-#: specific first; the embedded reasoner by its whole name.
-FAMILIES: dict[str, str] = {
-    "mini": "think",
+EMBEDDED = {"mini": "think"}
+"""Format (a name in `stepsal.trace.formats.FORMATS`) of the models that stepsal brings along, by their whole name."""
+
+FAMILIES = {
     "smollm2": "plain",
     "deepseek-r1": "think",
     "qwq-32b": "think",
     "gpt-oss": "harmony",
     "qwen3": "think",
 }
-#: Format by architecture, for models that neither their name nor their chat template tells.
-ARCHITECTURES: dict[str, str] = {"GptOssForCausalLM": "harmony", "Qwen3ForCausalLM": "think"}
+"""Format of each model family, by a lower-case part of the last part of a model's name."""
+
+TEMPLATE_MARKERS = {"<|channel|>": "harmony", "</think>": "think"}
+"""Format by a marker that stands in a chat template, most specific first."""
+
+ARCHITECTURES = {"GptOssForCausalLM": "harmony", "Qwen3ForCausalLM": "think"}
+"""Format by architecture, for models that neither their name nor their chat template tells."""
 
 
 def family(name: str) -> str | None:
-    """Return the key of `FAMILIES` that fits a model's name; only the last part of a path or hub id counts.
+    """Return the model family that a name belongs to, or None; only the last part of a path or hub id counts.
+
+    Args:
+        name: the name that a model was loaded by: a word, a hub id, or a path.
 
     Example:
         >>> family("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B")
         'deepseek-r1'
-        >>> family("/models/qwen3-zoo/llama")
+        >>> family("/models/qwen3-zoo/llama") is None
+        True
     """
-    last = name.replace("\\", "/").rstrip("/").rpartition("/")[2].lower()
-    return next((part for part in FAMILIES if (last == part if part == "mini" else part in last)), None)
+    if name in EMBEDDED:
+        return name
+    last_part = name.replace("\\", "/").rstrip("/").rpartition("/")[2].lower()
+    return next((known for known in FAMILIES if known in last_part), None)
 
 
 def preset_format(model: TransformerBridge) -> str | None:
-    """Return the format of a model by its family, its chat template or its architecture; None where none of them tells."""
+    """Return the format of a model by its family, else its chat template, else its architecture; None if none tells.
+
+    Args:
+        model: a bridge, with or without a tokenizer.
+
+    Example:
+        >>> preset_format(stepsal.load("mini"))
+        'think'
+    """
     if known := family(str(model.cfg.model_name)):
-        return FAMILIES[known]
-    template = str(getattr(model.tokenizer, "chat_template", None) or "")
-    if "<|channel|>" in template:
-        return "harmony"
-    if "</think>" in template:
-        return "think"
+        return (EMBEDDED | FAMILIES)[known]
+    template = getattr(model.tokenizer, "chat_template", None)
+    texts = template.values() if isinstance(template, dict) else [template or ""]  # a tokenizer may have several
+    for marker, format in TEMPLATE_MARKERS.items():
+        if any(marker in text for text in texts):
+            return format
     return ARCHITECTURES.get(str(model.cfg.architecture))
