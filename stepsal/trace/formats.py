@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 Role = Literal["question", "thinking", "summary"]
+
+_TEMPLATE = "template"  # stands for None, "in no section", where JSON needs a text as a key
 
 
 @dataclass(frozen=True)
 class Format:
-    """How a model marks its sections.
+    """The marks by which a model tells its sections apart.
 
     Attributes:
         name: shown in traces and errors.
@@ -19,6 +21,11 @@ class Format:
         markers: for each section, the markers that end it and the section that follows. Markers are template.
         last_is_summary: no marker tells the summary apart, so the last paragraph becomes it at the end (failing that,
             the last line, then the last step, unless it is the only one).
+
+    Example:
+        >>> tags = Format("tags", None, {None: {"<plan>": "thinking"}, "thinking": {"</plan>": "summary"}})
+        >>> tags.all_markers
+        ('<plan>', '</plan>')
     """
 
     name: str
@@ -28,13 +35,28 @@ class Format:
 
     @staticmethod
     def with_marker(marker: str) -> Format:
-        """Thinking until `marker`, summary after it."""
+        """Return a format in which all is thinking until a marker, and summary after it.
+
+        Args:
+            marker: the text that stands between thinking and summary.
+
+        Raises:
+            ValueError: the marker is empty.
+
+        Example:
+            >>> Format.with_marker("Final answer:").all_markers
+            ('Final answer:',)
+        """
         if not marker.strip():
             raise ValueError(f"marker={marker!r} is empty: give the text that stands between thinking and summary")
         return Format(f"marker {marker!r}", "thinking", {"thinking": {marker: "summary"}})
 
     def after(self, prompt: str) -> Format:
-        """The same format for a response to this prompt: it begins in the section that the prompt's end has opened."""
+        """Return the format of a response to this prompt: it begins in the section that the prompt's end has opened.
+
+        Args:
+            prompt: the rendered prompt, or the end of it.
+        """
         end = prompt.rstrip()
         for ends in self.markers.values():
             for marker, section in ends.items():
@@ -43,12 +65,43 @@ class Format:
         return self
 
     def opened_by(self, prompt: str) -> bool:
-        """Whether the prompt ends with a marker of this format."""
+        """Tell whether a prompt ends with a marker of this format."""
         return any(prompt.rstrip().endswith(marker) for marker in self.all_markers)
 
     @property
     def all_markers(self) -> tuple[str, ...]:
+        """The markers of all sections, each once."""
         return tuple(dict.fromkeys(marker for ends in self.markers.values() for marker in ends))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the format JSON-ready; "template" stands for the place outside all sections.
+
+        Example:
+            >>> Format.from_dict(FORMATS["think"].to_dict()) == FORMATS["think"]
+            True
+        """
+        markers = {section or _TEMPLATE: dict(ends) for section, ends in self.markers.items()}
+        return {"name": self.name, "start": self.start, "markers": markers, "last_is_summary": self.last_is_summary}
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> Format:
+        """Read a format that `to_dict` has written.
+
+        Args:
+            settings: the keys are the attributes of a format.
+
+        Raises:
+            ValueError: a key is missing or unknown.
+        """
+        try:
+            markers = {
+                None if section == _TEMPLATE else section: dict(ends) for section, ends in settings["markers"].items()
+            }
+            return cls(**{**settings, "markers": markers})
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"format={settings!r} needs name, start and markers, and may have last_is_summary: {error}"
+            ) from error
 
 
 FORMATS: dict[str, Format] = {
@@ -66,3 +119,41 @@ FORMATS: dict[str, Format] = {
     ),
     "plain": Format("plain", "thinking", {}, last_is_summary=True),
 }
+
+
+def recognised_format(prompt: str, response: str) -> str:
+    """Return the name of the format whose marks stand in a response or open it; "plain" where there are none.
+
+    Args:
+        prompt: the rendered prompt, whose end may hold the mark that opens the thinking.
+        response: everything after it.
+
+    Example:
+        >>> recognised_format("What is 1 + 1?", "<think>One more than one.</think>Two.")
+        'think'
+    """
+    if "<|channel|>" in response or FORMATS["harmony"].opened_by(prompt):
+        return "harmony"
+    if "</think>" in response or "<think>" in response or FORMATS["think"].opened_by(prompt):
+        return "think"
+    return "plain"
+
+
+def check_markers(format: Format, prompt: str, response: str) -> None:
+    """Check that a text written elsewhere has one of the markers of the format that was named for it.
+
+    Args:
+        format: as named; one without markers fits any text.
+        prompt: the rendered prompt, whose end may hold a marker.
+        response: everything after it.
+
+    Raises:
+        ValueError: there is none, so that all of it would be taken for one section.
+    """
+    if not format.all_markers or format.opened_by(prompt):
+        return
+    if not any(marker in response for marker in format.all_markers):
+        raise ValueError(
+            f"marker not found: the response has none of {', '.join(map(repr, format.all_markers))} (format "
+            f"{format.name!r}); use format='auto' or 'plain', or Format.with_marker(...) with a text that is there"
+        )

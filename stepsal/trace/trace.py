@@ -7,24 +7,32 @@ template, section markers) is template, -1.
 
 from __future__ import annotations
 
-import unicodedata
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, get_args
 
-import jinja2
 import torch
 from jaxtyping import Int
-from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
-from stepsal.trace.formats import FORMATS, Format, Role
-from stepsal.trace.segment import Segmentation, Segmenter, Span, step_ids
+from stepsal.tensor_files import load_tensors, save_tensors
+from stepsal.trace.assignment import step_ids
+from stepsal.trace.encoding import TokenizedText, check_context, decode, encode, tokenizer_of
+from stepsal.trace.formats import Role
+from stepsal.trace.prompt import (
+    Prompt,
+    TokenizedPrompt,
+    locate_question,
+    render_prompt,
+    require_text,
+    template_around,
+)
+from stepsal.trace.segment import Segmentation, Segmenter, Span
 
-__all__ = ["Prompt", "Role", "Step", "Trace", "render_prompt"]
-
-
-_STAND_IN = "\ue000question\ue001"  # private-use characters: in no real text
+_FILE_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -32,14 +40,6 @@ class Step:
     """A step as half-open span of token positions."""
 
     role: Role
-    start: int
-    end: int
-
-
-class Prompt(NamedTuple):
-    """A rendered prompt; `start` and `end` are the characters of the question in `text`."""
-
-    text: str
     start: int
     end: int
 
@@ -57,7 +57,15 @@ class Trace:
         steps: question first, then thinking, then summary.
         segmentation: how sections and steps were found; its format is never "auto".
         n_prompt: tokens that belong to the prompt; one that straddles its end counts.
-        truncated: the answer was cut off, by a token budget or by the end of the context.
+        truncated: the answer was cut off, by a token limit or by the end of the context.
+
+    Raises:
+        ValueError: tokens, offsets and steps do not fit together.
+
+    Example:
+        >>> model = stepsal.load("mini")
+        >>> stepsal.Trace.from_text("What is Anna?", "Anna is 1 plus 2.</think> The answer is 3.", model)
+        Trace(21 tokens, steps: 1 question, 1 thinking, 1 summary, format 'think')
     """
 
     question: str
@@ -69,6 +77,22 @@ class Trace:
     segmentation: Segmentation
     n_prompt: int
     truncated: bool = False
+
+    def __post_init__(self) -> None:
+        n_tokens = len(self.tokens)
+        if self.tokens.ndim != 1 or tuple(self.offsets.shape) != (n_tokens, 2):
+            shapes = f"{list(self.tokens.shape)} and {list(self.offsets.shape)}"
+            raise ValueError(f"tokens and offsets have shapes {shapes}; expected [pos] and [pos, 2]")
+        if n_tokens and not 0 <= int(self.offsets.min()) <= int(self.offsets.max()) <= len(self.text):
+            raise ValueError(f"offsets must lie in 0..{len(self.text)}, within the text")
+        if not 0 < self.n_prompt <= n_tokens:
+            raise ValueError(f"n_prompt={self.n_prompt} must lie in 1..{n_tokens}, within the tokens")
+        for step in self.steps:
+            if step.role not in get_args(Role) or not 0 <= step.start < step.end <= n_tokens:
+                raise ValueError(f"{step} must have a role of {get_args(Role)} and lie within {n_tokens} tokens")
+        for step, following in pairwise(self.steps):
+            if step.end > following.start:
+                raise ValueError(f"{step} and {following} overlap; steps must be ordered and disjoint")
 
     @classmethod
     def from_text(
@@ -96,20 +120,33 @@ class Trace:
         Raises:
             ValueError: empty question or response, a tokenizer without offsets, a trace longer than the context, a
                 marker that is not there, or offsets that do not fit the text.
+
+        Example:
+            >>> model = stepsal.load("mini")
+            >>> trace = stepsal.Trace.from_text("What is Anna?", "Anna is 1 plus 2.</think> The answer is 3.", model)
+            >>> [trace.step_text(i) for i in range(len(trace.steps))]
+            ['What is Anna?', 'Anna is 1 plus 2.', 'The answer is 3.']
         """
-        tokenizer, n_ctx = _tokenizer_of(model_or_tokenizer)
-        _require_text("response", response)
+        tokenizer = tokenizer_of(model_or_tokenizer)
+        require_text("response", response)
         prompt = render_prompt(tokenizer, question, system)
         if prompt.text.rstrip().endswith("<think>") and response.lstrip().startswith("<think>"):
             response = response.lstrip().removeprefix("<think>")
-            _require_text("response", response)
-        text = prompt.text + response
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        offsets = [(int(start), int(end)) for start, end in encoded["offset_mapping"]]
-        _check_offsets(offsets, text, tokenizer.convert_ids_to_tokens(encoded["input_ids"]))
-        return cls._build(
-            question, text, prompt, encoded["input_ids"], offsets, tokenizer, n_ctx, segmentation or Segmentation()
+            require_text("response", response)
+        tokenized = encode(tokenizer, prompt.text + response)
+        check_context(len(tokenized.ids), model_or_tokenizer)
+        trace = _cut(
+            prompt,
+            tokenized,
+            n_prompt=sum(start < len(prompt.text) for start, _ in tokenized.offsets),
+            segmentation=(segmentation or Segmentation()).resolved(prompt.text, response, needs_markers=True),
+            template=tokenizer.all_special_tokens,
         )
+        if all(role == "question" for role in trace.roles):
+            raise ValueError(
+                f"the response {response[:60]!r} holds no step, only markers and white space: give what the model wrote"
+            )
+        return trace
 
     @classmethod
     def from_tokens(
@@ -126,91 +163,141 @@ class Trace:
 
         The text is decoded token by token, so that offsets belong to these tokens even where tokenising the text again
         would give others. A token that ends within a character has an empty span; its character counts to
-        the token that completes it.
+        the token that completes it. A response without steps or markers is a trace, too.
 
         Args:
             tokens: prompt and response.
             n_prompt: number of prompt tokens.
-            model_or_tokenizer, segmentation: as for `from_text`.
+            model_or_tokenizer: a fast tokenizer, or a model with one (whose context length is then respected).
             question: as asked; it must stand in the prompt.
             truncated: whether the answer was cut off.
+            segmentation: how sections and steps are found; None is `Segmentation()`.
 
         Raises:
-            ValueError: as `from_text`, or `n_prompt` out of range; but a response without steps or markers is a trace.
+            ValueError: an empty question or one that is not in the prompt, a tokenizer without offsets, a trace longer
+                than the context, or `n_prompt` out of range.
+
+        Example:
+            >>> model = stepsal.load("mini")
+            >>> trace = stepsal.Trace.from_text("What is Anna?", "Anna is 3.</think> The answer is 3.", model)
+            >>> stepsal.Trace.from_tokens(trace.tokens, trace.n_prompt, model, question="What is Anna?").summary
+            'The answer is 3.'
         """
-        tokenizer, n_ctx = _tokenizer_of(model_or_tokenizer)
-        _require_text("question", question)
-        ids = [int(t) for t in tokens]
+        tokenizer = tokenizer_of(model_or_tokenizer)
+        require_text("question", question)
+        ids = [int(token) for token in tokens]
         if not 0 < n_prompt < len(ids):
             raise ValueError(f"n_prompt={n_prompt} must lie in 1..{len(ids) - 1}, within the {len(ids)} tokens")
-        text, offsets = _decode(tokenizer, ids)
-        prompt = _locate_question(tokenizer, text[: offsets[n_prompt - 1][1]], question)
-        return cls._build(
-            question, text, prompt, ids, offsets, tokenizer, n_ctx, segmentation or Segmentation(), n_prompt, truncated
-        )
+        check_context(len(ids), model_or_tokenizer)
+        tokenized = decode(tokenizer, ids)
+        text = tokenized.text[: tokenized.offsets[n_prompt - 1][1]]
+        prompt = Prompt(question, text, *locate_question(text, question, template_around(tokenizer)[1]))
+        return _cut_written(prompt, tokenized, n_prompt, segmentation, tokenizer, truncated=truncated)
 
     @classmethod
-    def _build(
+    def from_answer(
         cls,
-        question: str,
-        text: str,
-        prompt: Prompt,
-        ids: list[int],
-        offsets: list[tuple[int, int]],
-        tokenizer: Any,
-        n_ctx: int | None,
-        segmentation: Segmentation,
-        n_prompt: int | None = None,
+        prompt: TokenizedPrompt,
+        new_tokens: Sequence[int],
+        model_or_tokenizer: Any,
+        *,
         truncated: bool = False,
+        segmentation: Segmentation | None = None,
     ) -> Trace:
-        if n_ctx is not None and len(ids) > n_ctx:
+        """Make a trace of what a model wrote after a prompt, which is neither rendered nor searched again.
+
+        Args:
+            prompt: from `stepsal.trace.prompt.tokenize_prompt`.
+            new_tokens: at least one, as written.
+            model_or_tokenizer: a fast tokenizer, or a model with one (whose context length is then respected).
+            truncated: whether the answer was cut off.
+            segmentation: how sections and steps are found; None is `Segmentation()`.
+
+        Raises:
+            ValueError: no new token, a tokenizer without offsets, or a trace longer than the context.
+
+        Example:
+            >>> from stepsal.trace import render_prompt, tokenize_prompt
+            >>> tokenizer = stepsal.load("mini").tokenizer
+            >>> prompt = tokenize_prompt(tokenizer, render_prompt(tokenizer, "What is Anna?"))
+            >>> stepsal.Trace.from_answer(prompt, tokenizer(" Anna is 3.")["input_ids"], tokenizer).step_text(1)
+            'Anna is 3.'
+        """
+        tokenizer = tokenizer_of(model_or_tokenizer)
+        if not new_tokens:
+            raise ValueError("new_tokens is empty: give at least one token that follows the prompt")
+        n_prompt, ids = len(prompt.ids), [*prompt.ids, *new_tokens]
+        check_context(len(ids), model_or_tokenizer)
+        tokenized = decode(tokenizer, ids)
+        spelled: Prompt = prompt
+        text = tokenized.text[: tokenized.offsets[n_prompt - 1][1]]
+        if text != prompt.text:  # the tokenizer normalises text, so that the question has moved
+            spelled = Prompt(prompt.question, text, *locate_question(text, prompt.question, prompt.tail))
+        return _cut_written(spelled, tokenized, n_prompt, segmentation, tokenizer, truncated=truncated)
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file, texts and steps as a JSON document in its header; `.safetensors` is appended.
+
+        One file, moved into place when complete: an interrupted save leaves the old file or none.
+
+        Args:
+            path: of the file.
+
+        Returns:
+            The path of the file, with its suffix.
+
+        Raises:
+            ValueError: the steps were found by a callable, of which a file can only hold the name.
+
+        Example:
+            >>> import tempfile
+            >>> trace = stepsal.Trace.from_text("What is Anna?", "Anna is 3.</think> It is 3.", stepsal.load("mini"))
+            >>> stepsal.Trace.load(trace.save(tempfile.mkdtemp() + "/anna")).summary
+            'It is 3.'
+        """
+        if callable(self.segmentation.split):
             raise ValueError(
-                f"the trace has {len(ids)} tokens but the model's context is {n_ctx}: shorten the response, or load "
-                "the model with a longer context"
+                f"split={self.segmentation.split!r} is a callable, of which a file can only hold the name: cut the "
+                "trace by a regular expression, by 'sentence', 'paragraph' or 'line'"
             )
-        response = text[len(prompt.text) :]
-        chosen = _choose_format(segmentation.format, prompt.text, response, written_by_model=n_prompt is not None)
-        segmentation = replace(segmentation, format=chosen.name if isinstance(segmentation.format, str) else segmentation.format)
-        segmenter = Segmenter(
-            chosen, split=segmentation.split, min_chars=segmentation.min_chars, template=tokenizer.all_special_tokens
-        )
-        segmenter.push(response)
-        shift = len(prompt.text)
-        spans = (
-            Span("question", prompt.start, prompt.end),
-            *(Span(role, start + shift, end + shift) for role, start, end in segmenter.finish()),
-        )
-        breaks = (0, prompt.end, shift, *(b + shift for b in segmenter.breaks))
-        assigned = step_ids(spans, offsets, text, breaks)
-        steps: list[Step] = []
-        kept: dict[int, int] = {}
-        for position, i in enumerate(assigned):
-            if i >= 0 and i not in kept:
-                kept[i] = len(steps)
-                steps.append(Step(spans[i].role, position, position + 1))
-            elif i >= 0:
-                steps[kept[i]] = Step(spans[i].role, steps[kept[i]].start, position + 1)
-        if n_prompt is None and not any(step.role != "question" for step in steps):
-            raise ValueError(f"the response {response[:60]!r} holds no step: it is all markers and white space")
-        return cls(
-            question=question,
-            response=response,
-            text=text,
-            tokens=torch.tensor(ids),
-            offsets=torch.tensor(offsets).reshape(-1, 2),
-            steps=tuple(steps),
-            segmentation=segmentation,
-            n_prompt=sum(start < shift for start, _ in offsets) if n_prompt is None else n_prompt,
-            truncated=truncated,
-        )
+        document = {
+            "question": self.question,
+            "response": self.response,
+            "text": self.text,
+            "steps": [[step.role, step.start, step.end] for step in self.steps],
+            "segmentation": self.segmentation.to_dict(),
+            "n_prompt": self.n_prompt,
+            "truncated": self.truncated,
+        }
+        return save_tensors(path, "Trace", _FILE_VERSION, {"tokens": self.tokens, "offsets": self.offsets}, document)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Trace:
+        """Read what `save` wrote; nothing is unpickled or executed.
+
+        Args:
+            path: of the file, with or without its suffix.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is corrupt, foreign, of another format version, or inconsistent in itself.
+        """
+        tensors, document = load_tensors(path, "Trace", _FILE_VERSION)
+        try:
+            steps = tuple(Step(*step) for step in document.pop("steps"))
+            segmentation = Segmentation.from_dict(document.pop("segmentation"))
+            fields: dict[str, Any] = {**document, **tensors, "steps": steps, "segmentation": segmentation}
+            return cls(**fields)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is inconsistent: {error}; save the trace again") from error
 
     @property
     def format(self) -> str:
-        """Name of the format in which the sections were found."""
+        """The name of the format in which the sections were found."""
         return self.segmentation.format_name
 
     def __len__(self) -> int:
-        """Number of tokens."""
+        """Return the number of tokens."""
         return len(self.tokens)
 
     def __repr__(self) -> str:
@@ -219,7 +306,7 @@ class Trace:
 
     @cached_property
     def step_ids(self) -> Int[Tensor, " pos"]:
-        """Step of each token; -1 for template."""
+        """The step of each token; -1 for template."""
         ids = torch.full((len(self.tokens),), -1)
         for i, step in enumerate(self.steps):
             ids[step.start : step.end] = i
@@ -227,7 +314,7 @@ class Trace:
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        """Role of each step."""
+        """The role of each step."""
         return tuple(step.role for step in self.steps)
 
     @cached_property
@@ -236,7 +323,11 @@ class Trace:
         return tuple(self.text[start:end] for start, end in self.offsets.tolist())
 
     def step_text(self, i: int) -> str:
-        """The text of step i, without the white space around it."""
+        """Return the text of a step, without the white space around it.
+
+        Args:
+            i: number of the step; 0 is the question.
+        """
         step = self.steps[i]
         return self.text[int(self.offsets[step.start, 0]) : int(self.offsets[step.end - 1, 1])].strip()
 
@@ -251,156 +342,80 @@ class Trace:
         return self._section("summary") or None
 
     def _section(self, role: Role) -> str:
-        parts: list[tuple[int, int]] = []  # runs of steps without template between them, as characters
+        """Return the text of all steps of a role, a line break where template stands between them."""
+        runs: list[tuple[int, int]] = []  # of steps without template between them, as characters
         for step, previous in zip(self.steps, (None, *self.steps), strict=False):
             if step.role != role:
                 continue
             start, end = int(self.offsets[step.start, 0]), int(self.offsets[step.end - 1, 1])
-            if parts and previous is not None and previous.end == step.start:
-                parts[-1] = (parts[-1][0], end)
+            if runs and previous is not None and previous.end == step.start:
+                runs[-1] = (runs[-1][0], end)
             else:
-                parts.append((start, end))
-        return "\n".join(self.text[start:end].strip() for start, end in parts)
+                runs.append((start, end))
+        return "\n".join(self.text[start:end].strip() for start, end in runs)
 
 
-def render_prompt(tokenizer: Any, question: str, system: str | None = None) -> Prompt:
-    """Put the tokenizer's chat template around a question; without one, BOS before it and a line break after it.
-
-    Raises:
-        ValueError: an empty question, or a template that alters it.
-    """
-    _require_text("question", question)
-    text = _render(tokenizer, question, system)
-    # where a stand-in would stand: the question's own text may occur elsewhere too ("user", "assistant")
-    start = _render(tokenizer, _STAND_IN, system).find(_STAND_IN)
-    for asked in (question, question.strip()):  # many templates strip what the user said
-        if start >= 0 and text.startswith(asked, start):
-            return Prompt(text, start, start + len(asked))
-    raise ValueError(
-        f"the chat template altered the question {question[:60]!r}, so that it can't be found in the prompt: "
-        "set tokenizer.chat_template to one that keeps it"
+def _cut_written(
+    prompt: Prompt,
+    tokenized: TokenizedText,
+    n_prompt: int,
+    segmentation: Segmentation | None,
+    tokenizer: Any,
+    *,
+    truncated: bool,
+) -> Trace:
+    """Cut what a model has written itself, which may lack markers and even steps."""
+    response = tokenized.text[len(prompt.text) :]
+    return _cut(
+        prompt,
+        tokenized,
+        n_prompt=n_prompt,
+        segmentation=(segmentation or Segmentation()).resolved(prompt.text, response),
+        template=tokenizer.all_special_tokens,
+        truncated=truncated,
     )
 
 
-def _render(tokenizer: Any, question: str, system: str | None) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        return "".join((tokenizer.bos_token or "", f"{system}\n\n" if system else "", question, "\n"))
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": question})
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-
-
-def template_around(tokenizer: Any, system: str | None = None) -> tuple[str, str]:
-    """The chat template's text before and after a question.
-
-    A template without a place for a system prompt is rendered without one.
-    """
-    try:
-        text = _render(tokenizer, _STAND_IN, system)
-    except jinja2.TemplateError:  # raised by templates that refuse the role
-        text = _render(tokenizer, _STAND_IN, None)
-    head, _, tail = text.partition(_STAND_IN)
-    return head, tail
-
-
-def sections(tokenizer: Any, prompt: str, response: str) -> tuple[str, str]:
-    """Thinking, and what is said after it, of a response to a prompt that is rendered already.
-
-    As a `Trace` has them, but all is said where nothing marks the thinking, and end tokens are left out.
-    """
-    special = tokenizer.all_special_tokens
-    chosen = _choose_format("auto", prompt, response, written_by_model=True)
-    if chosen.last_is_summary:
-        said = response
-        while any(said.rstrip().endswith(token) for token in special):
-            said = said.rstrip()[: -len(next(token for token in special if said.rstrip().endswith(token)))]
-        return "", said.strip()
-    segmenter = Segmenter(chosen, template=special)
+def _cut(
+    prompt: Prompt,
+    tokenized: TokenizedText,
+    *,
+    n_prompt: int,
+    segmentation: Segmentation,
+    template: Sequence[str],
+    truncated: bool = False,
+) -> Trace:
+    """Cut a tokenised text that begins with a prompt into steps; the format of `segmentation` is not "auto"."""
+    response = tokenized.text[len(prompt.text) :]
+    segmenter = segmentation.segmenter(prompt.text, template)
     segmenter.push(response)
-    parts: dict[Role, list[tuple[int, int]]] = {"thinking": [], "summary": []}
-    last = None
-    for role, start, end in segmenter.finish():
-        if role == last:
-            parts[role][-1] = (parts[role][-1][0], end)
-        else:
-            parts[role].append((start, end))
-        last = role
-    thinking, said = ("\n".join(response[a:b] for a, b in parts[role]) for role in ("thinking", "summary"))
-    return thinking, said
+    spans, breaks = _spans_in_text(prompt, segmenter)
+    ids = step_ids(spans, tokenized.offsets, tokenized.text, breaks)
+    return Trace(
+        question=prompt.question,
+        response=response,
+        text=tokenized.text,
+        tokens=torch.tensor(tokenized.ids),
+        offsets=torch.tensor(tokenized.offsets).reshape(-1, 2),
+        steps=_steps_of_tokens(ids, spans),
+        segmentation=segmentation,
+        n_prompt=n_prompt,
+        truncated=truncated,
+    )
 
 
-def _locate_question(tokenizer: Any, prompt: str, question: str) -> Prompt:
-    """Find the question in a prompt that is given, by the template text after it where that is there."""
-    tail = template_around(tokenizer)[1]
-    for form in (None, "NFC", "NFKC"):  # what the tokenizer's normaliser may have made of it
-        asked = question.strip() if form is None else unicodedata.normalize(form, question.strip())
-        start = len(prompt) - len(asked + tail) if prompt.endswith(asked + tail) else prompt.rfind(asked)
-        if start >= 0:
-            return Prompt(prompt, start, start + len(asked))
-    raise ValueError(f"token/text mismatch: the prompt's tokens do not spell the question {question[:60]!r}")
+def _spans_in_text(prompt: Prompt, segmenter: Segmenter) -> tuple[tuple[Span, ...], tuple[int, ...]]:
+    """Return the steps as characters of prompt and response, and where template text ends; ends the response."""
+    shift = len(prompt.text)
+    response_spans = (Span(role, start + shift, end + shift) for role, start, end in segmenter.finish())
+    breaks = (0, prompt.end, shift, *(position + shift for position in segmenter.breaks))
+    return (Span("question", prompt.start, prompt.end), *response_spans), breaks
 
 
-def _choose_format(format: str | Format, prompt: str, response: str, written_by_model: bool) -> Format:
-    """The format, begun in the section that the prompt opens; a model may leave out markers, a given text may not."""
-    if format == "auto":
-        if "<|channel|>" in response or FORMATS["harmony"].opened_by(prompt):
-            return FORMATS["harmony"].after(prompt)
-        if "</think>" in response or "<think>" in response or FORMATS["think"].opened_by(prompt):
-            return FORMATS["think"].after(prompt)
-        return FORMATS["plain"]
-    if isinstance(format, str):
-        if format not in FORMATS:
-            known = ", ".join(map(repr, ("auto", *FORMATS)))
-            raise ValueError(f"format={format!r} is unknown; use {known}, or Format.with_marker({format!r})")
-        format = FORMATS[format]
-    told = written_by_model or not format.all_markers or format.opened_by(prompt)
-    if not told and not any(marker in response for marker in format.all_markers):
-        raise ValueError(
-            f"marker not found: the response has none of {', '.join(map(repr, format.all_markers))} (format "
-            f"{format.name!r}); use format='auto' or 'plain', or Format.with_marker(...) with a text that is there"
-        )
-    return format.after(prompt)
-
-
-def _tokenizer_of(model_or_tokenizer: Any) -> tuple[Any, int | None]:
-    """The fast tokenizer, and the context length where there is a model to tell it."""
-    tokenizer = getattr(model_or_tokenizer, "tokenizer", model_or_tokenizer)
-    if tokenizer is None:
-        raise ValueError("the model has no tokenizer: pass one to stepsal.load(..., tokenizer=...)")
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(
-            f"{type(tokenizer).__name__} gives no character offsets: load the fast tokenizer, e.g. "
-            "AutoTokenizer.from_pretrained(..., use_fast=True)"
-        )
-    return tokenizer, getattr(getattr(model_or_tokenizer, "cfg", None), "n_ctx", None)
-
-
-def _require_text(name: str, text: str) -> None:
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{name}={text!r} is empty: there is nothing to trace")
-
-
-def _check_offsets(offsets: list[tuple[int, int]], text: str, tokens: list[str]) -> None:
-    last = 0
-    for i, (start, end) in enumerate(offsets):
-        if not 0 <= start <= end <= len(text) or start < last:
-            raise ValueError(
-                f"token/text mismatch: token {i} ({tokens[i]!r}) claims characters {start}..{end} of {len(text)} "
-                f"after {last}: the tokenizer's normaliser changes the text; use one that keeps it"
-            )
-        last = start
-    if not offsets:
-        raise ValueError("token/text mismatch: the text has no tokens")
-
-
-def _decode(tokenizer: Any, ids: list[int]) -> tuple[str, list[tuple[int, int]]]:
-    """Text and character spans of given tokens, decoded one by one."""
-    backend = tokenizer.backend_tokenizer
-    stream = DecodeStream(skip_special_tokens=False)
-    pieces, offsets, position = [], [], 0
-    for i in ids:
-        piece = stream.step(backend, i) or ""
-        pieces.append(piece)
-        offsets.append((position, position + len(piece)))
-        position += len(piece)
-    return "".join(pieces), offsets
+def _steps_of_tokens(ids: Sequence[int], spans: Sequence[Span]) -> tuple[Step, ...]:
+    """Return the steps that have tokens, from the number of the step that each token belongs to."""
+    first_and_last: dict[int, tuple[int, int]] = {}
+    for position, i in enumerate(ids):
+        if i >= 0:
+            first_and_last[i] = (first_and_last.get(i, (position,))[0], position)
+    return tuple(Step(spans[i].role, first, last + 1) for i, (first, last) in first_and_last.items())

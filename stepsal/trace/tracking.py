@@ -8,17 +8,18 @@ a whole text in one forward pass and the same text token by token get the same s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
-from itertools import accumulate, pairwise, takewhile
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 from tokenizers.decoders import DecodeStream
 
-from stepsal.trace.formats import Format
-from stepsal.trace.segment import Segmenter, Span, Split, StepTracker, step_ids
-from stepsal.trace.trace import template_around
+from stepsal.trace.assignment import StepTracker, step_ids
+from stepsal.trace.boundaries import Split
+from stepsal.trace.formats import Format, Role
+from stepsal.trace.prompt import PromptFrame
+from stepsal.trace.segment import Segmenter, Span
 
 
 class Section(IntEnum):
@@ -30,66 +31,31 @@ class Section(IntEnum):
     SUMMARY = 3
 
 
-_STAND_INS = ("\ue002", "x\ue003")  # for a system prompt: private-use characters, with nothing in common
-_SECTION_OF = {None: Section.OTHER, "thinking": Section.THINKING, "summary": Section.SUMMARY}
+_SECTION_OF: dict[Role | None, Section] = {
+    None: Section.OTHER,
+    "thinking": Section.THINKING,
+    "summary": Section.SUMMARY,
+}
 
 
 class StepStart(NamedTuple):
-    """A step began: where, in which section, and what came before it."""
+    """The beginning of a step, and what came before it.
+
+    Attributes:
+        position: of the first token of the step.
+        section: in which the step stands.
+        previous: positions of the tokens of the step before.
+        previous_section: in which the step before stands.
+    """
 
     position: int
     section: Section
-    previous: tuple[int, ...]  # positions of the tokens of the step before
+    previous: tuple[int, ...]
     previous_section: Section
 
 
-@dataclass(frozen=True)
-class PromptFrame:
-    """The chat template's text before and after the question.
-
-    Attributes:
-        opening: what stands right before it, such as "<|im_start|>user\n"; not the system prompt. A template that puts
-            the system prompt inside the user's turn makes it part of the question, for whoever sees tokens only.
-        tail: what stands between it and the response.
-    """
-
-    opening: str
-    tail: str
-
-    @classmethod
-    def of(cls, tokenizer: Any) -> PromptFrame:
-        """Read the frame off a tokenizer's chat template.
-
-        Raises:
-            ValueError: the template, or its absence, leaves nothing that marks the end of a question.
-        """
-        head, tail = template_around(tokenizer)
-        others = [template_around(tokenizer, system=system)[0] for system in _STAND_INS]
-        backwards = zip(*(text[::-1] for text in (head, *others)), strict=False)
-        shared = [characters[0] for characters in takewhile(lambda c: len(set(c)) == 1, backwards)]
-        opening = "".join(reversed(shared))
-        if not tail.strip():
-            raise ValueError(
-                "the tokenizer has no chat template that marks the end of a question, which following a sequence "
-                "needs: set tokenizer.chat_template"
-            )
-        return cls(opening.strip() or head.strip(), tail.strip())
-
-    def locate(self, text: str) -> tuple[int, int, int] | None:
-        """(start of the question, its end, end of the prompt) as characters; None when the prompt is not complete."""
-        end = max(0, text.find(self.opening)) if self.opening in text else len(text)
-        while (end := text.find(self.tail, end)) >= 0:
-            start = text.rfind(self.opening, 0, end) + len(self.opening)
-            question = text[start:end]
-            if asked := question.strip():
-                start += question.index(asked)
-                return start, start + len(asked), end + len(self.tail)
-            end += len(self.tail)
-        return None
-
-
 class SequenceTracker:
-    """Sections and step starts of one sequence, prompt and response, from its token ids.
+    """Tell sections and step starts of one sequence, prompt and response, from its token ids.
 
     Each token is decided on when it comes in, by what stands before it alone. In a conversation of several turns the
     sections begin anew with each question.
@@ -97,13 +63,23 @@ class SequenceTracker:
     Args:
         tokenizer: a fast tokenizer.
         frame: its chat template's text around a question.
-        format, split, min_chars: of the response, as for `Segmenter`.
+        format: of the response, begun in the section that the prompt opens (`Format.after`).
+        split: where steps end, as for `Segmenter`.
+        min_chars: a shorter step does not end.
         whole_prompt: count the whole prompt to the question.
 
     Attributes:
         sections: the section of each token so far. Those of a prompt are known once it is complete.
         origin: position at which the present turn begins: sections before it belong to other questions.
         in_prompt: whether the prompt of the present turn is still incomplete.
+
+    Example:
+        >>> from stepsal.trace import FORMATS
+        >>> tokenizer = stepsal.load("mini").tokenizer
+        >>> tracker = SequenceTracker(tokenizer, PromptFrame.of(tokenizer), FORMATS["think"])
+        >>> text = "<|endoftext|><|user|>What is Anna?<|assistant|><think> Anna is 1 plus 2. So Anna = 3."
+        >>> [start.position for start in tracker.push(tokenizer(text)["input_ids"])]
+        [16]
     """
 
     def __init__(
@@ -122,22 +98,14 @@ class SequenceTracker:
         self._frame, self._whole_prompt = frame, whole_prompt
         self._backend = tokenizer.backend_tokenizer
         self._stream = DecodeStream(skip_special_tokens=False)
-        self._segmenter = partial(
+        self._new_segmenter = partial(
             Segmenter, format, split=split, min_chars=min_chars, template=tokenizer.all_special_tokens
         )
         self._begin_turn(0, [])
 
-    def _begin_turn(self, origin: int, pieces: list[str]) -> None:
-        self.origin, self.in_prompt = origin, True
-        self._prompt = pieces  # text of each token of the prompt, from `origin` on
-        self._recent = ""  # the last characters, in which a template text may be about to end
-        self._steps = StepTracker(self._segmenter())
-        self._step, self._step_section = -1, Section.OTHER
-        self._step_positions: list[int] = []
-
     @property
     def found_question(self) -> bool:
-        """Whether a prompt was complete so far."""
+        """Whether a prompt has been complete, so that its question is known."""
         return self.origin > 0 or not self.in_prompt
 
     @property
@@ -148,49 +116,66 @@ class SequenceTracker:
         return len(self.sections)
 
     def push(self, ids: Sequence[int]) -> list[StepStart]:
-        """Read tokens; constant work for each."""
+        """Read tokens, with constant work for each, and return the steps that begin at them.
+
+        Args:
+            ids: the next tokens, however many.
+        """
         starts = []
         for i in ids:
             piece = self._stream.step(self._backend, i) or ""
             if self.in_prompt:
-                self._ask(piece)
-            elif start := self._respond(piece):
+                self._read_prompt(piece)
+            elif start := self._read_response(piece):
                 starts.append(start)
         return starts
 
+    def _begin_turn(self, origin: int, pieces: list[str]) -> None:
+        """Begin a prompt, with the text of those of its tokens that have come in already."""
+        self.origin, self.in_prompt = origin, True
+        self._prompt = pieces  # text of each token of the prompt, from `origin` on
+        self._recent = ""  # the last characters, in which a template text may be about to end
+        self._steps = StepTracker(self._new_segmenter())
+        self._step, self._step_section = -1, Section.OTHER
+        self._step_positions: list[int] = []
+
     def _ends_with(self, template_text: str, piece: str) -> bool:
-        """Whether a template text comes to its end in this piece."""
+        """Tell whether a template text comes to its end in this piece."""
         self._recent = self._recent[-len(template_text) :] + piece
         return template_text in self._recent
 
-    def _ask(self, piece: str) -> None:
+    def _read_prompt(self, piece: str) -> None:
         """Read a token of a prompt; with its last one, the whole prompt gets its sections."""
         self._prompt.append(piece)
         self.sections.append(Section.OTHER)
         if not self._ends_with(self._frame.tail, piece):
             return
         text = "".join(self._prompt)
-        if (found := self._frame.locate(text)) is None:
+        if (place := self._frame.locate(text)) is None:
             return
-        start, end, prompt_end = found
-        ends = list(accumulate(map(len, self._prompt)))
-        question = step_ids((Span("question", start, end),), pairwise([0, *ends]), text, (0, end, prompt_end))
-        self.sections[self.origin :] = [
-            Section.QUESTION if self._whole_prompt or i == 0 else Section.OTHER for i in question
-        ]
+        start, end, prompt_end = place
+        self.sections[self.origin :] = self._sections_of_prompt(text, start, end, prompt_end)
         self.in_prompt, self._prompt, self._recent = False, [], ""
         if text[prompt_end:]:  # the prompt ends in the middle of this token
             self._steps.push(text[prompt_end:])
 
-    def _respond(self, piece: str) -> StepStart | None:
-        """Read a token of a response."""
+    def _sections_of_prompt(self, text: str, start: int, end: int, prompt_end: int) -> list[Section]:
+        """Return the section of each token of a prompt, whose question are the characters from `start` to `end`."""
+        if self._whole_prompt:
+            return [Section.QUESTION] * len(self._prompt)
+        token_ends = accumulate(map(len, self._prompt), initial=0)
+        ids = step_ids([Span("question", start, end)], pairwise(token_ends), text, (0, end, prompt_end))
+        return [Section.QUESTION if i == 0 else Section.OTHER for i in ids]
+
+    def _read_response(self, piece: str) -> StepStart | None:
+        """Read a token of a response, and return the step that begins at it and follows another one."""
         position = len(self.sections)
         if self._frame.opening and self._ends_with(self._frame.opening, piece):
             self._begin_turn(position, [self._recent])
             self.sections.append(Section.OTHER)
             return None
         step = self._steps.push(piece)
-        section = _SECTION_OF[self._steps.role]  # type: ignore[index]
+        section = _SECTION_OF[self._steps.role]
         begins = step >= 0 and step != self._step
         if begins and self._steps.segmenter.holds_back:
             # what may be a marker (between its tokens) begins no step, and most often is one

@@ -8,13 +8,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_segment import TEXTS
+from responses import TEXTS
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerFast
 
-from stepsal.trace.segment import FORMATS, Format, Segmenter, StepTracker
-from stepsal.trace.trace import Step, Trace, render_prompt
+from stepsal.trace.assignment import StepTracker
+from stepsal.trace.encoding import check_offsets
+from stepsal.trace.formats import FORMATS, Format
+from stepsal.trace.prompt import render_prompt
+from stepsal.trace.segment import Segmentation, Segmenter
+from stepsal.trace.trace import Step, Trace
 
 CORPUS = ["How many rolls are left?", "Let me think. She has 72 rolls, so 3 are left.", "The answer is 3. 😀", "答案"]
 CHATML = (
@@ -112,7 +116,7 @@ def test_harmony() -> None:
 def test_marker_and_plain(tokenizer: PreTrainedTokenizerFast) -> None:
     chat = make_tokenizer("chatml")
     marker = Trace.from_text(
-        QUESTION, "I count all of them. ANSWER It is 3.", chat, format=Format.with_marker("ANSWER")
+        QUESTION, "I count all of them. ANSWER It is 3.", chat, segmentation=Segmentation(Format.with_marker("ANSWER"))
     )
     assert texts(marker)[1:] == [("thinking", "I count all of them."), ("summary", "It is 3.")]
     plain = Trace.from_text(QUESTION, "I count all of them.\n\nThe answer is 3.", chat)
@@ -170,7 +174,9 @@ def test_token_by_token_equals_the_whole_text(response: str, kind: str) -> None:
     prompt = tokenizer(render_prompt(tokenizer, QUESTION).text, add_special_tokens=False)["input_ids"]
     chosen, filler = FORMATS[format], "<|channel|>analysis<|message|>" if kind == "harmony" else "So be it. "
     new = tokenizer(filler + "It begins here. " + response, add_special_tokens=False)["input_ids"]
-    trace = Trace.from_tokens(torch.tensor(prompt + new), len(prompt), tokenizer, question=QUESTION, format=chosen)
+    trace = Trace.from_tokens(
+        torch.tensor(prompt + new), len(prompt), tokenizer, question=QUESTION, segmentation=Segmentation(format=chosen)
+    )
     tracker = StepTracker(Segmenter(chosen, template=tokenizer.all_special_tokens))
     told = [tracker.push(text) for text in trace.token_texts[len(prompt) :]]
     final = tracker.segmenter.finish()
@@ -247,13 +253,15 @@ class TestErrors:
 
     def test_marker_not_found(self, chat: PreTrainedTokenizerFast) -> None:
         with pytest.raises(ValueError, match=r"marker not found.*'FINAL'"):
-            Trace.from_text(QUESTION, "No such thing here.", chat, format=Format.with_marker("FINAL"))
+            Trace.from_text(
+                QUESTION, "No such thing here.", chat, segmentation=Segmentation(format=Format.with_marker("FINAL"))
+            )
         with pytest.raises(ValueError, match=r"marker not found.*'</think>'"):
-            Trace.from_text(QUESTION, "No such thing here.", chat, format="think")
+            Trace.from_text(QUESTION, "No such thing here.", chat, segmentation=Segmentation(format="think"))
 
     def test_unknown_format(self, chat: PreTrainedTokenizerFast) -> None:
         with pytest.raises(ValueError, match=r"format='thinking' is unknown.*with_marker"):
-            Trace.from_text(QUESTION, RESPONSE, chat, format="thinking")
+            Trace.from_text(QUESTION, RESPONSE, chat, segmentation=Segmentation(format="thinking"))
 
     def test_template_that_alters_the_question(self) -> None:
         tokenizer = make_tokenizer("chatml")
@@ -269,12 +277,10 @@ class TestErrors:
             Trace.from_tokens(trace.tokens, 0, chat, question=QUESTION)
 
     def test_offsets_that_do_not_fit_the_text(self, chat: PreTrainedTokenizerFast) -> None:
-        from stepsal import trace as module
-
         with pytest.raises(ValueError, match=r"token/text mismatch: token 1 \('b'\) claims characters 2..9 of 4"):
-            module._check_offsets([(0, 2), (2, 9)], "abcd", ["a", "b"])
+            check_offsets([(0, 2), (2, 9)], "abcd", ["a", "b"])
         with pytest.raises(ValueError, match=r"token 1 .*after 2"):
-            module._check_offsets([(2, 3), (0, 1)], "abcd", ["a", "b"])
+            check_offsets([(2, 3), (0, 1)], "abcd", ["a", "b"])
 
 
 @pytest.mark.parametrize("question", ["Was ist cafe\u0301?", "How many \u2126 is it?"])

@@ -9,9 +9,10 @@ from tiny_models import char_tokenizer
 from transformer_lens.model_bridge import TransformerBridge
 
 from stepsal.tasks import chain
-from stepsal.trace.segment import FORMATS, Format
-from stepsal.trace.trace import Trace, render_prompt
-from stepsal.trace.tracking import PromptFrame, Section, SequenceTracker, StepStart, response_format
+from stepsal.trace.formats import FORMATS, Format
+from stepsal.trace.prompt import PromptFrame, render_prompt
+from stepsal.trace.trace import Trace
+from stepsal.trace.tracking import Section, SequenceTracker, StepStart
 
 TOKENIZER = char_tokenizer()
 SECTIONS = {"question": Section.QUESTION, "thinking": Section.THINKING, "summary": Section.SUMMARY}
@@ -69,9 +70,7 @@ def test_online_equals_the_trace(thinking: list[str], summary: list[str]) -> Non
 def test_the_embedded_reasoners_sections(mini: TransformerBridge) -> None:
     problem = chain.sample(5, length=4)
     trace = Trace.from_text(problem.question, problem.solution(), mini)
-    format = response_format(mini.tokenizer, PromptFrame.of(mini.tokenizer), None)
-    assert format == FORMATS["think"]
-    tracker, starts = follow(mini.tokenizer, trace.tokens.tolist(), format, [7, 1, 1, 50])
+    tracker, starts = follow(mini.tokenizer, trace.tokens.tolist(), FORMATS["think"], [7, 1, 1, 50])
     expected = [SECTIONS[trace.roles[i]] if i >= 0 else Section.OTHER for i in trace.step_ids.tolist()]
     assert tracker.sections == expected
     assert len(starts) == len(trace.steps) - 2
@@ -161,19 +160,3 @@ def test_text_without_a_prompt_stays_outside() -> None:
     assert tracker.in_prompt
     assert set(tracker.sections) == {Section.OTHER}
     assert starts == []
-
-
-@pytest.mark.parametrize(
-    ("template", "expected"),
-    [
-        ("{{ messages[0].content }}<|start|>assistant{# <|channel|> #}", "harmony"),
-        ("{{ messages[0].content }}<a>{% if x %}</think>{% endif %}", "think"),
-        ("{{ messages[0].content }}<a><think>\n", "think"),
-        ("{{ messages[0].content }}<a>", "plain"),
-    ],
-)
-def test_the_format_is_told_by_the_template(template: str, expected: str) -> None:
-    tokenizer = char_tokenizer()
-    tokenizer.chat_template = template
-    assert response_format(tokenizer, PromptFrame.of(tokenizer), None).name == expected
-    assert response_format(tokenizer, PromptFrame.of(tokenizer), "harmony").name == "harmony"

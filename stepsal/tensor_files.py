@@ -1,0 +1,86 @@
+"""Results in one file: tensors in the safetensors format, everything else as a JSON document in its header."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from stepsal.storage import write_atomic
+
+SUFFIX = ".safetensors"
+
+
+def save_tensors(
+    path: str | Path, kind: str, version: int, tensors: Mapping[str, Tensor], document: Mapping[str, Any]
+) -> Path:
+    """Write tensors and a document as one file, which is moved into place when it is complete.
+
+    Args:
+        path: of the file; `.safetensors` is appended where it is missing.
+        kind: name of the class that is written, such as "Trace".
+        version: of the file's format.
+        tensors: by name.
+        document: JSON values by name.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ValueError: the document cannot be written as JSON.
+    """
+    try:
+        header = json.dumps({**document, "format": f"stepsal.{kind}", "version": version}, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the {kind} cannot be written as JSON ({error}); use text, finite numbers, lists") from error
+    # cloned, since safetensors refuses tensors that share memory
+    copies = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    path = _with_suffix(path)
+    write_atomic(path, safetensors.torch.save(copies, metadata={"stepsal": header}))
+    return path
+
+
+def load_tensors(path: str | Path, kind: str, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read tensors and document of a file that `save_tensors` wrote; nothing is unpickled or executed.
+
+    Args:
+        path: of the file, with or without `.safetensors`.
+        kind: name of the class that the file is to hold.
+        version: of the format that the caller reads.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is corrupt, foreign, or of another format version.
+    """
+    path = _with_suffix(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; {kind}.save writes it")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is no readable safetensors file ({error}); write it again") from error
+    try:
+        document = json.loads(header["stepsal"])
+    except (KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} was not written by {kind}.save: it has no stepsal document") from error
+    if not isinstance(document, dict) or document.pop("format", None) != f"stepsal.{kind}":
+        raise ValueError(f"{path} does not hold a {kind}; load it with the class that saved it")
+    if (file_version := document.pop("version", None)) != version:
+        raise ValueError(
+            f"{path} has format version {file_version}, this stepsal reads {version}; use the matching stepsal, or "
+            f"make the {kind} again"
+        )
+    return tensors, document
+
+
+def _with_suffix(path: str | Path) -> Path:
+    path = Path(path)
+    return path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)

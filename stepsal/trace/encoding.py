@@ -1,0 +1,126 @@
+"""Text to tokens and back, with the characters that each token spells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers.decoders import DecodeStream
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """A text with its tokens.
+
+    Attributes:
+        text: what the tokens spell.
+        ids: token ids.
+        offsets: half-open character span of each token in `text`; they are ordered, and may be empty or overlap.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    offsets: tuple[tuple[int, int], ...]
+
+
+def tokenizer_of(model_or_tokenizer: Any) -> Any:
+    """Return the fast tokenizer of a model, or the tokenizer itself.
+
+    Args:
+        model_or_tokenizer: a model with a tokenizer, or a tokenizer.
+
+    Raises:
+        ValueError: there is none, or a slow one, which does not tell which characters a token spells.
+    """
+    tokenizer = getattr(model_or_tokenizer, "tokenizer", model_or_tokenizer)
+    if tokenizer is None:
+        raise ValueError("the model has no tokenizer: pass one to stepsal.load(..., tokenizer=...)")
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"{type(tokenizer).__name__} gives no character offsets: load the fast tokenizer, e.g. "
+            "AutoTokenizer.from_pretrained(..., use_fast=True)"
+        )
+    return tokenizer
+
+
+def check_context(n_tokens: int, model_or_tokenizer: Any) -> None:
+    """Check that tokens fit into a model's context, where there is a model to tell it.
+
+    Args:
+        n_tokens: how many.
+        model_or_tokenizer: a tokenizer has no limit.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    n_ctx = getattr(getattr(model_or_tokenizer, "cfg", None), "n_ctx", None)
+    if n_ctx is not None and n_tokens > n_ctx:
+        raise ValueError(
+            f"the trace has {n_tokens} tokens but the model's context is {n_ctx}: shorten the response, or load "
+            "the model with a longer context"
+        )
+
+
+def encode(tokenizer: Any, text: str) -> TokenizedText:
+    """Tokenise a text; the spans are those that the tokenizer tells.
+
+    Args:
+        tokenizer: a fast one.
+        text: with all special tokens that it is to have.
+
+    Raises:
+        ValueError: the spans do not fit the text.
+
+    Example:
+        >>> encode(stepsal.load("mini").tokenizer, "Anna is here").offsets[:2]
+        ((0, 4), (4, 7))
+    """
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids = tuple(encoding["input_ids"])
+    offsets = tuple((int(start), int(end)) for start, end in encoding["offset_mapping"])
+    check_offsets(offsets, text, tokenizer.convert_ids_to_tokens(list(ids)))
+    return TokenizedText(text, ids, offsets)
+
+
+def decode(tokenizer: Any, ids: Sequence[int]) -> TokenizedText:
+    """Spell tokens one by one, so that the spans belong to these tokens and not to those of the text tokenised anew.
+
+    A token that ends within a character has an empty span; its character counts to the token that completes it.
+
+    Args:
+        tokenizer: a fast one.
+        ids: token ids.
+    """
+    backend = tokenizer.backend_tokenizer
+    stream = DecodeStream(skip_special_tokens=False)
+    pieces, offsets, position = [], [], 0
+    for i in ids:
+        piece = stream.step(backend, i) or ""
+        pieces.append(piece)
+        offsets.append((position, position + len(piece)))
+        position += len(piece)
+    return TokenizedText("".join(pieces), tuple(ids), tuple(offsets))
+
+
+def check_offsets(offsets: Sequence[tuple[int, int]], text: str, tokens: Sequence[str]) -> None:
+    """Check that the spans of tokens are ordered and lie within the text.
+
+    Args:
+        offsets: half-open character span of each token.
+        text: what the tokens spell.
+        tokens: named in the error.
+
+    Raises:
+        ValueError: they do not, or there is none.
+    """
+    last = 0
+    for i, (start, end) in enumerate(offsets):
+        if not 0 <= start <= end <= len(text) or start < last:
+            raise ValueError(
+                f"token/text mismatch: token {i} ({tokens[i]!r}) claims characters {start}..{end} of {len(text)} "
+                f"after {last}: the tokenizer's normaliser changes the text; use one that keeps it"
+            )
+        last = start
+    if not offsets:
+        raise ValueError("token/text mismatch: the text has no tokens; give one that is not empty")

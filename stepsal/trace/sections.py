@@ -1,0 +1,44 @@
+"""Thinking and summary as texts, without tokens, for chat messages."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+from stepsal.trace.segment import Segmentation
+
+
+def sections(tokenizer: Any, prompt: str, response: str) -> tuple[str, str]:
+    """Return the thinking of a response, and what is said after it.
+
+    They are those of a `Trace`; but where nothing marks the thinking, all of the response is said. End tokens are left
+    out.
+
+    Args:
+        tokenizer: whose special tokens are left out.
+        prompt: the rendered prompt.
+        response: everything after it.
+
+    Example:
+        >>> sections(stepsal.load("mini").tokenizer, "What is 1 + 1?<think>", "One more than one.</think> Two.")
+        ('One more than one.', 'Two.')
+    """
+    special_tokens = tokenizer.all_special_tokens
+    segmentation = Segmentation().resolved(prompt, response)
+    segmenter = segmentation.segmenter(prompt, special_tokens)
+    if segmenter.format.last_is_summary:
+        return "", _without_end_tokens(response, special_tokens)
+    segmenter.push(response)
+    texts: dict[str, list[str]] = {"thinking": [], "summary": []}
+    for role, run in groupby(segmenter.finish(), key=lambda span: span.role):
+        spans = list(run)
+        texts[role].append(response[spans[0].start : spans[-1].end])
+    return "\n".join(texts["thinking"]), "\n".join(texts["summary"])
+
+
+def _without_end_tokens(text: str, special_tokens: list[str]) -> str:
+    """Return a text without white space and special tokens at its end."""
+    text = text.rstrip()
+    while ending := next((token for token in special_tokens if text.endswith(token)), ""):
+        text = text.removesuffix(ending).rstrip()
+    return text.strip()
