@@ -103,14 +103,14 @@ def tell_apart(
     complete = data[np.isfinite(data[_distinct(columns)].to_numpy(dtype=float)).all(1)]
     is_wrong, problems = ~complete[correct].to_numpy(dtype=bool), pd.factorize(complete[group])[0]
     folds = _folds(problems, is_wrong, n_folds, seed)
-    draws = _draws_of_problems(problems, n_resamples, seed)
+    counts = _draws_of_problems(problems, n_resamples, seed)
 
     estimates: dict[str, float] = {}
     resampled: dict[str, Float[np.ndarray, " draw"]] = {}
     for label, names in columns.items():
         scores = _held_out_scores(complete[names].to_numpy(dtype=float), is_wrong, folds)
         estimates[label] = auroc(scores, is_wrong, folds)
-        resampled[label] = np.array([auroc(scores[draw], is_wrong[draw], folds[draw]) for draw in draws])
+        resampled[label] = _resampled_auroc(scores, is_wrong, folds, counts)
     table = _table(estimates, resampled, baseline, level)
     table.insert(1, "n_correct", (~is_wrong).sum())
     table.insert(2, "n_wrong", is_wrong.sum())
@@ -152,12 +152,13 @@ def _folds(
     return folds
 
 
-def _draws_of_problems(problems: Int[np.ndarray, " trace"], n_resamples: int, seed: int) -> list[np.ndarray]:
-    """Draw problems with replacement, and return the traces of each draw."""
-    rng = np.random.default_rng(seed)
-    traces_of = [np.flatnonzero(problems == problem) for problem in range(problems.max() + 1)]
-    draws = (rng.integers(len(traces_of), size=len(traces_of)) for _ in range(n_resamples))
-    return [np.concatenate([traces_of[problem] for problem in draw]) for draw in draws]
+def _draws_of_problems(
+    problems: Int[np.ndarray, " trace"], n_resamples: int, seed: int
+) -> Float[np.ndarray, "draw trace"]:
+    """Draw problems with replacement, and count how often each trace is in each draw."""
+    rng, n_problems = np.random.default_rng(seed), problems.max() + 1
+    draws = rng.integers(n_problems, size=(n_resamples, n_problems))
+    return np.stack([np.bincount(draw, minlength=n_problems)[problems] for draw in draws]).astype(float)
 
 
 def _held_out_scores(
@@ -171,6 +172,23 @@ def _held_out_scores(
 
     model = make_pipeline(StandardScaler(), LogisticRegression())
     return cross_val_predict(model, values, is_wrong, cv=PredefinedSplit(folds), method="decision_function")
+
+
+def _resampled_auroc(
+    scores: Float[np.ndarray, " trace"],
+    is_wrong: Bool[np.ndarray, " trace"],
+    folds: Int[np.ndarray, " trace"],
+    counts: Float[np.ndarray, "draw trace"],
+) -> Float[np.ndarray, " draw"]:
+    """Return the `auroc` of each draw: a pair counts as often as both of its traces were drawn."""
+    wins, n_pairs = np.zeros(len(counts)), np.zeros(len(counts))
+    for fold in np.unique(folds):
+        wrong, right = (np.flatnonzero((folds == fold) & members) for members in (is_wrong, ~is_wrong))
+        higher, lower = scores[wrong][:, None], scores[right]
+        beats = (higher > lower) + 0.5 * (higher == lower)  # [wrong, right]
+        wins += (counts[:, wrong] @ beats * counts[:, right]).sum(1)
+        n_pairs += counts[:, wrong].sum(1) * counts[:, right].sum(1)
+    return np.divide(wins, n_pairs, out=np.full(len(counts), np.nan), where=n_pairs > 0)
 
 
 def _table(

@@ -42,14 +42,14 @@ def test_mcnemar_by_hand() -> None:
     """6 fixed, 1 broken: two-sided exact p = 2 * (1 + 7) / 2^7 = 0.125."""
     before = column(*[0] * 6, *[1] * 1, *[1] * 5, *[0] * 8)
     after = column(*[1] * 6, *[0] * 1, *[1] * 5, *[0] * 8)
-    found = paired_difference(before, after)
-    assert (found.fixed, found.broken, found.n_problems) == (6, 1, 20)
-    assert found.mcnemar_p == pytest.approx(0.125)
-    assert found.p == pytest.approx(0.125, abs=0.02)  # the permutation test of the same pairs
-    assert found.difference == pytest.approx(5 / 20)
+    change = paired_difference(before, after)
+    assert (change.fixed, change.broken, change.n_problems) == (6, 1, 20)
+    assert change.mcnemar_p == pytest.approx(0.125)
+    assert change.p == pytest.approx(0.125, abs=0.02)  # the permutation test of the same pairs
+    assert change.difference == pytest.approx(5 / 20)
     spread = np.sqrt((9 - 25 / 22) / 21 / 22)  # of the mean of six +1, one -1, thirteen 0, and one +1 and one -1 more
-    assert found.detectable == pytest.approx(2.8016 * spread, rel=1e-3)
-    assert found.low <= found.difference <= found.high
+    assert change.detectable == pytest.approx(2.8016 * spread, rel=1e-3)
+    assert change.low <= change.difference <= change.high
 
 
 def test_equal_problems_are_one_unit() -> None:
@@ -75,21 +75,25 @@ def test_equal_problems_are_one_unit() -> None:
 def test_groups_of_unlike_size_are_weighted_by_their_answers() -> None:
     before = column(0, 0, 0, 1)
     after = column(1, 1, 1, 1)
-    found = paired_difference(before, after, groups=np.array([0, 0, 0, 1]))
-    assert found.difference == 0.75
-    assert found.n_different == 2
+    change = paired_difference(before, after, groups=np.array([0, 0, 0, 1]))
+    assert change.difference == 0.75
+    assert change.n_different == 2
 
 
+SIMULATIONS = pytest.mark.parametrize("n_draws", [60, pytest.param(400, marks=pytest.mark.nightly)])
+
+
+@SIMULATIONS
 @pytest.mark.parametrize("n_samples", [1, 8])
-def test_intervals_cover_where_few_whole_problems_change(n_samples: int) -> None:
+def test_intervals_cover_where_few_whole_problems_change(n_samples: int, n_draws: int) -> None:
     rng = np.random.default_rng(5)
     covered = []
-    for seed in range(300):
+    for seed in range(n_draws):
         flips = rng.random((50, 1)) < 0.02  # from all wrong to all right
         before, after = np.zeros((50, n_samples), dtype=bool), np.repeat(flips, n_samples, axis=1)
-        found = paired_difference(before, after, n_resamples=299, seed=seed)
-        covered.append(found.low <= 0.02 <= found.high)
-    assert np.mean(covered) > 0.93
+        change = paired_difference(before, after, n_resamples=299, seed=seed)
+        covered.append(change.low <= 0.02 <= change.high)
+    assert scipy_stats.binomtest(sum(covered), n_draws, 0.95, alternative="less").pvalue > 0.05
 
 
 def test_all_right_is_not_certainty() -> None:
@@ -99,45 +103,58 @@ def test_all_right_is_not_certainty() -> None:
     assert two.low < 0.85
 
 
+def test_the_interval_is_that_of_a_loop_over_draws() -> None:
+    rng = np.random.default_rng(6)
+    correct, groups = rng.random((50, 3)) < 0.6, np.arange(50) % 20
+    sums = np.append(np.bincount(groups, correct.sum(1)), [0, 3])  # and two pseudo-problems
+    sizes = np.append(3 * np.bincount(groups), [3, 3])
+    draws = np.random.default_rng(9)
+    ratios = [sums[d].sum() / sizes[d].sum() for d in (draws.integers(len(sums), size=len(sums)) for _ in range(999))]
+    share = accuracy(correct, groups=groups, n_resamples=999, seed=9)
+    np.testing.assert_allclose([share.low, share.high], np.quantile(ratios, [0.025, 0.975]), rtol=1e-12)
+
+
 def test_no_change_is_no_finding() -> None:
     same = column(1, 0, 1, 1)
-    found = paired_difference(same, same)
-    assert (found.difference, found.mcnemar_p, found.p) == (0.0, 1.0, 1.0)
+    change = paired_difference(same, same)
+    assert (change.difference, change.mcnemar_p, change.p) == (0.0, 1.0, 1.0)
     same = np.ones((1000, 1), dtype=bool)
-    found = paired_difference(same, same)
-    assert found.low == -found.high
-    assert 0.002 <= found.high <= 0.004  # the share of changes may be up to 0.0037 (Clopper and Pearson)
-    assert found.high < found.detectable < 0.01
+    change = paired_difference(same, same)
+    assert change.low == -change.high
+    assert 0.002 <= change.high <= 0.004  # the share of changes may be up to 0.0037 (Clopper and Pearson)
+    assert change.high < change.detectable < 0.01
 
 
-def test_p_values_hold_their_level_where_nothing_differs_and_intervals_cover() -> None:
+@SIMULATIONS
+def test_p_values_hold_their_level_where_nothing_differs_and_intervals_cover(n_draws: int) -> None:
     rng = np.random.default_rng(2)
     p_values, covered = [], []
-    for seed in range(300):
+    for seed in range(n_draws):
         chance = rng.random((60, 1))  # hard and easy problems
         before, after = (rng.random((60, 4)) < chance for _ in range(2))
-        found = paired_difference(before, after, n_resamples=499, seed=seed)
-        p_values.append(found.p)
-        covered.append(found.low <= 0 <= found.high)
-        assert np.isnan(found.mcnemar_p)
+        change = paired_difference(before, after, n_resamples=499, seed=seed)
+        p_values.append(change.p)
+        covered.append(change.low <= 0 <= change.high)
+        assert np.isnan(change.mcnemar_p)
     for level in (0.05, 0.1, 0.3):  # ties make the test a little careful
-        assert scipy_stats.binomtest(int((np.array(p_values) <= level).sum()), 300, level).pvalue > 0.01
-    assert scipy_stats.binomtest(int(np.sum(covered)), 300, 0.95, alternative="less").pvalue > 0.01
+        assert scipy_stats.binomtest(int((np.array(p_values) <= level).sum()), n_draws, level).pvalue > 0.01
+    assert scipy_stats.binomtest(sum(covered), n_draws, 0.95, alternative="less").pvalue > 0.01
 
 
-def test_an_effect_of_the_detectable_size_is_found_four_times_in_five() -> None:
+@SIMULATIONS
+def test_an_effect_of_the_detectable_size_shows_four_times_in_five(n_draws: int) -> None:
     rng = np.random.default_rng(3)
-    found, detectable = [], []
-    for seed in range(400):
+    significant, detectable = [], []
+    for seed in range(n_draws):
         draw = rng.random((200, 1))
         fixed, broken = 0.227, 0.113  # shares; their difference is 0.114
         result = paired_difference(
             draw < 0.5, (draw < 0.5 - broken) | ((draw > 0.5) & (draw < 0.5 + fixed)), n_resamples=499, seed=seed
         )
-        found.append(result.p < 0.05)
+        significant.append(result.p < 0.05)
         detectable.append(result.detectable)
     assert np.mean(detectable) == pytest.approx(fixed - broken, abs=0.003)
-    assert abs(np.mean(found) - 0.8) < 0.08
+    assert abs(np.mean(significant) - 0.8) < 4 * np.sqrt(0.8 * 0.2 / n_draws)
 
 
 @pytest.mark.parametrize("bad", [np.zeros((0, 1), bool), np.zeros(4, bool), np.zeros((4, 1))])
