@@ -1,331 +1,262 @@
-"""Populations of traces in a folder: sampled, graded, mapped; safe to interrupt, resumed where they stopped.
+"""Sample, grade and map answers to the problems of a task, into a folder that `stepsal.experiments.Population` reads.
 
-    folder/
-      manifest.json            what was asked for: model, task, parameters, versions
-      parts/000000/            traces 0 .. 63
-        part.json              size and SHA-256 of the other files, and the versions that made them
-        traces.parquet         one row per trace: problem, tokens, steps, verdict, length, log-probability, scalars
-        metrics.parquet        one row per trace and layer: `stepsal.metrics.flow_metrics`
-        maps.safetensors       "0", "1", ...: [layer, query_step, key_step]
-      parts/000064/            traces 64 ..
-
-A part is named by its first trace. It is written beside its place and moved there when it is complete and on the
-disk, so that there are whole parts and nothing else, whatever happens. Trace i is the answer to the problem with seed
-`seed + i`, sampled with the same seed; so what is missing is known from what is there.
+Trace i is the answer to the problem with seed `seed + i`, sampled with the same seed. So what is missing is known from
+what the folder has: an interrupted run goes on when it is called again, and so does one that asks for more problems.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import re
-import shutil
-import uuid
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import safetensors
 import safetensors.torch
-import torch
 from tqdm.auto import tqdm
 
-from stepsal.maps import StepSaliency, labels_of
+from stepsal.experiments.checks import check_counts, check_no_open_stepflow, segmentation_for_manifest
+from stepsal.experiments.population import (
+    ANSWERS_FILE,
+    KIND,
+    MAPS_FILE,
+    METRICS_FILE,
+    VERSION,
+    Population,
+    numbered,
+    trace_columns,
+)
+from stepsal.experiments.store import Store, identity_of
+from stepsal.generation.answers import answer_batch
+from stepsal.generation.decoding import Decoding
+from stepsal.generation.scoring import log_probabilities
+from stepsal.intervention import StepFlowConfig
+from stepsal.intervention import stepflow as open_stepflow
+from stepsal.layers import Layers, checked_layers, layer_indices
+from stepsal.maps import StepSaliency
+from stepsal.maps.pooling import Reduce
 from stepsal.metrics import SCALARS, flow_metrics, trace_metrics
-from stepsal.storage import alone_in, begin_manifest, check_manifest, digest, package_versions, read_manifest, to_disk
-from stepsal.trace import Step, Trace
-from stepsal.trace.segment import Format
+from stepsal.saliency import step_saliency
+from stepsal.storage import digest
+from stepsal.trace.segment import Segmentation
 
 if TYPE_CHECKING:
     import pandas as pd
     from transformer_lens.model_bridge import TransformerBridge
 
-    from stepsal.intervention import StepFlowConfig
     from stepsal.tasks import Problem, Task
+    from stepsal.trace import Trace
 
-FORMAT = "stepsal.Population"
-FORMAT_VERSION = 1
-PACKAGES = ("stepsal", "torch", "transformer-lens", "transformers", "tokenizers", "reasoning-gym")
+Target = Literal["token", "sequence"]
+"""Whose loss the maps of a population differentiate."""
 
 
 def collect(
     model: TransformerBridge,
     task: Task,
-    n: int,
+    n_problems: int,
     folder: str | Path,
     *,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    max_new_tokens: int = 512,
+    decoding: Decoding = Decoding(temperature=1.0),
     seed: int = 0,
     system: str | None = None,
     stepflow: StepFlowConfig | None = None,
-    part_size: int = 64,
-    saliency: dict[str, Any] | None = None,
-    segmentation: dict[str, Any] | None = None,
+    segmentation: Segmentation | None = None,
+    batch_size: int = 64,
+    target: Target = "token",
+    reduce: Reduce = "density",
+    layers: Layers = "all",
+    engine: Literal["auto", "pattern", "streamed"] = "auto",
     progress: bool = True,
 ) -> Population:
-    """Sample, grade and map `n` traces into a folder, or go on with what is there.
+    """Answer problems of a task, grade and map the answers, or go on with the answers that a folder has.
 
     A run that was interrupted, also by a kill or a power cut, goes on where it stopped when it is called again, and so
-    does one that is asked for more traces. Nothing is kept twice; the part that was in the works is done again. Memory
-    is bounded by one part.
+    does one that asks for more problems. Nothing is kept twice; the batch that was in the works is done again. Memory
+    is bounded by one batch.
 
     Args:
         model: from `stepsal.load`.
         task: gives the problem of a seed and has a name, e.g. `stepsal.tasks.chain.ChainTask(length=(7, 9))`.
-        n: how many traces the folder shall hold.
+        n_problems: number of problems that the folder is to hold answers to, one each.
         folder: made if it is not there.
-        temperature, top_p, max_new_tokens, system: see `stepsal.generate`.
+        decoding: how answers are written.
         seed: problem i is `task.sample(seed + i)`, and its answer is sampled with seed + i.
-        stepflow: decode, score and map under StepFlow.
-        part_size: traces that are decoded together and written at once.
-        saliency: options of `stepsal.step_saliency`: target, engine, layers, reduce.
-        segmentation: `format`, `split`, `min_chars` of `Trace.from_tokens`.
-        progress: show a bar over traces.
+        system: a system prompt; None keeps what the chat template does by itself.
+        stepflow: decode, score and map under StepFlow; None does so without.
+        segmentation: how sections and steps are found, by StepFlow and in the traces; None is `Segmentation()`.
+        batch_size: answers that are decoded together and written at once.
+        target: see `stepsal.step_saliency`.
+        reduce: see `stepsal.step_saliency`.
+        layers: layers to map; see `stepsal.layers`.
+        engine: see `stepsal.step_saliency`; it is not part of what the folder is known by.
+        progress: show a bar over answers.
 
     Raises:
-        ValueError: numbers out of range, an open `stepsal.stepflow` context, or a folder that is foreign, damaged, of
-            other parameters or in the hands of another process; before any work. A problem that can't be answered or
-            mapped stops the run with its own error, to which its part is added.
-    """
-    from stepsal.generation.answers import generate_batch, log_probabilities
-    from stepsal.intervention import active_flow
-    from stepsal.intervention import stepflow as open_stepflow
-    from stepsal.saliency import step_saliency
+        ValueError: before any work, numbers out of range, an open `stepsal.stepflow` context, a segmentation by a
+            function, or a folder that is foreign, damaged, of other parameters or in the hands of another process.
+            A problem that can't be answered or mapped stops the run with its own error, with a note on its batch.
 
-    if n < 1 or part_size < 1:
-        raise ValueError(f"n={n} and part_size={part_size} must be at least 1")
-    options: dict[str, Any] = {"target": "token", "reduce": "density", **(saliency or {})}
-    if isinstance(options.get("layers"), Iterable) and not isinstance(options["layers"], str):
-        options["layers"] = list(options["layers"])
-    if unknown := set(options) - {"target", "engine", "layers", "reduce"}:
-        raise ValueError(f"saliency={sorted(unknown)} is not kept in a population; use target, engine, layers, reduce")
-    if options["target"] not in ("token", "sequence"):
-        raise ValueError(f"saliency target={options['target']!r} is unknown; use 'token' or 'sequence'")
-    if active_flow(model) is not None:
-        raise ValueError("a stepflow context is open, of which the folder would not know; use collect(stepflow=...)")
-    folder = Path(folder)
-    wanted = {
-        "format": FORMAT,
-        "version": FORMAT_VERSION,
-        "model": model.cfg.model_name,
-        "weights": fingerprint(model),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "n_layers": model.cfg.n_layers,
+    Example:
+        >>> import tempfile
+        >>> task = stepsal.tasks.chain.ChainTask(length=1)
+        >>> population = stepsal.collect(stepsal.load("mini"), task, 3, tempfile.mkdtemp(), progress=False)
+        >>> population.answers["correct"].tolist()
+        [True, True, True]
+    """
+    check_counts(n_problems=n_problems, batch_size=batch_size)
+    check_no_open_stepflow(model, "collect(stepflow=...)")
+    segmentation = segmentation or Segmentation()
+    parameters = {
+        **identity_of(model),
         "task": task.name,
         "seed": seed,
-        "decoding": {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "system": system},
+        "decoding": decoding.to_dict(),
+        "system": system,
         "stepflow": None if stepflow is None else stepflow.to_dict(),
-        "saliency": {name: _plain(name, value) for name, value in options.items() if name != "engine"},
-        "segmentation": {name: _plain(name, value) for name, value in (segmentation or {}).items()},
-        "chat_template": digest(str(getattr(model.tokenizer, "chat_template", None)).encode()),
+        "saliency": _saliency_settings(target, reduce, layers, model.cfg.n_layers),
+        "segmentation": segmentation_for_manifest(segmentation),
     }
-    with alone_in(folder), ExitStack() as edits:
-        population = _open_or_begin(folder, wanted)
-        _clear_unfinished(folder)
-        if stepflow is not None:
-            edits.enter_context(open_stepflow(model, stepflow))
-        done = len(population)
-        bar = tqdm(total=n, initial=min(done, n), desc=f"traces of {task.name}", disable=not progress)
-        edits.callback(bar.close)
-        for first in range(done, n, part_size):
-            seeds = list(range(seed + first, seed + min(first + part_size, n)))
-            try:
-                problems = [task.sample(s) for s in seeds]
-                traces = generate_batch(
-                    model, [p.question for p in problems], temperature=temperature, top_p=top_p, seed=seeds,
-                    max_new_tokens=max_new_tokens, system=system, **(segmentation or {}),
-                )  # fmt: skip
-                maps = step_saliency(model, traces, progress=False, **options)
-                log_probs = [float(log_probabilities(model, t)[t.n_prompt - 1 :].mean()) for t in traces]
-            except Exception as error:
-                error.add_note(f"in {task.name}, seeds {seeds[0]}..{seeds[-1]}; the {first} traces before are kept")
-                raise
-            _write_part(folder / "parts", first, seeds, problems, traces, maps, log_probs)
-            bar.update(len(seeds))
-    return Population.open(folder)
+    mapper = _Mapper(model, task, decoding, seed, system, segmentation, target, reduce, layers, engine)
+    with Store.opened(folder, KIND, VERSION, parameters) as store:
+        spans = [(first, int(part.about["n"])) for first, part in numbered(store.parts())]
+        n_present = sum(n for _, n in spans)
+        bar = tqdm(
+            total=n_problems, initial=min(n_present, n_problems), desc=f"answers to {task.name}", disable=not progress
+        )
+        with bar, _stepflow_if_given(model, stepflow, segmentation):
+            for numbers in missing_batches(spans, n_problems, batch_size):
+                batch = mapper.batch(numbers)
+                with store.adding(f"{numbers[0]:06d}", {"n": len(numbers)}) as part:
+                    _write(part, batch)
+                bar.update(len(numbers))
+    return Population.load(folder)
+
+
+def missing_batches(spans: Iterable[tuple[int, int]], n_problems: int, batch_size: int) -> list[range]:
+    """Return the numbers of the traces that are missing, in batches.
+
+    Args:
+        spans: first trace and number of traces of each part, in order.
+        n_problems: number of traces that there are to be.
+        batch_size: size of a batch, which is smaller where the next part begins.
+
+    Example:
+        >>> stepsal.experiments.collect.missing_batches([(0, 4), (6, 2)], n_problems=13, batch_size=4)
+        [range(4, 6), range(8, 12), range(12, 13)]
+    """
+    batches: list[range] = []
+    start = 0
+    for first, n in [*spans, (n_problems, 0)]:
+        stop = min(first, n_problems)
+        batches += [range(i, min(i + batch_size, stop)) for i in range(start, stop, batch_size)]
+        start = max(start, first + n)
+    return batches
 
 
 @dataclass(frozen=True)
-class Population:
-    """Traces of a model on a task, with their maps and metrics; read from a folder that `collect` wrote.
+class _Batch:
+    """Answers of a batch with their problems and maps; `numbers` are those of the traces."""
 
-    Attributes:
-        folder: where it lies.
-        manifest: model, task, parameters and versions.
-        parts: (folder, number of traces) of each part, in order.
+    numbers: range
+    seeds: Sequence[int]
+    problems: Sequence[Problem]
+    traces: Sequence[Trace]
+    maps: Sequence[StepSaliency]
+    log_probs: Sequence[float]  # mean over the tokens of each answer
+
+
+@dataclass(frozen=True)
+class _Mapper:
+    """Answers problems of a task, and maps the answers."""
+
+    model: TransformerBridge
+    task: Task
+    decoding: Decoding
+    seed: int
+    system: str | None
+    segmentation: Segmentation
+    target: Target
+    reduce: Reduce
+    layers: Layers
+    engine: Literal["auto", "pattern", "streamed"]
+
+    def batch(self, numbers: range) -> _Batch:
+        """Return the traces of these numbers, with their maps.
+
+        Raises:
+            Exception: whatever a problem raises, with a note on the batch.
+        """
+        seeds = [self.seed + i for i in numbers]
+        try:
+            problems = [self.task.sample(seed) for seed in seeds]
+            traces = answer_batch(
+                self.model, [problem.question for problem in problems], self.decoding, seeds=seeds,
+                segmentation=self.segmentation, system=self.system,
+            )  # fmt: skip
+            maps = step_saliency(
+                self.model, traces, target=self.target, engine=self.engine, layers=self.layers, reduce=self.reduce,
+                progress=False,
+            )  # fmt: skip
+            log_probs = [float(log_probabilities(self.model, t)[t.n_prompt - 1 :].mean()) for t in traces]
+            return _Batch(numbers, seeds, problems, traces, maps, log_probs)
+        except Exception as error:
+            error.add_note(f"in {self.task.name}, seeds {seeds[0]}..{seeds[-1]}; the answers written before are kept")
+            raise
+
+
+def _saliency_settings(target: Target, reduce: Reduce, layers: Layers, n_layers: int) -> dict[str, Any]:
+    """Return how traces are mapped, JSON-ready.
+
+    Raises:
+        ValueError: a setting that is unknown, or no layers.
     """
-
-    folder: Path
-    manifest: dict[str, Any]
-    parts: tuple[tuple[Path, int], ...]
-
-    @classmethod
-    def open(cls, folder: str | Path) -> Population:
-        """Open a folder, checking that it is whole.
-
-        Raises:
-            FileNotFoundError: there is no such folder.
-            ValueError: it is foreign, of another format version, or damaged; names the part, and what to do.
-        """
-        folder = Path(folder)
-        manifest = read_manifest(folder, FORMAT, FORMAT_VERSION)
-        parts, expected = [], 0
-        numbered = [p for p in (folder / "parts").glob("*") if p.name.isdigit()]
-        for part in sorted(numbered, key=lambda p: int(p.name)):
-            if int(part.name) != expected:
-                raise ValueError(
-                    f"{folder}: traces {expected}..{int(part.name) - 1} are missing before {part}; put them back, or "
-                    "delete this and all later parts and collect again"
-                )
-            parts.append((part, _check_part(part)))
-            expected += parts[-1][1]
-        return cls(folder, manifest, tuple(parts))
-
-    def __len__(self) -> int:
-        return sum(n for _, n in self.parts)
-
-    def __repr__(self) -> str:
-        return f"Population({self.manifest['model']!r} on {self.manifest['task']}, {len(self)} traces, {self.folder})"
-
-    @cached_property
-    def traces(self) -> pd.DataFrame:
-        """One row per trace: trace, seed, problem, reference, correct, error, reason, n_steps, n_tokens, ...
-
-        Tokens, steps and texts, which `trace` gives, are left out.
-        """
-        return self._table("traces", without=_TRACE_FIELDS)
-
-    @cached_property
-    def metrics(self) -> pd.DataFrame:
-        """`flow_metrics` of every trace, one row per trace and layer, beside outcome and length of the trace."""
-        of_trace = self.traces[["trace", "problem", "correct", "error", "truncated", "n_steps", "n_tokens"]]
-        return of_trace.merge(self._table("metrics"), on="trace", validate="one_to_many")
-
-    def trace(self, i: int) -> Trace:
-        """Trace i, from 0.
-
-        Raises:
-            IndexError: there is no such trace.
-        """
-        import pyarrow.parquet as pq
-
-        part, row = self._locate(i)
-        fields = (
-            pq.read_table(part / "traces.parquet", columns=[*_TRACE_FIELDS, "truncated"]).slice(row, 1).to_pylist()[0]
-        )
-        return _trace_of(fields)
-
-    def saliency(self, i: int) -> StepSaliency:
-        """The step maps of trace i, from 0.
-
-        Raises:
-            IndexError: there is no such trace.
-        """
-        part, _ = self._locate(i)
-        with safetensors.safe_open(part / "maps.safetensors", framework="pt") as file:
-            values, layers = file.get_tensor(str(i)), json.loads(file.metadata()["layers"])
-        trace, manifest = self.trace(i), self.manifest
-        return StepSaliency(
-            values=values, layers=tuple(layers), n_layers=manifest["n_layers"], model=manifest["model"],
-            target=manifest["saliency"]["target"], reduce=manifest["saliency"]["reduce"], **labels_of(trace),
-            metadata={"trace": i, "task": manifest["task"], "dtype": manifest["dtype"]}
-            | ({"stepflow": manifest["stepflow"]} if manifest["stepflow"] else {}),
-        )  # fmt: skip
-
-    def _locate(self, i: int) -> tuple[Path, int]:
-        if not 0 <= i < len(self):
-            raise IndexError(f"trace {i} is not there; {self.folder} has traces 0..{len(self) - 1}")
-        first = 0
-        for part, n in self.parts:
-            if i < first + n:
-                return part, i - first
-            first += n
-        raise AssertionError("the parts hold all traces")
-
-    def _table(self, name: str, without: tuple[str, ...] = ()) -> pd.DataFrame:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        if not self.parts:
-            raise ValueError(f"{self.folder} holds no traces yet; stepsal.collect fills it")
-        tables = []
-        for part, _ in self.parts:
-            columns = [c for c in pq.read_schema(part / f"{name}.parquet").names if c not in without]
-            tables.append(pq.read_table(part / f"{name}.parquet", columns=columns))
-        frame: pd.DataFrame = pa.concat_tables(tables, promote_options="permissive").to_pandas()
-        return frame
+    for name, value, choices in (("target", target, get_args(Target)), ("reduce", reduce, get_args(Reduce))):
+        if value not in choices:
+            raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(map(repr, choices))}")
+    if not layer_indices(layers, n_layers):
+        raise ValueError(f"layers={layers!r} names no layer of {n_layers}, so that there is nothing to map; use 'all'")
+    choice = checked_layers(layers)
+    return {"target": target, "reduce": reduce, "layers": choice if isinstance(choice, str) else list(choice)}
 
 
-def fingerprint(model: TransformerBridge) -> str:
-    """A digest of a model's weights: of the shape and up to 64 evenly spaced entries of each parameter."""
-    state = hashlib.sha256()
-    for name, parameter in sorted(model.original_model.named_parameters()):
-        flat = parameter.detach().flatten()
-        some = flat[:: max(1, -(-len(flat) // 64))].float().cpu().numpy()
-        state.update(f"{name}{tuple(parameter.shape)}".encode() + some.tobytes())
-    return state.hexdigest()[:16]
+@contextmanager
+def _stepflow_if_given(
+    model: TransformerBridge, stepflow: StepFlowConfig | None, segmentation: Segmentation
+) -> Iterator[None]:
+    if stepflow is None:
+        yield
+    else:
+        with open_stepflow(model, stepflow, segmentation=segmentation):
+            yield
 
 
-_TRACE_FIELDS = (
-    "question", "response", "text", "tokens", "token_starts", "token_ends", "roles", "starts", "ends", "format",
-    "n_prompt",
-)  # fmt: skip
-
-
-def _fields_of(trace: Trace) -> dict[str, Any]:
-    return {
-        "question": trace.question,
-        "response": trace.response,
-        "text": trace.text,
-        "tokens": trace.tokens.tolist(),
-        "token_starts": trace.offsets[:, 0].tolist(),
-        "token_ends": trace.offsets[:, 1].tolist(),
-        "roles": list(trace.roles),
-        "starts": [step.start for step in trace.steps],
-        "ends": [step.end for step in trace.steps],
-        "format": trace.format,
-        "n_prompt": trace.n_prompt,
-    }
-
-
-def _trace_of(fields: dict[str, Any]) -> Trace:
-    return Trace(
-        question=fields["question"],
-        response=fields["response"],
-        text=fields["text"],
-        tokens=torch.tensor(fields["tokens"]),
-        offsets=torch.tensor([fields["token_starts"], fields["token_ends"]]).T.contiguous(),
-        steps=tuple(map(Step, fields["roles"], fields["starts"], fields["ends"])),
-        format=fields["format"],
-        n_prompt=fields["n_prompt"],
-        truncated=fields["truncated"],
-    )
-
-
-def _write_part(
-    parts: Path,
-    first: int,
-    seeds: list[int],
-    problems: list[Problem],
-    traces: list[Trace],
-    maps: list[StepSaliency],
-    log_probs: list[float],
-) -> None:
-    """Write a part beside its place, and move it there when it is on the disk."""
-    import pandas as pd
+def _write(part: Path, batch: _Batch) -> None:
+    """Write the files of a part."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows, metrics = [], []
-    for i, (seed, problem, trace, saliency) in enumerate(zip(seeds, problems, traces, maps, strict=True), first):
-        verdict = problem.grade(trace)
-        scalars = trace_metrics(saliency)
+    answers = pa.Table.from_pylist(_answer_rows(batch))
+    error = answers.schema.get_field_index("error")  # a column of nulls alone would have another type
+    answers = answers.set_column(error, "error", answers.column(error).cast(pa.string()))
+    metrics = pa.Table.from_pandas(_metrics_table(batch), preserve_index=False)
+    pq.write_table(answers, part / ANSWERS_FILE, compression="zstd")
+    pq.write_table(metrics, part / METRICS_FILE, compression="zstd")
+    safetensors.torch.save_file(
+        {str(i): saliency.values.contiguous() for i, saliency in zip(batch.numbers, batch.maps, strict=True)},
+        part / MAPS_FILE,
+        metadata={"layers": json.dumps(batch.maps[0].layers)},
+    )
+
+
+def _answer_rows(batch: _Batch) -> list[dict[str, Any]]:
+    """Return one row per answer: its problem, the verdict on it, lengths, log-probability, scalars, and the trace."""
+    rows = []
+    for i, seed, problem, trace, saliency, log_prob in zip(
+        batch.numbers, batch.seeds, batch.problems, batch.traces, batch.maps, batch.log_probs, strict=True
+    ):
+        verdict, scalars = problem.grade(trace), trace_metrics(saliency)
         rows.append(
             {
                 "trace": i,
@@ -339,88 +270,19 @@ def _write_part(
                 "n_tokens": len(trace),
                 "n_new_tokens": len(trace) - trace.n_prompt,
                 "truncated": trace.truncated,
-                "mean_log_prob": log_probs[i - first],
+                "mean_log_prob": log_prob,
                 **{name: float(scalars[name]) for name in SCALARS},
                 "metrics_reason": scalars["reason"],
-                **_fields_of(trace),
             }
+            | trace_columns(trace)
         )
-        metrics.append(flow_metrics(saliency).assign(trace=i))
-    unfinished = parts / f".{first:06d}.{uuid.uuid4().hex}.part"
-    unfinished.mkdir(parents=True)
-    try:
-        table = pa.Table.from_pylist(rows)
-        error = table.schema.get_field_index("error")  # a column of nulls alone would have another type
-        table = table.set_column(error, "error", table.column(error).cast(pa.string()))
-        pq.write_table(table, unfinished / "traces.parquet", compression="zstd")
-        metric_table = pa.Table.from_pandas(pd.concat(metrics), preserve_index=False)
-        pq.write_table(metric_table, unfinished / "metrics.parquet", compression="zstd")
-        safetensors.torch.save_file(
-            {str(i): saliency.values.contiguous() for i, saliency in enumerate(maps, first)},
-            unfinished / "maps.safetensors",
-            metadata={"layers": json.dumps(maps[0].layers)},
-        )
-        files = {path.name: _size_and_hash(path) for path in sorted(unfinished.iterdir())}
-        document = {"n": len(traces), "files": files, "versions": package_versions(PACKAGES)}
-        (unfinished / "part.json").write_text(f"{json.dumps(document, indent=2)}\n")
-        for path in (*unfinished.iterdir(), unfinished):
-            to_disk(path)
-        os.rename(unfinished, parts / f"{first:06d}")
-        to_disk(parts)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    return rows
 
 
-def _size_and_hash(path: Path) -> list[int | str]:
-    with path.open("rb") as file:
-        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+def _metrics_table(batch: _Batch) -> pd.DataFrame:
+    """Return the metrics of each trace and layer."""
+    import pandas as pd
 
-
-def _check_part(part: Path) -> int:
-    """Number of traces of a part whose files are as they were written."""
-    try:
-        document = json.loads((part / "part.json").read_text())
-        n, files = int(document["n"]), dict(document["files"])
-        damaged = [name for name, expected in files.items() if _size_and_hash(part / name) != expected]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{part} is damaged ({' '.join(str(error).split())}); {_REMEDY}") from error
-    if damaged or set(files) != {"traces.parquet", "metrics.parquet", "maps.safetensors"}:
-        raise ValueError(f"{part} is damaged ({', '.join(damaged) or 'files are missing'}); {_REMEDY}")
-    return n
-
-
-_REMEDY = "delete it and all later parts, and collect again to make them anew"
-
-
-def _clear_unfinished(folder: Path) -> None:
-    """Remove what an interrupted run began to write; only for who is alone in the folder."""
-    for unfinished in (folder / "parts").glob(".*.part"):
-        shutil.rmtree(unfinished)
-    for unfinished in folder.glob(".*.part"):
-        unfinished.unlink()
-
-
-def _open_or_begin(folder: Path, wanted: dict[str, Any]) -> Population:
-    """The population in a folder when it is of the wanted parameters; a new one when the folder has no traces."""
-    begun = any(not path.name.startswith(".") for path in folder.iterdir())  # dots: the lock, leftovers
-    population = Population.open(folder) if begun else None
-    if population is None or len(population) == 0:
-        begin_manifest(folder, wanted, package_versions(PACKAGES))
-        (folder / "parts").mkdir(exist_ok=True)
-        to_disk(folder)
-        return Population.open(folder)
-    check_manifest(folder, population.manifest, wanted)
-    return population
-
-
-def _plain(name: str, value: Any) -> Any:
-    """A JSON value that tells one setting from another, also in another process."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, re.Pattern):
-        return f"re {value.pattern} {value.flags}"
-    if isinstance(value, Format):
-        return repr(value)
-    if isinstance(value, (list, tuple, range)):
-        return [_plain(name, v) for v in value]
-    raise ValueError(f"{name}={value!r} can't be written to a manifest; use a name, numbers or a regular expression")
+    return pd.concat(
+        [flow_metrics(saliency).assign(trace=i) for i, saliency in zip(batch.numbers, batch.maps, strict=True)]
+    )
