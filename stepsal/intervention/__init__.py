@@ -1,11 +1,13 @@
 """StepFlow: repair the flow between steps while a model reads or writes (arXiv 2604.06695, Eq. 5-10).
 
 `stepflow` is the entry. The mathematics stands in `oeb` (Odds-Equal Bridge) and `smi` (Step Momentum Injection), pure
-functions on tensors; `hooks` applies them at hook points, `config` and `log` are its settings and its account.
+functions on tensors. `ledger` keeps account of sections and steps on the host, `bridging` and `values` of what a pass
+needs on the device, and `hooks` applies the edits. `config` and `log` are the settings and the account of what was done,
+`segmentation` settles how steps are found, and `effects` compares the next-token distributions with and without it.
 """
 
 from stepsal.intervention.config import StepFlowConfig
-from stepsal.intervention.hooks import active_flow, agreed_segmentation, stepflow
+from stepsal.intervention.hooks import StepFlow, active_flow, agreed_segmentation, stepflow
 from stepsal.intervention.log import FlowLog
 
-__all__ = ["FlowLog", "StepFlowConfig", "active_flow", "agreed_segmentation", "stepflow"]
+__all__ = ["FlowLog", "StepFlow", "StepFlowConfig", "active_flow", "agreed_segmentation", "stepflow"]

@@ -1,18 +1,34 @@
-"""The settings of StepFlow: which layers, how much, and what is bridged to."""
+"""The settings of StepFlow: in which layers, how strongly, and towards what attention is bridged."""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 from stepsal.layers import Layers, checked_layers, layer_indices
 from stepsal.storage import write_atomic
 
-_PRESETS: dict[str, dict[str, Any]] = {"paper": {}, "authors-code": {"window": 4, "bridge": "prompt"}}
+_SEGMENTATION = ("format", "split", "min_chars")  # settings of another value, which old files hold
+
+
+class StepFlowChanges(TypedDict, total=False):
+    """Settings of a `StepFlowConfig` that are to differ; see there."""
+
+    oeb_layers: Layers
+    smi_layers: Layers
+    tau_max: float
+    alpha: float
+    window: int | None
+    bridge: Literal["question", "prompt"]
+    into_summary: bool
+
+
+_PRESETS: dict[str, StepFlowChanges] = {"paper": {}, "authors-code": {"window": 4, "bridge": "prompt"}}
 
 
 @dataclass(frozen=True)
@@ -23,14 +39,20 @@ class StepFlowConfig:
         oeb_layers: layers of the Odds-Equal Bridge; () switches it off.
         smi_layers: layers of Step Momentum Injection; () switches it off.
         tau_max: largest share of attention that the bridge is given, in (0, 1).
-        alpha: strength of the injection, >= 0.
-        window: average only the last `window` tokens of the previous step (4 in the authors' code); None: all of it.
-        bridge: what is bridged to while thinking. "question": the user's words; "prompt": everything before the
-            thinking, system prompt and BOS included, as the authors' code has it.
+        alpha: strength of the injection, >= 0; 0 switches it off.
+        window: average only the last `window` tokens of the previous step (4 in the authors' code); None averages all
+            of it.
+        bridge: what is bridged to while the model thinks. "question" is the user's words; "prompt" is everything
+            before the thinking, system prompt and BOS included, as in the authors' code.
         into_summary: also inject at the first token of the summary.
 
     Raises:
-        ValueError: a value out of range, naming it.
+        ValueError: If a value is out of range; the message names it.
+
+    Example:
+        >>> config = stepsal.StepFlowConfig(oeb_layers="first-half", smi_layers=())
+        >>> config.resolve(n_layers=8)
+        ((0, 1, 2, 3), ())
     """
 
     oeb_layers: Layers = "shallow"
@@ -45,79 +67,138 @@ class StepFlowConfig:
         for name in ("oeb_layers", "smi_layers"):
             object.__setattr__(self, name, checked_layers(getattr(self, name), name))
         for name in ("tau_max", "alpha"):
-            if not isinstance(getattr(self, name), Real):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a number")
+            if not _is_number(value := getattr(self, name)):
+                raise ValueError(f"{name}={value!r} must be a number")
+            if not isinstance(value, (int, float)):  # such as NumPy's, which JSON can't hold
+                object.__setattr__(self, name, float(value))
         if not 0 < self.tau_max < 1:
             raise ValueError(f"tau_max={self.tau_max} must lie in (0, 1); switch the bridge off with oeb_layers=()")
         if not (self.alpha >= 0 and math.isfinite(self.alpha)):
-            raise ValueError(f"alpha={self.alpha} must be a number >= 0")
-        if self.window is not None and (not _is_index(self.window) or self.window < 1):
-            raise ValueError(f"window={self.window!r} must be a number of tokens >= 1, or None for the whole step")
+            raise ValueError(f"alpha={self.alpha} must be a number >= 0; 0 switches the injection off")
+        if self.window is not None:
+            if not isinstance(self.window, Integral) or isinstance(self.window, bool) or self.window < 1:
+                raise ValueError(f"window={self.window!r} must be a number of tokens >= 1, or None for the whole step")
+            object.__setattr__(self, "window", int(self.window))
         if self.bridge not in ("question", "prompt"):
             raise ValueError(f"bridge={self.bridge!r} is unknown; use 'question' or 'prompt'")
+        if not isinstance(self.into_summary, bool):
+            raise ValueError(f"into_summary={self.into_summary!r} must be True or False")
 
     @classmethod
-    def preset(cls, name: str, **changes: Any) -> StepFlowConfig:
+    def preset(cls, name: str, **changes: Unpack[StepFlowChanges]) -> StepFlowConfig:
         """Return published settings by name, with `changes` made to them.
 
         Args:
-            name: "paper" (Table 8, the same for all of its models), or "authors-code" (the whole prompt as bridge, mean of
-                the last four tokens of a step).
-            changes: fields that are to differ.
+            name: "paper" (Table 8, the same for all of its models), or "authors-code" (the whole prompt as bridge, mean
+                of the last four tokens of a step).
+            **changes: settings that are to differ from it.
 
         Raises:
-            ValueError: an unknown name.
+            ValueError: If there is no preset of that name.
 
         Example:
-            >>> StepFlowConfig.preset("authors-code", alpha=0.1).window
+            >>> stepsal.StepFlowConfig.preset("authors-code", alpha=0.1).window
             4
         """
         if name not in _PRESETS:
-            raise ValueError(f"there is no preset {name!r}; known are {', '.join(map(repr, _PRESETS))}")
-        return cls(**{**_PRESETS[name], **changes})
+            raise ValueError(
+                f"there is no preset {name!r}; use {' or '.join(map(repr, _PRESETS))}, or StepFlowConfig.load for a file"
+            )
+        return cls(**_PRESETS[name]).but(**changes)
 
-    def but(self, **changes: Any) -> StepFlowConfig:
-        """Return a copy with some settings changed."""
+    def but(self, **changes: Unpack[StepFlowChanges]) -> StepFlowConfig:
+        """Return a copy with some settings changed.
+
+        Args:
+            **changes: the settings that are to differ.
+
+        Example:
+            >>> stepsal.StepFlowConfig().but(alpha=0.0).alpha
+            0.0
+        """
         return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings JSON-ready, for provenance."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+        """Return the settings JSON-ready, for provenance.
 
-    def save(self, path: str | Path, **about: Any) -> Path:
+        Example:
+            >>> stepsal.StepFlowConfig(oeb_layers=[0, 1]).to_dict()["oeb_layers"]
+            [0, 1]
+        """
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    def save(self, path: str | Path, *, calibration: Mapping[str, Any] | None = None) -> Path:
         """Write the settings as JSON, to be read by `load` and by whatever takes a `preset`.
 
         Args:
-            path: the file.
-            about: what else to keep in the file, JSON-ready, such as where the settings come from.
+            path: the file to write.
+            calibration: what the settings rest on, JSON-ready; it is kept in the file beside them.
+
+        Returns:
+            The path.
+
+        Example:
+            >>> import tempfile
+            >>> path = stepsal.StepFlowConfig(alpha=0.2).save(tempfile.mkdtemp() + "/settings.json")
+            >>> stepsal.StepFlowConfig.load(path).alpha
+            0.2
         """
         path = Path(path)
-        write_atomic(path, (json.dumps({"stepflow": self.to_dict(), **about}, indent=2) + "\n").encode())
+        document: dict[str, Any] = {"stepflow": self.to_dict()}
+        if calibration is not None:
+            document["calibration"] = dict(calibration)
+        write_atomic(path, (json.dumps(document, indent=2) + "\n").encode())
         return path
 
     @classmethod
     def load(cls, path: str | Path) -> StepFlowConfig:
-        """Read settings that `save` has written; what else is in the file is ignored.
+        """Read settings that `save` has written; whatever else the file holds is ignored.
+
+        Args:
+            path: the file to read.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: no settings, or bad ones.
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file holds no settings, unknown ones, or values out of range.
         """
         try:
-            return cls(**json.loads(Path(path).read_text(encoding="utf-8"))["stepflow"])
+            settings = json.loads(Path(path).read_text(encoding="utf-8"))["stepflow"]
+            names = set(settings)
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} holds no settings of StepFlow ({error}); use StepFlowConfig.save") from error
+            raise ValueError(
+                f'{path} holds no settings of StepFlow: JSON with an entry "stepflow" is expected, as StepFlowConfig.save '
+                "writes it"
+            ) from error
+        if moved := [name for name in _SEGMENTATION if name in names]:
+            raise ValueError(
+                f"{path} names {', '.join(moved)}, which are no settings of StepFlow any more: take them out of the "
+                "file, and pass segmentation=stepsal.Segmentation(...) beside the settings"
+            )
+        if unknown := sorted(names - {field.name for field in fields(cls)}):
+            raise ValueError(
+                f"{path} names unknown settings of StepFlow: {', '.join(unknown)}; take them out of the file"
+            )
+        try:
+            return cls(**settings)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def resolve(self, n_layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Indices of the layers of OEB and of SMI in a model of `n_layers`.
+        """Return the indices of the layers of OEB and of SMI in a model.
+
+        Args:
+            n_layers: depth of the model.
 
         Raises:
-            ValueError: a layer that the model does not have.
+            ValueError: If a layer is named that the model does not have.
+
+        Example:
+            >>> stepsal.StepFlowConfig().resolve(n_layers=8)
+            ((0, 1), (6, 7))
         """
-        oeb, smi = self.oeb_layers, self.smi_layers
-        return layer_indices(oeb, n_layers, "oeb_layers"), layer_indices(smi, n_layers, "smi_layers")
+        oeb = layer_indices(self.oeb_layers, n_layers, "oeb_layers")
+        return oeb, layer_indices(self.smi_layers, n_layers, "smi_layers")
 
 
-def _is_index(x: object) -> bool:
-    return isinstance(x, Integral) and not isinstance(x, bool)
+def _is_number(x: object) -> bool:
+    return isinstance(x, Real) and not isinstance(x, bool)

@@ -1,29 +1,29 @@
 """StepFlow as hook-point edits that follow any forward pass by themselves.
 
 Before each forward pass a `StepFlow` reads the token ids, the attention mask and the length of the cache (one copy of
-the new ids to the host: the only synchronisation), advances one `SequenceTracker` per row, and lays out what this
-pass needs: for OEB which keys are bridge and segment of each query row, for SMI where a step begins and which tokens
-the step before it had. The hooks of the layers then only do tensor algebra:
+the new ids to the host: the only synchronisation) and enters them in its ledger, which says what this pass needs: for
+OEB which keys are bridge and segment of each query row, for SMI where a step begins and which tokens the step before it
+had. The hooks of the layers then only do tensor algebra:
 
     attn.hook_pattern     OEB: rescale bridge and segment
-    attn.v.hook_out       SMI: remember the values of the running step
+    attn.v.hook_out       SMI: keep the values of the running step
     attn.o.hook_in        SMI: inject their mean where a step begins
 
 A pass in which no row needs an edit costs the bookkeeping and nothing in the layers. A whole text in one pass and the
-same text in portions, cached, lay out the same edits, because the tracker decides about each token when it comes in.
+same text in portions, cached, get the same edits, because the ledger decides about each token when it comes in.
 """
 
 from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint, LensHandle
@@ -31,18 +31,16 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from stepsal.bridge.attention import sliding_window
 from stepsal.bridge.hooks import attention_hooks, check_model, remove_hook
-from stepsal.bridge.presets import preset_format
+from stepsal.intervention.bridging import Bridging, KeySections
 from stepsal.intervention.config import StepFlowConfig
+from stepsal.intervention.ledger import Ledger, Portion
 from stepsal.intervention.log import FlowLog
-from stepsal.intervention.oeb import bridge_ceiling, odds_equal_bridge
+from stepsal.intervention.oeb import odds_equal_bridge
+from stepsal.intervention.segmentation import agreement, format_of, resolved_segmentation
 from stepsal.intervention.smi import Injections, inject, previous_step_means
-from stepsal.trace.formats import FORMATS
+from stepsal.intervention.values import KeptValues
 from stepsal.trace.segment import Segmentation
-from stepsal.trace.tracking import PromptFrame, Section, SequenceTracker
-
-_NOWHERE = -1  # a section that no key is in
-_BRIDGE_OF = np.array([_NOWHERE, _NOWHERE, Section.QUESTION, Section.THINKING], dtype=np.int8)  # by section of the row
-_SEGMENT_OF = np.array([_NOWHERE, _NOWHERE, Section.THINKING, Section.SUMMARY], dtype=np.int8)
+from stepsal.trace.tracking import PromptFrame, SequenceTracker
 
 _active: weakref.WeakKeyDictionary[TransformerBridge, StepFlow] = weakref.WeakKeyDictionary()
 
@@ -51,12 +49,12 @@ _active: weakref.WeakKeyDictionary[TransformerBridge, StepFlow] = weakref.WeakKe
 def stepflow(
     model: TransformerBridge, config: StepFlowConfig | None = None, *, segmentation: Segmentation | None = None
 ) -> Iterator[FlowLog]:
-    """Run every forward pass of `model` inside the context under StepFlow.
+    """Run every forward pass of a model inside the context under StepFlow.
 
     `model(tokens)`, `model.generate`, `stepsal.generate` and `stepsal.step_saliency` all work: prompts, prompts with
     part of the thinking, whole texts, and cached decoding, alone or in batches (padding is told by the attention mask).
-    A new sequence begins with each pass that has no cache to continue. Not for beam search, whose reordering of the
-    cache's rows can't be seen from here.
+    A new sequence begins with each pass that has no cache to continue. Beam search is not followed: it reorders the
+    rows of the cache, which can't be seen from here.
 
     Args:
         model: from `stepsal.load`, with a tokenizer.
@@ -67,81 +65,95 @@ def stepflow(
         The log of what was edited.
 
     Raises:
-        ValueError: the model has no fast tokenizer with a chat template, its attention can't be edited, `config` names
-            a layer that it does not have, or a context is open on it already. Inside: a pass that continues another
-            cache than that of the last pass, that gives embeddings instead of tokens, or after the context's hooks
-            have been removed.
+        ValueError: If the model has no fast tokenizer with a chat template, its attention can't be edited, `config`
+            names a layer that it does not have, or a context is open on it already. Inside: for a pass that continues
+            another cache than that of the last pass, that gives embeddings instead of tokens, or that comes after the
+            context's hooks have been removed.
+
+    Example:
+        >>> model = stepsal.load("mini")
+        >>> with stepsal.stepflow(model, stepsal.StepFlowConfig(tau_max=0.3)) as log:
+        ...     trace = stepsal.generate(model, "Anna is 2 plus 3. What is Anna?", max_new_tokens=40)
+        >>> log.sequences, log.oeb_layers, log.smi_layers
+        (1, (0, 1), (6, 7))
     """
+    if model in _active:  # before any pass, which the open context would take for a sequence
+        raise ValueError(f"stepflow is open on {model.cfg.model_name!r} already: leave that context first")
     flow = StepFlow(model, config or StepFlowConfig(), segmentation or Segmentation())
     with flow.applied():
         yield flow.log
+    if flow.log.without_question:
+        warnings.warn(
+            f"stepflow found no question in {flow.log.without_question} of {flow.log.sequences} sequences, and left "
+            "them alone: put the tokenizer's chat template around prompts (stepsal.trace.render_prompt)",
+            stacklevel=3,
+        )
 
 
 def active_flow(model: TransformerBridge) -> StepFlow | None:
-    """The StepFlow that is open on a model, for a decoding loop that drops finished rows."""
+    """Return the StepFlow that is open on a model; None without one.
+
+    Args:
+        model: from `stepsal.load`.
+
+    Example:
+        >>> model = stepsal.load("mini")
+        >>> with stepsal.stepflow(model):
+        ...     active_flow(model).segmentation.format
+        'think'
+        >>> active_flow(model)
+    """
     return _active.get(model)
 
 
 def agreed_segmentation(model: TransformerBridge, segmentation: Segmentation | None) -> Segmentation | None:
-    """Return the segmentation that traces of a model are to be cut with: that of the StepFlow that is open, if one is.
+    """Return the segmentation for a model's traces: that of the open StepFlow, or without one the given.
+
+    Args:
+        model: from `stepsal.load`.
+        segmentation: what is asked for; None takes that of the open StepFlow.
 
     Raises:
-        ValueError: a segmentation that differs from it.
+        ValueError: If a StepFlow with another segmentation is open.
+
+    Example:
+        >>> model = stepsal.load("mini")
+        >>> with stepsal.stepflow(model, segmentation=stepsal.Segmentation(split="line")):
+        ...     agreed_segmentation(model, None).split
+        'line'
     """
-    if (flow := active_flow(model)) is None:
-        return segmentation
-    if (
-        segmentation is not None
-        and replace(segmentation, format=flow.segmentation.format) != flow.segmentation
-        or (segmentation is not None and segmentation.format not in ("auto", flow.segmentation.format))
-    ):
-        raise ValueError(
-            f"StepFlow is open with {flow.segmentation}, but the steps are those of {segmentation}: use one of them for both"
-        )
-    return flow.segmentation
-
-
-@dataclass(frozen=True, eq=False)
-class _Bridging:
-    """OEB in one pass: sections that are bridge and segment of each query row, and the ceiling for each window."""
-
-    bridge: Tensor  # bool [batch, query_pos, key_pos]
-    segment: Tensor  # bool [batch, query_pos, key_pos]
-    ceilings: dict[int | None, Tensor]  # window of a layer -> [batch, query_pos]
-    eligible: dict[int | None, Tensor]  # ceiling > 0
-    copies: dict[torch.device, _Bridging] = field(default_factory=dict)  # for layers on other devices
-
-    def on(self, device: torch.device) -> _Bridging:
-        if device == self.bridge.device:
-            return self
-        if device not in self.copies:
-            ceilings, eligible = ({w: x.to(device) for w, x in of.items()} for of in (self.ceilings, self.eligible))
-            self.copies[device] = _Bridging(self.bridge.to(device), self.segment.to(device), ceilings, eligible)
-        return self.copies[device]
+    flow = active_flow(model)
+    return segmentation if flow is None else agreement(flow.segmentation, segmentation)
 
 
 class StepFlow:
-    """The state of one context: a tracker per row, and what the current pass needs; see `stepflow`."""
+    """One open context of `stepflow`: its hooks, and what they need in the present pass.
 
-    _trackers: list[SequenceTracker]
-    _columns: list[list[int]]  # key position of each token of a row
-    _sections: NDArray[np.int8]  # of each key position, on the host [batch, capacity]
-    _before: NDArray[np.int32]  # keys of each section before a key position [batch, capacity + 1, section]
-    _origins: NDArray[np.int32]  # where the turn of each key position begins [batch, capacity]
-    _on_device: Tensor  # `_sections` on the model's device, int8 [batch, capacity]
-    _cache: Callable[[], Any]  # a weak reference to the cache of the last pass
-    _n_columns: int  # key positions so far
-    _first: int  # key position of the first query of this pass
-    _needed: int  # the first key position whose values a later injection may need
-    _values: dict[int, list[tuple[int, Tensor]]]  # layer -> (first key position, values), contiguous
-    _new_values: dict[int, Tensor]
-    _bridging: _Bridging | None
+    Args:
+        model: from `stepsal.load`, with a tokenizer.
+        config: settings.
+        segmentation: how sections and steps are found.
+
+    Attributes:
+        segmentation: the same with its format resolved.
+        oeb_layers: indices of the layers that are bridged.
+        smi_layers: indices of the layers into which momentum is injected.
+        log: what was edited.
+
+    Raises:
+        ValueError: If the model can't be followed or edited; see `stepflow`.
+    """
+
+    _ledger: Ledger
+    _key_sections: KeySections
+    _kept: dict[int, KeptValues]  # by layer
+    _new_values: dict[int, Tensor]  # by layer, of this pass
+    _cache: Callable[[], object]  # a weak reference to the cache of the last pass
+    _portion: Portion
+    _bridging: Bridging | None
     _injections: Injections | None
-    _injected_rows: list[int]  # row of each of them, on the host
 
     def __init__(self, model: TransformerBridge, config: StepFlowConfig, segmentation: Segmentation) -> None:
-        if model in _active:  # before any pass, which the open context would take for a sequence
-            raise ValueError(f"stepflow is open on {model.cfg.model_name!r} already: leave that context first")
         if getattr(model.tokenizer, "backend_tokenizer", None) is None:
             raise ValueError(
                 f"{model.cfg.model_name!r} has no {'fast ' if model.tokenizer else ''}tokenizer, which finding steps "
@@ -151,28 +163,22 @@ class StepFlow:
         self.oeb_layers, self.smi_layers = config.resolve(model.cfg.n_layers)
         check_model(model)
         self.log = FlowLog(self.oeb_layers, self.smi_layers)
-        self._windows = {layer: sliding_window(model, layer) for layer in self.oeb_layers}
         self._frame = PromptFrame.of(model.tokenizer)
-        name = segmentation.format
-        if name == "auto":
-            name = preset_format(model) or ("think" if FORMATS["think"].opened_by(self._frame.tail) else "plain")
-        self.segmentation = replace(segmentation, format=name)
-        self._format = (FORMATS[name] if isinstance(name, str) else name).after(self._frame.tail)
+        self.segmentation = resolved_segmentation(segmentation, model, self._frame.tail)
+        self._format = format_of(self.segmentation).after(self._frame.tail)
+        self._windows = {layer: sliding_window(model, layer) for layer in self.oeb_layers}
         self._editors: list[tuple[HookPoint, LensHandle]] = []
         points = model.hook_dict  # made anew at each access
-        self._value_points = {layer: points[attention_hooks(layer)["v"]] for layer in self.smi_layers}
-        self._listeners: dict[int, tuple[HookPoint, LensHandle]] = {}
-        self._start(0)
-
-    # ------------------------------------------------------------------------------------------- the context
+        self._listeners = [
+            _LastHook(points[attention_hooks(layer)["v"]], self._listen_hook(layer)) for layer in self.smi_layers
+        ]
+        self._begin(0)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        hooks: list[tuple[str, Callable[..., Tensor | None]]] = []
-        for layer in self.oeb_layers:
-            hooks.append((attention_hooks(layer)["pattern"], self._bridge_hook(layer)))
-        for layer in self.smi_layers:
-            hooks.append((attention_hooks(layer)["z"], self._inject_hook(layer)))
+        """Edit the passes of the model inside the context; on leaving it, the model is as before."""
+        hooks = [(attention_hooks(layer)["pattern"], self._bridge_hook(layer)) for layer in self.oeb_layers]
+        hooks += [(attention_hooks(layer)["z"], self._inject_hook(layer)) for layer in self.smi_layers]
         _active[self.model] = self
         try:
             with self.model.hooks(fwd_hooks=hooks):
@@ -187,32 +193,48 @@ class StepFlow:
                 finally:
                     for clock in clocks:
                         clock.remove()
-                    for layer in list(self._listeners):
-                        self._stop_listening(layer)
+                    for listener in self._listeners:
+                        listener.remove()
         finally:
             del _active[self.model]
-            self._end_sequences()
-            self._start(0)  # lets go of the values it holds
-        if self.log.without_question:
-            warnings.warn(
-                f"stepflow found no question in {self.log.without_question} of {self.log.sequences} sequences, and "
-                "left them alone: put the tokenizer's chat template around prompts (stepsal.trace.render_prompt)",
-                stacklevel=4,
-            )
+            self._end()
+            self._begin(0)  # lets go of the values it holds
 
-    def select(self, rows: list[int]) -> None:
-        """Keep only these batch rows, as a decoding loop does whose other rows have finished."""
-        index = torch.tensor(rows)
-        self.log.lost([r for r, t in enumerate(self._trackers) if r not in rows and not t.found_question])
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep only these rows of the batch, as a decoding loop does whose other rows have finished.
+
+        Args:
+            rows: indices of rows, in the order in which they stay.
+        """
+        self.log.lost([row for row in self._ledger.rows_without_question if row not in rows])
         self.log.select(rows)
-        self._trackers = [self._trackers[row] for row in rows]
-        self._columns = [self._columns[row] for row in rows]
-        self._sections, self._before, self._origins = self._sections[rows], self._before[rows], self._origins[rows]
-        self._on_device = self._on_device[index.to(self._on_device.device)]
-        for chunks in self._values.values():
-            chunks[:] = [(first, v[index.to(v.device)]) for first, v in chunks]
+        self._ledger.select(rows)
+        self._key_sections.select(rows)
+        for kept in self._kept.values():
+            kept.select(rows)
 
-    # -------------------------------------------------------------------------------------- before each pass
+    def _begin(self, batch: int) -> None:
+        """Begin new sequences."""
+        self.log.begin(batch)
+        trackers = [
+            SequenceTracker(
+                self.model.tokenizer, self._frame, self._format, split=self.segmentation.split,
+                min_chars=self.segmentation.min_chars, whole_prompt=self.config.bridge == "prompt",
+            )
+            for _ in range(batch)
+        ]  # fmt: skip
+        self._ledger = Ledger(trackers, window=self.config.window, into_summary=self.config.into_summary)
+        self._key_sections = KeySections(batch, next(self.model.parameters()).device)
+        self._kept = {layer: KeptValues() for layer in self.smi_layers}
+        self._new_values = {}
+        self._cache = _no_cache
+        self._bridging, self._injections = None, None
+
+    def _end(self) -> None:
+        """End the sequences that are read."""
+        self.log.lost(self._ledger.rows_without_question)
+
+    # -------------------------------------------------------------------------------------- around each pass
 
     def _before_pass(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(handle not in point.fwd_hooks for point, handle in self._editors):
@@ -223,147 +245,55 @@ class StepFlow:
         if ids is None:
             raise ValueError("StepFlow needs token ids to find steps, but this pass was given embeddings")
         cache = kwargs.get("past_key_values")
-        past = 0 if cache is None else int(cache.get_seq_length())
-        host, real = _on_host(ids.detach(), kwargs.get("attention_mask"), past)  # the one synchronisation
-        batch = len(host)
-        if past == 0:
-            self._end_sequences()
-            self._start(batch)
-        elif past != self._n_columns or batch != len(self._trackers):
-            raise ValueError(
-                f"this pass continues a cache of {past} tokens in {batch} rows, but StepFlow has followed "
-                f"{self._n_columns} tokens in {len(self._trackers)} rows: read prompts inside the context"
-            )
-        elif cache is not self._cache():
-            raise ValueError(
-                "this pass continues another cache than that of the last pass, and StepFlow follows one at a time: "
-                "read prompt and answer in turn, and don't copy caches"
-            )
-        for layer in self.smi_layers:
-            self._listen_last(layer)
-        self._advance(host, real)
+        n_past = 0 if cache is None else int(cache.get_seq_length())
+        if n_past:
+            self._check_cache(cache, n_past, len(ids))
+        else:
+            self._end()
+            self._begin(len(ids))
+        for listener in self._listeners:
+            listener.put_last()
+        self._lay_out(*_on_host(ids.detach(), kwargs.get("attention_mask"), n_past))  # the one synchronisation
 
     def _after_pass(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         cache = getattr(output, "past_key_values", None)
         self._cache = _no_cache if cache is None else weakref.ref(cache)
 
-    def _start(self, batch: int) -> None:
-        """Begin new sequences."""
-        self.log.begin(batch)
-        self._trackers = [
-            SequenceTracker(
-                self.model.tokenizer, self._frame, self._format, split=self.segmentation.split,
-                min_chars=self.segmentation.min_chars, whole_prompt=self.config.bridge == "prompt",
+    def _check_cache(self, cache: object, n_past: int, batch: int) -> None:
+        """Refuse a pass that continues something else than what was read last."""
+        n_followed, n_rows = self._ledger.n_columns, self._ledger.n_rows
+        if n_past != n_followed or batch != n_rows:
+            raise ValueError(
+                f"this pass continues a cache of {n_past} tokens in {batch} rows, but StepFlow has followed "
+                f"{n_followed} tokens in {n_rows} rows: read prompts inside the context"
             )
-            for _ in range(batch)
-        ]  # fmt: skip
-        self._columns = [[] for _ in range(batch)]
-        self._sections = np.zeros((batch, 256), dtype=np.int8)
-        self._before = np.zeros((batch, 257, len(Section)), dtype=np.int32)
-        device = next(self.model.parameters()).device
-        self._on_device = torch.zeros((batch, 256), dtype=torch.int8, device=device)
-        self._origins = np.zeros((batch, 256), dtype=np.int32)
-        self._n_columns = 0
-        self._cache = _no_cache
-        self._values = {layer: [] for layer in self.smi_layers}
-        self._new_values = {}
-        self._bridging, self._injections = None, None
+        if cache is not self._cache():
+            raise ValueError(
+                "this pass continues another cache than that of the last pass, and StepFlow follows one at a time: "
+                "read prompt and answer in turn, and don't copy caches"
+            )
 
-    def _end_sequences(self) -> None:
-        self.log.lost([row for row, tracker in enumerate(self._trackers) if not tracker.found_question])
-        self._trackers = []
-
-    def _advance(self, ids: NDArray[np.int64], real: NDArray[np.bool_]) -> None:
-        """Read the new tokens of all rows and lay out the edits of this pass."""
-        first, stop = self._n_columns, self._n_columns + ids.shape[1]
-        self._n_columns = stop
-        self._grow(stop)
-        changed = first  # the first column whose section is new or was revised
-        places: list[tuple[int, int]] = []
-        members: list[list[int]] = []
-        for row, tracker in enumerate(self._trackers):
-            columns, n_known = self._columns[row], len(self._columns[row])
-            columns += (first + np.flatnonzero(real[row])).tolist()
-            starts, revised = [], n_known
-            for column, token in zip(columns[n_known:], ids[row, real[row]].tolist(), strict=True):
-                in_prompt = tracker.in_prompt
-                starts += tracker.push([token])
-                if in_prompt and not tracker.in_prompt:  # the question is known now, all of it
-                    revised = min(revised, tracker.origin)
-                self._origins[row, column] = columns[tracker.origin]
-            self._sections[row, columns[revised:]] = tracker.sections[revised:]
-            if revised < n_known:
-                changed = min(changed, columns[revised])
-            for start in starts:
-                wanted = start.section is Section.THINKING or (
-                    self.config.into_summary and start.section is Section.SUMMARY
-                )
-                if wanted and start.previous_section is Section.THINKING:
-                    places.append((row, columns[start.position] - first))
-                    members.append([columns[k] for k in start.previous[-(self.config.window or 0) :]])
-        is_section = self._sections[:, changed:stop, None] == np.arange(len(Section))
-        self._before[:, changed + 1 : stop + 1] = self._before[:, changed, None] + is_section.cumsum(1)
-        device = self._on_device.device
-        fresh = torch.from_numpy(self._sections[:, changed:stop].copy())
-        self._on_device[:, changed:stop] = fresh.to(device, non_blocking=True)
-        self._needed = min(
-            (c[t.oldest_needed] if t.oldest_needed < len(c) else stop)
-            for c, t in zip(self._columns, self._trackers, strict=True)
-        )
-        self._bridging = self._lay_out_bridges(first, stop) if self.oeb_layers else None
-        self._injections = None
-        if places and self.smi_layers and self.config.alpha > 0:
-            self._injections = Injections.of(places, members, device)
-            self._injected_rows = [row for row, _ in places]
-        self._first = first
-
-    def _grow(self, n_columns: int) -> None:
-        capacity = self._sections.shape[1]
-        if n_columns > capacity:
-            more = max(n_columns - capacity, capacity)
-            self._sections = np.pad(self._sections, ((0, 0), (0, more)))
-            self._origins = np.pad(self._origins, ((0, 0), (0, more)))
-            self._before = np.pad(self._before, ((0, 0), (0, more), (0, 0)))
-            self._on_device = torch.nn.functional.pad(self._on_device, (0, more))
-
-    def _lay_out_bridges(self, first: int, stop: int) -> _Bridging | None:
-        rows = self._sections[:, first:stop]  # section of each query row [batch, query_pos]
-        bridge_of, segment_of = _BRIDGE_OF[rows], _SEGMENT_OF[rows]
-        if (bridge_of == _NOWHERE).all():
-            return None
-        ceilings, eligible, device = {}, {}, self._on_device.device
-        for window in set(self._windows.values()):
-            n_bridge = torch.from_numpy(self._visible(bridge_of, first, window))
-            n_segment = torch.from_numpy(self._visible(segment_of, first, window))
-            ceiling = bridge_ceiling(n_bridge, n_segment, self.config.tau_max)  # [batch, query_pos]
-            ceilings[window], eligible[window] = (x.to(device, non_blocking=True) for x in (ceiling, ceiling > 0))
-        keys = self._on_device[:, None, :stop]
-        bridge, segment = (
-            keys == torch.from_numpy(section).to(device, non_blocking=True)[:, :, None]  # [batch, query_pos, key_pos]
-            for section in (bridge_of, segment_of)
-        )
-        if any(tracker.origin > 0 for tracker in self._trackers):  # keys of earlier turns are in neither
-            this_turn = torch.arange(stop) >= torch.from_numpy(self._origins[:, first:stop])[:, :, None]
-            bridge, segment = bridge & this_turn.to(device), segment & this_turn.to(device)
-        return _Bridging(bridge, segment, ceilings, eligible)
-
-    def _visible(self, wanted: NDArray[np.int8], first: int, window: int | None) -> NDArray[np.int32]:
-        """How many keys of the wanted section each query row sees, itself included; [batch, query_pos]."""
-        until = np.arange(first, first + wanted.shape[1]) + 1
-        since = self._origins[:, first : first + wanted.shape[1]]  # [batch, query_pos]
-        if window is not None:
-            since = np.maximum(since, until - window)
-        rows, sections = np.arange(len(wanted))[:, None], np.maximum(wanted, 0)
-        counts = self._before[rows, until, sections] - self._before[rows, since, sections]
-        return np.where(wanted == _NOWHERE, 0, counts)
+    def _lay_out(self, ids: NDArray[np.int64], real: NDArray[np.bool_]) -> None:
+        """Enter the new tokens in the ledger, and lay out the edits of this pass."""
+        portion = self._portion = self._ledger.advance(ids, real)
+        self._bridging = self._injections = None
+        if self.oeb_layers:
+            self._key_sections.update(self._ledger.sections, portion.changed)
+            windows = set(self._windows.values())
+            self._bridging = self._key_sections.lay_out(self._ledger, portion, windows, self.config.tau_max)
+        if portion.places and self.smi_layers and self.config.alpha > 0:
+            device = next(self.model.parameters()).device
+            self._injections = Injections.of(portion.places, portion.members, device)
 
     # ------------------------------------------------------------------------------------------ in the layers
 
     def _bridge_hook(self, layer: int) -> Callable[..., Tensor | None]:
-        def hook(pattern: Tensor, hook: HookPoint) -> Tensor | None:  # [batch, head, query_pos, key_pos]
+        window = self._windows[layer]
+
+        def hook(pattern: Float[Tensor, "batch head query_pos key_pos"], hook: HookPoint) -> Tensor | None:
             if self._bridging is None:
                 return None
-            bridging, window, n_keys = self._bridging.on(pattern.device), self._windows[layer], pattern.shape[-1]
+            bridging, n_keys = self._bridging.on(pattern.device), pattern.shape[-1]
             if n_keys > bridging.bridge.shape[-1]:
                 raise ValueError(f"a cache of fixed size ({n_keys} keys) is not supported: use a DynamicCache")
             bridged = odds_equal_bridge(
@@ -377,53 +307,68 @@ class StepFlow:
 
         return hook
 
-    def _listen_last(self, layer: int) -> None:
-        """Take the values after all other hooks: as the model uses them, or as another hook cut their gradient."""
-        point = self._value_points[layer]
-        if layer in self._listeners:
-            if point.fwd_hooks[-1] is self._listeners[layer][1]:
-                return
-            self._stop_listening(layer)
-
-        def hook(v: Tensor, hook: HookPoint) -> None:  # [batch, pos, kv_head, d_head]
+    def _listen_hook(self, layer: int) -> Callable[..., None]:
+        def hook(v: Float[Tensor, "batch query_pos kv_head d_head"], hook: HookPoint) -> None:
             self._new_values[layer] = v
 
-        self._listeners[layer] = point, point.add_hook(hook)  # type: ignore[arg-type]
-
-    def _stop_listening(self, layer: int) -> None:
-        remove_hook(*self._listeners.pop(layer))
+        return hook
 
     def _inject_hook(self, layer: int) -> Callable[..., Tensor | None]:
-        def hook(z: Tensor, hook: HookPoint) -> Tensor | None:  # [batch, pos, head, d_head]
-            chunks, v, edited = self._values[layer], self._new_values.pop(layer), None
+        alpha = self.config.alpha
+
+        def hook(z: Float[Tensor, "batch query_pos head d_head"], hook: HookPoint) -> Tensor | None:
+            kept, edited = self._kept[layer], None
+            kept.push(self._portion.first, self._new_values.pop(layer))
             if self._injections is not None:
-                kept_from = chunks[0][0] if chunks else self._first
-                kept = torch.cat([*(chunk for _, chunk in chunks), v], dim=1)
-                injections = Injections(*(x.to(v.device) for x in self._injections))
-                injections = injections._replace(member_pos=injections.member_pos - kept_from)
-                means = previous_step_means(kept, injections)  # [injection, kv_head, d_head]
-                edited = inject(z, means, injections, self.config.alpha)
-                per_head = z.shape[2] // means.shape[1]
-                norms = self.config.alpha * per_head**0.5 * means.flatten(1).norm(dim=1)
-                self.log.add_injected(layer, norms, self._injected_rows)
-            while chunks and chunks[0][0] + chunks[0][1].shape[1] <= self._needed:
-                chunks.pop(0)
-            if (skip := max(0, self._needed - self._first)) < v.shape[1]:
-                chunks.append((self._first + skip, v.detach()[:, skip:].clone() if skip else v.detach()))
+                values = kept.joined()  # [batch, kept_pos, kv_head, d_head]
+                injections = self._injections.on(values.device).counted_from(kept.first)
+                means = previous_step_means(values, injections)  # [injection, kv_head, d_head]
+                edited = inject(z, means, injections, alpha)
+                heads_per_value = z.shape[2] // means.shape[1]
+                norms = alpha * heads_per_value**0.5 * means.flatten(1).norm(dim=1)  # [injection]
+                self.log.add_injected(layer, norms, [row for row, _ in self._portion.places])
+            kept.forget(self._portion.oldest_needed)
             return edited
 
         return hook
 
 
+class _LastHook:
+    """A forward hook that is kept behind all others at its hook point.
+
+    So it sees a value as the model uses it, and with the gradient that another hook has left it.
+    """
+
+    def __init__(self, point: HookPoint, hook: Callable[..., Tensor | None]) -> None:
+        self._point, self._hook = point, hook
+        self._handle: LensHandle | None = None
+
+    def put_last(self) -> None:
+        """Put the hook behind those that have come since."""
+        if self._handle is not None and self._point.fwd_hooks[-1] is self._handle:
+            return
+        self.remove()
+        self._handle = self._point.add_hook(self._hook)  # type: ignore[arg-type]
+
+    def remove(self) -> None:
+        """Take the hook away, if it is there."""
+        if self._handle is not None:
+            remove_hook(self._point, self._handle)
+            self._handle = None
+
+
 def _no_cache() -> None:
+    """Stand for the weak reference to a cache where there is none."""
     return None
 
 
-def _on_host(ids: Tensor, mask: Any, past: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Ids and which of them are no padding, [batch, query_pos], in one copy."""
+def _on_host(
+    ids: Int[Tensor, "batch query_pos"], mask: object, n_past: int
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Return the ids and which of them are no padding, [batch, query_pos], in one copy to the host."""
     n_new = ids.shape[1]
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < past + n_new:
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < n_past + n_new:
         host = ids.cpu().numpy()
         return host, np.ones(host.shape, dtype=bool)
-    both = torch.stack((ids, mask[:, past : past + n_new].to(ids))).cpu().numpy()
+    both = torch.stack((ids, mask[:, n_past : n_past + n_new].to(ids))).cpu().numpy()
     return both[0], both[1].astype(bool)

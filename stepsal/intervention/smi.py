@@ -11,6 +11,7 @@ each query head receives the mean of the key-value head that it shares.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,36 +20,86 @@ from torch import Tensor
 
 
 class Injections(NamedTuple):
-    """Where to inject, and the tokens whose values are averaged: the members of the previous steps, flattened."""
+    """Where to inject, and the tokens whose values are averaged: the members of the previous steps, flattened.
 
-    row: Int[Tensor, " injection"]  # batch row
-    query_pos: Int[Tensor, " injection"]  # position of the new step's first token among the queries
+    Attributes:
+        row: batch row of each injection.
+        query_pos: position of the new step's first token among the queries.
+        member_row: batch row of each member.
+        member_pos: position of each member among the keys.
+        member_of: which injection a member belongs to.
+        weight: one over the number of members of that injection.
+    """
+
+    row: Int[Tensor, " injection"]
+    query_pos: Int[Tensor, " injection"]
     member_row: Int[Tensor, " member"]
-    member_pos: Int[Tensor, " member"]  # among the keys
-    member_of: Int[Tensor, " member"]  # which injection a member belongs to
-    weight: Float[Tensor, " member"]  # one over the number of members of that injection
+    member_pos: Int[Tensor, " member"]
+    member_of: Int[Tensor, " member"]
+    weight: Float[Tensor, " member"]
 
     @staticmethod
-    def of(places: list[tuple[int, int]], members: list[list[int]], device: torch.device | str = "cpu") -> Injections:
-        """From (row, query position) pairs and, for each, the key positions to average (at least one)."""
-        sizes = [len(m) for m in members]
+    def of(
+        places: Sequence[tuple[int, int]], members: Sequence[Sequence[int]], device: torch.device | str = "cpu"
+    ) -> Injections:
+        """Return injections at some places.
+
+        Args:
+            places: (row, query position) of each; at least one.
+            members: for each, the key positions to average; at least one.
+            device: where the tensors are to be.
+
+        Example:
+            >>> Injections.of(places=[(0, 7)], members=[[3, 4, 5, 6]]).weight.tolist()
+            [0.25, 0.25, 0.25, 0.25]
+        """
+        sizes = [len(positions) for positions in members]
         integers = torch.tensor(
             [
-                [places[i][0] for i, m in enumerate(members) for _ in m],
-                [pos for m in members for pos in m],
-                [i for i, m in enumerate(members) for _ in m],
+                [row for (row, _), size in zip(places, sizes, strict=True) for _ in range(size)],
+                [position for positions in members for position in positions],
+                [i for i, size in enumerate(sizes) for _ in range(size)],
                 [size for size in sizes for _ in range(size)],
             ]
         ).to(device, non_blocking=True)
-        rows, positions = torch.tensor(places).T.to(device, non_blocking=True)
+        row, query_pos = torch.tensor(places).T.to(device, non_blocking=True)
         member_row, member_pos, member_of, size = integers
-        return Injections(rows, positions, member_row, member_pos, member_of, 1.0 / size)
+        return Injections(row, query_pos, member_row, member_pos, member_of, 1.0 / size)
+
+    def on(self, device: torch.device) -> Injections:
+        """Return the same on a layer's device.
+
+        Args:
+            device: where the values of the layer are.
+        """
+        return Injections(*(x.to(device) for x in self))
+
+    def counted_from(self, first: int) -> Injections:
+        """Return the same with members counted from a key position on, for values that begin there.
+
+        Args:
+            first: the key position.
+        """
+        return self._replace(member_pos=self.member_pos - first)
 
 
 def previous_step_means(
     values: Float[Tensor, "batch key_pos kv_head d_head"], injections: Injections
 ) -> Float[Tensor, "injection kv_head d_head"]:
-    """The mean value vector of the members of each injection, in float32 (Eq. 9)."""
+    """Average the values of the members of each injection (Eq. 9).
+
+    Args:
+        values: the value vectors.
+        injections: whose members are averaged.
+
+    Returns:
+        Means in float32.
+
+    Example:
+        >>> values = torch.arange(4.0).view(1, 4, 1, 1)
+        >>> previous_step_means(values, Injections.of([(0, 3)], [[1, 2]])).flatten().tolist()
+        [1.5]
+    """
     v = values[injections.member_row, injections.member_pos].float()  # [member, kv_head, d_head]
     means = v.new_zeros(len(injections.row), *v.shape[1:])
     return means.index_add(0, injections.member_of, v * injections.weight[:, None, None])
@@ -60,6 +111,18 @@ def inject(
     injections: Injections,
     alpha: float,
 ) -> Float[Tensor, "batch query_pos head d_head"]:
-    """Add alpha times the means to the attention output before W_O (Eq. 10); the input is not modified."""
+    """Add alpha times the means to the attention output before W_O (Eq. 10); the input is not modified.
+
+    Args:
+        z: the attention output of each head.
+        means: from `previous_step_means`.
+        injections: where they are added.
+        alpha: strength.
+
+    Example:
+        >>> injections = Injections.of([(0, 1)], [[0]])
+        >>> inject(torch.zeros(1, 2, 1, 1), torch.ones(1, 1, 1), injections, alpha=0.5).flatten().tolist()
+        [0.0, 0.5]
+    """
     added = alpha * means.repeat_interleave(z.shape[2] // means.shape[1], dim=1)  # [injection, head, d_head]
     return z.index_put((injections.row, injections.query_pos), added.to(z.dtype), accumulate=True)
