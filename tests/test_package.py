@@ -1,124 +1,139 @@
-"""The house: imports go downwards only, pictures need no model, and what the README shows runs."""
+"""The face of the package: its public names, their signatures, and what their docstrings begin with."""
 
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
 import stepsal
 
 ROOT = Path(__file__).parents[1]
-FLOORS = [
-    {"segment", "pooling", "versions", "storage", "stats", "accuracy", "ticks"},
-    {"trace", "bridge", "flops", "devices"},
-    {"maps", "tracking"},
-    {"intervention", "metrics"},
-    {"saliency", "generation", "effects"},
-    {"tasks", "population", "proposals", "footprint"},
-    {"evaluation"},
-    {"calibration"},
-    {"plots", "figures"},
-    {"widgets", "harness"},
-    {"notebook"},
-    {"cli"},
-]
-FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+ROOMS = sorted(f"stepsal.{path.parent.name}" for path in (ROOT / "stepsal").glob("*/__init__.py"))
+CALLABLES = """
+    Decoding Segmentation StepFlowConfig StepSaliency Trace Variant calibrate collect evaluate generate generate_batch load
+    step_attention step_saliency stepflow token_effects
+""".split()
 
 
-def imports_of(path: Path) -> set[str]:
-    """Top-level modules of stepsal that a file imports when it is loaded, type-checking blocks left out."""
-    found = set()
-    nodes: list[ast.AST] = list(ast.parse(path.read_text()).body)
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
-            continue
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "stepsal":
-            parts = node.module.split(".")[1:]
-            found |= {parts[0]} if parts else {alias.name for alias in node.names}
-        if isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("stepsal.")}
-        nodes += list(ast.iter_child_nodes(node))
-    return found
+def public() -> Iterator[tuple[str, object]]:
+    """Yield the functions and classes that the top and its rooms list, once each, under their shortest names."""
+    names: dict[int, tuple[str, object]] = {}
+    for module in ("stepsal", *ROOMS):
+        for name in getattr(importlib.import_module(module), "__all__", ()):
+            value = getattr(importlib.import_module(module), name)
+            if getattr(value, "__module__", "").startswith("stepsal") and callable(value):
+                names.setdefault(id(value), (f"{module}.{name}", value))
+    yield from names.values()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "stepsal").rglob("*.py")), ids=lambda p: p.stem)
-def test_imports_go_downwards(path: Path) -> None:
-    module = path.relative_to(ROOT / "stepsal").parts[0].removesuffix(".py")
-    if module == "__init__":
-        return
-    assert module in FLOOR, f"say on which floor {module} is"
-    for imported in imports_of(path) - {module}:
-        assert FLOOR[imported] <= FLOOR[module], f"{module} imports {imported} from above"
+PUBLIC = dict(public())
 
 
-def run(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        "stepsal",
-        "stepsal.plots",
-        "stepsal.plots.save",
-        "stepsal.maps",
-        "stepsal.metrics",
-        "stepsal.stats",
-        "stepsal.cli",
-        "stepsal.widgets.explorer",
-    ],
-)
-def test_imports_no_model_code(module: str) -> None:
-    heavy = ("transformer_lens", "transformers")
-    assert run(f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])").strip() == "[]"
+def test_the_top_lists_sixteen_callables_and_rooms() -> None:
+    assert [name for name in stepsal.__all__ if callable(getattr(stepsal, name))] == sorted(CALLABLES)
+    others = {f"stepsal.{name}" for name in stepsal.__all__ if name not in CALLABLES}
+    assert others == {*ROOMS, "stepsal.layers", "stepsal.metrics"}
 
 
 def test_public_names_resolve_in_any_order() -> None:
-    names = sorted(stepsal.__all__)
-    for order in (names, names[::-1]):
-        lines = "; ".join(f"assert callable(stepsal.{name})" for name in order)
-        run(f"import stepsal; {lines}; import stepsal.generation, stepsal.intervention; {lines}")
+    for order in (stepsal.__all__, stepsal.__all__[::-1]):
+        lines = "; ".join(f"assert callable(stepsal.{name})" for name in order if name in CALLABLES)
+        code = f"import stepsal; {lines}; import stepsal.generation, stepsal.intervention; {lines}"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+        assert result.returncode == 0, result.stderr
+
+
+def test_no_module_hides_a_function() -> None:
     modules = {path.stem for path in (ROOT / "stepsal").iterdir()}
-    assert not modules & set(names)  # importing a module of the same name would hide the function
+    assert not modules & {*CALLABLES}  # importing the module would put it in the function's place
 
 
-def test_the_example_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
-    assert blocks
-    assert len(blocks[0].strip().splitlines()) <= 12
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").symlink_to(ROOT / "data")
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
-    assert list(tmp_path.glob("*.png"))
+@pytest.mark.parametrize("module", ["stepsal", *ROOMS])
+def test_what_a_room_lists_exists_and_is_sorted(module: str) -> None:
+    names = getattr(importlib.import_module(module), "__all__", [])
+    assert list(names) == sorted(names)
+    for name in names:
+        getattr(importlib.import_module(module), name)
 
 
-def test_links_and_pictures_of_the_readme_exist() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", (ROOT / "README.md").read_text()):
-        path = "".join(target)
-        if not path.startswith("http"):
-            assert (ROOT / path).exists(), path
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_has_an_example(name: str) -> None:
+    docstring = PUBLIC[name].__doc__ or ""
+    assert re.search(r"^\s*Examples?:\n", docstring, re.M), f"{name} has no Example section"
+    assert ">>>" in docstring or "inspect eval" in docstring
 
 
-def test_times_in_the_readme_are_those_of_the_benchmark() -> None:
-    table = pd.read_csv(ROOT / "benchmarks" / "results" / "explorer_paint.csv")
-    text = (ROOT / "README.md").read_text()
-    rows = text.partition("| | one trace | first time |")[2].partition("\n\n")[0].splitlines()[2:]
-    assert {row.split("|")[1].strip() for row in rows} == set(table[table["shown"] == "one trace"]["input"])
-    columns = [("one trace", False), ("one trace", True), ("two traces", False), ("two traces", True)]
-    for row in rows:
-        name, *cells = (cell.strip() for cell in row.split("|")[1:-1])
-        for (shown, first), cell in zip(columns, cells, strict=True):
-            found = table[(table["shown"] == shown) & (table["input"] == name) & (table["first"] == first)]
-            assert cell == "".join(f"{r['median']:.0f} ({r['max']:.0f})" for _, r in found.iterrows())
-    assert table[table["shown"] == "one trace"]["max"].max() <= 50  # as it says
+def methods(value: object) -> Iterator[tuple[str, inspect.Signature]]:
+    """Yield what of a public name can be called, with its signature: itself, or constructor and public methods."""
+    if not inspect.isclass(value):
+        yield "", inspect.signature(value)  # type: ignore[arg-type]
+        return
+    if not hasattr(value, "__dataclass_fields__"):
+        yield "__init__", inspect.signature(value)
+    for name, method in vars(value).items():
+        if not name.startswith("_") and callable(function := getattr(method, "__func__", method)):
+            yield name, inspect.signature(function)
+
+
+#: Keywords that are the fields of the dataclass whose method it is: `config.but(alpha=0.1)`.
+FIELDS = {"changes"}
+#: Dictionaries that are data, and no options.
+DATA = {"about", "manifest", "metadata", "provenance", "state"}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_signatures_are_written_out(name: str) -> None:
+    for method, signature in methods(PUBLIC[name]):
+        for parameter in signature.parameters.values():
+            where = f"{name}.{method}: {parameter}"
+            if parameter.kind is parameter.VAR_KEYWORD:
+                assert parameter.name in FIELDS | DATA, where
+            elif parameter.name not in DATA:
+                assert not re.search(
+                    r"[dD]ict\[str, (?:Any|object)\]|Mapping\[str, Any\]", str(parameter.annotation)
+                ), where
+
+
+#: What no first line begins with: it would continue a sentence that is not there. A class is a thing, and its first line
+#: may be a noun phrase ("A named part of ..."); a function does something, and its first line says what, verb first.
+NO_BEGINNING = "Of For What Where Its So That How Whether Which If As When While By".split()
+NO_BEGINNING_OF_A_FUNCTION = [*NO_BEGINNING, *"One A An The This It Mean Same Whose".split()]
+
+
+def documented(path: Path) -> Iterator[tuple[str, ast.AST, str]]:
+    """Yield name, node and docstring of the public functions and classes of a module, and of their public methods."""
+    stack: list[tuple[str, ast.AST]] = [("", ast.parse(path.read_text()))]
+    while stack:
+        prefix, node = stack.pop()
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ClassDef | ast.FunctionDef) and not child.name.startswith("_"):
+                if docstring := ast.get_docstring(child):
+                    yield f"{prefix}{child.name}", child, docstring
+                if isinstance(child, ast.ClassDef):
+                    stack.append((f"{prefix}{child.name}.", child))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "stepsal").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_first_lines_can_be_read_alone(path: Path) -> None:
+    module = ast.get_docstring(ast.parse(path.read_text())) or ""
+    assert module[:1].isupper() or module.startswith("stepsal"), f"{path} has no docstring"
+    for name, node, docstring in documented(path):
+        first = docstring.splitlines()[0]
+        banned = NO_BEGINNING if isinstance(node, ast.ClassDef) else NO_BEGINNING_OF_A_FUNCTION
+        assert re.match(r"[A-Z][a-z]+\b|[A-Z]+\b|[A-Z]\w*[A-Z]", first), f"{name}: {first}"
+        assert first.split()[0].strip(",:") not in banned, f"{name}: {first}"
+        assert first.endswith((".", ":")), f"{name}: {first}"
+
+
+def test_first_lines_of_functions_are_imperative() -> None:
+    command = [sys.executable, "-m", "ruff", "check", "--select", "D401", "--output-format", "concise", "stepsal"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stdout
