@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How answers are written; for `collect`, `evaluate`, `calibrate`, the panel and Inspect.
+    """The settings with which answers are written, for `collect`, `evaluate`, `calibrate`, the panel and Inspect.
 
     Attributes:
         max_new_tokens: limit of an answer.
-        temperature: 0 decodes greedily.
+        temperature: of the sampling; 0 decodes greedily.
         top_p: nucleus of the sampling distribution, in (0, 1].
-        stop: texts that end an answer where one of them has been written.
-        budget_forcing: how many times the end of the thinking is replaced by "Wait", so that the model thinks on (s1, arXiv
-            2501.19393). The end is `</think>`, or the end of the answer where the tokenizer has no such token.
+        stop: texts that end an answer where one of them has been written; kept as a tuple.
+        budget_forcing: how many times the end of the thinking is replaced by "Wait", so that the model thinks on (s1,
+            arXiv 2501.19393). The end is `</think>`, or the end of the answer where the tokenizer has no such token.
 
     Raises:
         ValueError: a number out of range, or an empty stop text.
 
     Example:
-        >>> Decoding(temperature=0.6).but(max_new_tokens=64).to_dict()["max_new_tokens"]
+        >>> stepsal.Decoding(temperature=0.6).but(max_new_tokens=64).to_dict()["max_new_tokens"]
         64
     """
 
     max_new_tokens: int = 512
     temperature: float = 0.0
     top_p: float = 1.0
-    stop: tuple[str, ...] = ()
+    stop: Sequence[str] = ()
     budget_forcing: int = 0
 
     def __post_init__(self) -> None:
@@ -46,10 +47,36 @@ class Decoding:
             raise ValueError(f"stop={self.stop!r} must be a list of texts, none of them empty")
         object.__setattr__(self, "stop", tuple(self.stop))
 
-    def but(self, **changes: Any) -> Decoding:
-        """Return a copy with some settings changed."""
-        return replace(self, **changes)
+    def but(
+        self,
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        stop: Sequence[str] | None = None,
+        budget_forcing: int | None = None,
+    ) -> Decoding:
+        """Return a copy with some settings changed; None keeps a setting.
+
+        Args:
+            max_new_tokens: limit of an answer.
+            temperature: of the sampling.
+            top_p: nucleus of the sampling distribution.
+            stop: texts that end an answer.
+            budget_forcing: how many times the end of the thinking is replaced.
+
+        Raises:
+            ValueError: as for the class.
+        """
+        changes = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "stop": stop,
+            "budget_forcing": budget_forcing,
+        }
+        return replace(self, **{name: value for name, value in changes.items() if value is not None})  # type: ignore[arg-type]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings JSON-ready, for provenance."""
+        """Return the settings JSON-ready, for provenance; `Decoding(**settings)` reads them."""
         return asdict(self) | {"stop": list(self.stop)}

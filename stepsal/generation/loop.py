@@ -1,0 +1,244 @@
+"""The decoding loop: a left-padded batch, one forward pass for each new token, rows that leave when they are done.
+
+`Answers` keeps the books (what each row has written and what ends it) and knows nothing of the model; `_Batch` holds
+what the model reads; `write` lets them take turns.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import pad
+from tqdm.auto import tqdm
+from transformer_lens.model_bridge import TransformerBridge
+
+from stepsal.generation.decoding import Decoding
+from stepsal.generation.endings import BudgetForcing, StopTexts, end_tokens
+from stepsal.generation.sampling import choose, uniform_draws
+from stepsal.intervention import active_flow
+
+Ended = Literal["end", "stop", "limit", "context"]
+
+
+class Written(NamedTuple):
+    """The new tokens of a row.
+
+    Attributes:
+        tokens: at least one, those that ended the row included.
+        ended: what ended it: the end-of-sequence token, a stop text, the limit of new tokens (or that nobody asked for
+            more), or the end of the context.
+    """
+
+    tokens: list[int]
+    ended: Ended
+
+
+def check_prompt(model: TransformerBridge, ids: Sequence[int]) -> None:
+    """Check that a prompt has tokens, and leaves room for an answer.
+
+    Args:
+        model: whose context the prompt is to fit in.
+        ids: token ids of the prompt.
+
+    Raises:
+        ValueError: it has none, or fills the context.
+
+    Example:
+        >>> check_prompt(stepsal.load("mini"), [1, 2, 3])
+    """
+    if not 0 < len(ids) < model.cfg.n_ctx:
+        raise ValueError(
+            f"a prompt of {len(ids)} tokens leaves no room in the context of {model.cfg.n_ctx} tokens of "
+            f"{model.cfg.model_name!r}: shorten the question"
+        )
+
+
+@torch.no_grad()
+def write(
+    model: TransformerBridge,
+    prompt_ids: Sequence[Sequence[int]],
+    *,
+    decoding: Decoding,
+    max_new_tokens: Sequence[int] | None = None,
+    seeds: Sequence[int],
+    still_asked: Callable[[int], bool] | None = None,
+    progress: bool = False,
+) -> list[Written]:
+    """Continue prompts that are rendered and tokenised already.
+
+    Args:
+        model: with a tokenizer.
+        prompt_ids: token ids of each row, shorter than the model's context.
+        decoding: how all rows are written.
+        max_new_tokens: a limit for each row, in place of that of `decoding`.
+        seeds: of the sampling, one for each row.
+        still_asked: called with the number of a row after each of its tokens; where it returns False, the row ends, as
+            if at its limit.
+        progress: show a bar over tokens.
+
+    Returns:
+        What each row has written, in the order of the prompts.
+
+    Raises:
+        ValueError: budget forcing of a model that ends its thinking by several tokens.
+
+    Example:
+        >>> model = stepsal.load("mini")
+        >>> ids = model.tokenizer("<|endoftext|><|user|>Anna is 3. What is Anna?<|assistant|><think>")["input_ids"]
+        >>> tokens, ended = write(model, [ids], decoding=stepsal.Decoding(max_new_tokens=100), seeds=[0])[0]
+        >>> model.tokenizer.decode(tokens), ended
+    """
+    requested = [decoding.max_new_tokens] * len(prompt_ids) if max_new_tokens is None else max_new_tokens
+    rooms = [model.cfg.n_ctx - len(ids) for ids in prompt_ids]
+    limits = [min(limit, room) for limit, room in zip(requested, rooms, strict=True)]
+    draws = uniform_draws(seeds, max(limits)) if decoding.temperature > 0 else None  # [row, new_token]
+    answers = Answers(
+        limits,
+        rooms,
+        end_tokens(model),
+        StopTexts(model.tokenizer, len(limits), decoding.stop) if decoding.stop else None,
+        BudgetForcing(model, len(limits), decoding.budget_forcing) if decoding.budget_forcing else None,
+        still_asked,
+    )
+    batch = _Batch(model, prompt_ids)
+    with tqdm(total=max(limits), desc="tokens", disable=not progress) as bar:
+        for n_written in range(max(limits)):
+            row_draws = None if draws is None else draws[answers.running, n_written]
+            chosen = choose(batch.next_logits(), row_draws, decoding.temperature, decoding.top_p)  # [row]
+            on_host: list[int] = chosen.tolist()  # the one synchronisation
+            tokens, going = answers.push(on_host)
+            bar.update()
+            if not going:
+                break
+            batch.append(chosen if tokens == on_host else torch.tensor(tokens).to(chosen.device), going)
+    return answers.written()
+
+
+class Answers:
+    """The answers of a batch while they are written.
+
+    Args:
+        limits: of each row, in new tokens.
+        rooms: tokens that the context has after the prompt of each row; at least the limit of the row.
+        ends: tokens that end an answer.
+        stops: texts that end an answer.
+        forcing: replaces the end of the thinking.
+        still_asked: tells whether a row is to go on.
+
+    Attributes:
+        running: the numbers of the rows that are still written, ordered.
+
+    Example:
+        >>> answers = Answers(limits=[3, 3], rooms=[9, 9], ends={0})
+        >>> answers.push([5, 0])  # the second row ends, so that the first of the rows goes on
+        ([5, 0], [0])
+        >>> answers.running, answers.written()[1]
+        ([0], Written(tokens=[0], ended='end'))
+    """
+
+    def __init__(
+        self,
+        limits: Sequence[int],
+        rooms: Sequence[int],
+        ends: frozenset[int] | set[int],
+        stops: StopTexts | None = None,
+        forcing: BudgetForcing | None = None,
+        still_asked: Callable[[int], bool] | None = None,
+    ) -> None:
+        self._limits, self._rooms, self._ends = limits, rooms, ends
+        self._stops, self._forcing, self._still_asked = stops, forcing, still_asked
+        self._tokens: list[list[int]] = [[] for _ in limits]
+        self._ended: list[Ended] = ["limit"] * len(limits)
+        self.running = list(range(len(limits)))
+
+    def push(self, chosen: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Write a token in each running row.
+
+        Args:
+            chosen: the model's choice for each of `running`.
+
+        Returns:
+            The tokens that are written, for each of the rows that were running, and the indices of those rows that go
+            on.
+        """
+        tokens, going = list(chosen), []
+        for i, row in enumerate(self.running):
+            if self._forcing is not None:
+                tokens[i] = self._forcing.replace(row, tokens[i])
+            self._tokens[row].append(tokens[i])
+            if (ended := self._what_ends(row, tokens[i])) is None:
+                going.append(i)
+            else:
+                self._ended[row] = ended
+        self.running = [self.running[i] for i in going]
+        return tokens, going
+
+    def written(self) -> list[Written]:
+        """Return the answers as far as they have come."""
+        return [Written(tokens, ended) for tokens, ended in zip(self._tokens, self._ended, strict=True)]
+
+    def _what_ends(self, row: int, token: int) -> Ended | None:
+        """Tell what ends a row with the token that it has just written; None lets it go on."""
+        has_stopped = self._stops is not None and self._stops.push(row, token)
+        if token in self._ends:
+            return "end"
+        if has_stopped:
+            return "stop"
+        n_new = len(self._tokens[row])
+        if n_new >= self._rooms[row]:
+            return "context"
+        if n_new >= self._limits[row] or (self._still_asked is not None and not self._still_asked(row)):
+            return "limit"
+        return None
+
+
+class _Batch:
+    """The running rows as the model reads them: the tokens of the next pass, the attention mask and the cache."""
+
+    def __init__(self, model: TransformerBridge, prompt_ids: Sequence[Sequence[int]]) -> None:
+        self._model, self._flow = model, active_flow(model)
+        self._cache: Any = None
+        self._options: dict[str, Any] = {"use_cache": True}
+        if "logits_to_keep" in inspect.signature(model.original_model.forward).parameters:
+            self._options["logits_to_keep"] = 1  # [batch, 1, d_vocab] instead of [batch, pos, d_vocab] for the prompt
+        device = next(model.parameters()).device
+        self._tokens, self._mask = (tensor.to(device) for tensor in _left_padded(prompt_ids))
+
+    def next_logits(self) -> Float[Tensor, "row d_vocab"]:
+        """Read the tokens that the model has not read yet, and return the logits of those to come."""
+        logits, self._cache = self._model(
+            self._tokens,
+            attention_mask=self._mask,
+            past_key_values=self._cache,
+            return_type="logits_and_cache",
+            **self._options,
+        )
+        last: Tensor = logits[:, -1]
+        return last
+
+    def append(self, tokens: Int[Tensor, " row"], going: list[int]) -> None:
+        """Add a token to each row, and keep those rows that go on: one that is done costs nothing any more."""
+        if len(going) < len(tokens):
+            index = torch.tensor(going)  # on the CPU: it selects from caches on whatever device
+            self._cache.batch_select_indices(index)
+            tokens, self._mask = tokens[index], self._mask[index]
+            if self._flow is not None:
+                self._flow.select(going)
+        self._tokens = tokens[:, None]
+        self._mask = pad(self._mask, (0, 1), value=1)
+
+
+def _left_padded(prompt_ids: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "row pos"]]:
+    """Return prompts that end in the same column, and a mask that is 0 where a row has no token."""
+    width = max(map(len, prompt_ids))
+    tokens = torch.zeros(len(prompt_ids), width, dtype=torch.long)
+    mask = torch.zeros_like(tokens)
+    for row, ids in enumerate(prompt_ids):
+        tokens[row, width - len(ids) :] = torch.tensor(ids)
+        mask[row, width - len(ids) :] = 1
+    return tokens, mask

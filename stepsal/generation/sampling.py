@@ -1,0 +1,53 @@
+"""Choose the next token: the most likely one, or a draw whose randomness is the row's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def uniform_draws(seeds: Sequence[int], n_tokens: int) -> Float[Tensor, "row new_token"]:
+    """Return numbers in [0, 1) for each token of each row, which depend on the seed of the row alone; float64.
+
+    Args:
+        seeds: one for each row.
+        n_tokens: how many numbers a row gets.
+
+    Example:
+        >>> draws = uniform_draws([3, 4], n_tokens=5)
+        >>> draws.shape, bool((draws[1] == uniform_draws([4], n_tokens=5)[0]).all())
+        (torch.Size([2, 5]), True)
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.stack([torch.rand(n_tokens, generator=g, dtype=torch.float64) for g in generators])
+
+
+def choose(
+    logits: Float[Tensor, "row d_vocab"], draws: Float[Tensor, " row"] | None, temperature: float, top_p: float
+) -> Int[Tensor, " row"]:
+    """Return the most likely token of each row, or the one at a quantile of its sampling distribution.
+
+    Args:
+        logits: of the next token.
+        draws: the quantile for each row; None chooses the most likely token.
+        temperature: divides the logits; above 0 where there are draws.
+        top_p: the distribution is cut to the smallest set of most likely tokens that has at least this probability.
+
+    Example:
+        >>> logits = torch.log(torch.tensor([[0.2, 0.5, 0.3]]))
+        >>> choose(logits, None, 0.0, 1.0), choose(logits, torch.tensor([0.9]), 1.0, 1.0)
+        (tensor([1]), tensor([2]))
+    """
+    if draws is None:
+        return logits.argmax(-1)
+    p = torch.softmax(logits.double() / temperature, dim=-1)
+    if top_p < 1:
+        ordered, order = p.sort(dim=-1, descending=True)
+        is_outside = ordered.cumsum(-1) - ordered >= top_p  # what comes before is enough already
+        p = p.scatter(-1, order, ordered.masked_fill(is_outside, 0.0))
+    cumulative = p.cumsum(-1)  # [row, d_vocab]
+    quantile = draws.to(p.device)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, quantile, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
