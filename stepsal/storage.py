@@ -133,7 +133,8 @@ def read_manifest(folder: Path, format: str, version: int) -> dict[str, Any]:
     if not path.is_file():
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} does not exist; there is no {kind}")
-        if kind == "calibration" and (folder / "search" / MANIFEST).is_file():  # version 1 had no manifest of its own
+        inner = any((folder / name / MANIFEST).is_file() for name in ("profile", "search", "held_out"))
+        if kind == "calibration" and inner:  # version 1 had no manifest of its own
             raise ValueError(_other_version(folder, 1, version))
         raise ValueError(f"{folder} is no {kind}: it has no {MANIFEST}; choose another or an empty folder")
     try:
