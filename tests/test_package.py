@@ -18,18 +18,22 @@ import stepsal
 ROOT = Path(__file__).parents[1]
 ROOMS = sorted(f"stepsal.{path.parent.name}" for path in (ROOT / "stepsal").glob("*/__init__.py"))
 CALLABLES = """
-    Decoding Segmentation StepFlowConfig StepSaliency Trace Variant calibrate collect evaluate generate generate_batch load
-    step_attention step_saliency stepflow token_effects
+    Decoding Segmentation StepFlowConfig StepSaliency Trace Variant calibrate collect evaluate generate generate_batch
+    load step_attention step_saliency stepflow token_effects
 """.split()
 
 
 def public() -> Iterator[tuple[str, object]]:
-    """Yield the functions and classes that the top and its rooms list, once each, under their shortest names."""
+    """Yield the functions and classes that the top and its rooms list, once each, under their shortest names.
+
+    Protocols are left out: they say what others may write, and nobody calls them.
+    """
     names: dict[int, tuple[str, object]] = {}
     for module in ("stepsal", *ROOMS):
         for name in getattr(importlib.import_module(module), "__all__", ()):
             value = getattr(importlib.import_module(module), name)
-            if getattr(value, "__module__", "").startswith("stepsal") and callable(value):
+            ours = getattr(value, "__module__", "").startswith("stepsal")
+            if ours and callable(value) and not getattr(value, "_is_protocol", False):
                 names.setdefault(id(value), (f"{module}.{name}", value))
     yield from names.values()
 
@@ -85,8 +89,8 @@ def methods(value: object) -> Iterator[tuple[str, inspect.Signature]]:
 
 #: Keywords that are the fields of the dataclass whose method it is: `config.but(alpha=0.1)`.
 FIELDS = {"changes"}
-#: Dictionaries that are data, and no options.
-DATA = {"about", "manifest", "metadata", "provenance", "state"}
+#: Dictionaries that are data: documents to be kept or read back, and no options.
+DATA = {"calibration", "manifest", "metadata", "parameters", "provenance", "settings", "state"}
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -97,13 +101,12 @@ def test_signatures_are_written_out(name: str) -> None:
             if parameter.kind is parameter.VAR_KEYWORD:
                 assert parameter.name in FIELDS | DATA, where
             elif parameter.name not in DATA:
-                assert not re.search(
-                    r"[dD]ict\[str, (?:Any|object)\]|Mapping\[str, Any\]", str(parameter.annotation)
-                ), where
+                annotation = str(parameter.annotation)
+                assert not re.search(r"[dD]ict\[str, (?:Any|object)\]|Mapping\[str, Any\]", annotation), where
 
 
-#: What no first line begins with: it would continue a sentence that is not there. A class is a thing, and its first line
-#: may be a noun phrase ("A named part of ..."); a function does something, and its first line says what, verb first.
+#: What no first line begins with: it would continue a sentence that is not there. Classes and properties are things, so
+#: that their first lines may be noun phrases ("The number of steps."); those of functions say what is done, verb first.
 NO_BEGINNING = "Of For What Where Its So That How Whether Which If As When While By".split()
 NO_BEGINNING_OF_A_FUNCTION = [*NO_BEGINNING, *"One A An The This It Mean Same Whose".split()]
 
@@ -121,14 +124,20 @@ def documented(path: Path) -> Iterator[tuple[str, ast.AST, str]]:
                     stack.append((f"{prefix}{child.name}.", child))
 
 
+def is_thing(node: ast.AST) -> bool:
+    """Tell whether a definition is that of a class or of a property."""
+    decorators = [ast.unparse(decorator) for decorator in getattr(node, "decorator_list", ())]
+    return isinstance(node, ast.ClassDef) or any("property" in decorator for decorator in decorators)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "stepsal").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_first_lines_can_be_read_alone(path: Path) -> None:
     module = ast.get_docstring(ast.parse(path.read_text())) or ""
     assert module[:1].isupper() or module.startswith("stepsal"), f"{path} has no docstring"
     for name, node, docstring in documented(path):
         first = docstring.splitlines()[0]
-        banned = NO_BEGINNING if isinstance(node, ast.ClassDef) else NO_BEGINNING_OF_A_FUNCTION
-        assert re.match(r"[A-Z][a-z]+\b|[A-Z]+\b|[A-Z]\w*[A-Z]", first), f"{name}: {first}"
+        banned = NO_BEGINNING if is_thing(node) else NO_BEGINNING_OF_A_FUNCTION
+        assert first[0].isupper(), f"{name}: {first}"
         assert first.split()[0].strip(",:") not in banned, f"{name}: {first}"
         assert first.endswith((".", ":")), f"{name}: {first}"
 
