@@ -101,9 +101,8 @@ class StepFlowConfig:
             4
         """
         if name not in _PRESETS:
-            raise ValueError(
-                f"there is no preset {name!r}; use {' or '.join(map(repr, _PRESETS))}, or StepFlowConfig.load for a file"
-            )
+            known = " or ".join(map(repr, _PRESETS))
+            raise ValueError(f"there is no preset {name!r}; use {known}, or StepFlowConfig.load for a file")
         return cls(**_PRESETS[name]).but(**changes)
 
     def but(self, **changes: Unpack[StepFlowChanges]) -> StepFlowConfig:
@@ -166,8 +165,7 @@ class StepFlowConfig:
             names = set(settings)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f'{path} holds no settings of StepFlow: JSON with an entry "stepflow" is expected, as StepFlowConfig.save '
-                "writes it"
+                f'{path} holds no settings of StepFlow: StepFlowConfig.save writes them as JSON under "stepflow"'
             ) from error
         if moved := [name for name in _SEGMENTATION if name in names]:
             raise ValueError(

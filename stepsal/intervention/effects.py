@@ -1,8 +1,7 @@
-"""What StepFlow does to the next token: where in a step, how much, and how sure the model was there.
+"""Compare the next-token distributions without and with StepFlow at each token of an answer.
 
-An answer is read again, once as it is and once under StepFlow, and the two next-token distributions are compared at
-each of its tokens. For a greedy answer the first token at which the most likely one differs is where the answer written
-under StepFlow parts from it.
+An answer that is there is read again, once as it is and once under StepFlow. For a greedy answer the first token at
+which the most likely one differs is where the answer that is written under StepFlow parts from it.
 
 Momentum is injected at the *first* token of a step, once that has been read. So it can't change which token that is:
 the first token that it reaches directly is the second one of a step.
@@ -18,16 +17,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stepsal.intervention import StepFlowConfig, active_flow
-from stepsal.intervention import stepflow as open_stepflow
-
-CHUNK = 256  # tokens whose distributions are in double precision at a time
+from stepsal.intervention.config import StepFlowConfig
+from stepsal.intervention.hooks import active_flow
+from stepsal.intervention.hooks import stepflow as open_stepflow
 
 if TYPE_CHECKING:
     import pandas as pd
     from transformer_lens.model_bridge import TransformerBridge
 
     from stepsal.trace import Trace
+
+CHUNK = 256  # tokens whose distributions are in double precision at a time
 
 
 @torch.no_grad()
@@ -36,60 +36,81 @@ def token_effects(
 ) -> pd.DataFrame:
     """Compare the next-token distributions without and with StepFlow at each token of an answer.
 
+    Sections and steps are those of the trace: StepFlow follows it with `trace.segmentation`.
+
     Args:
         model: from `stepsal.load`.
-        trace: whose answer is read again; one forward pass, and one for each setting.
+        trace: its answer is read again, in one forward pass, and in one more for each of the settings.
         stepflow: settings, or several by name.
 
     Returns:
-        One row per token of the answer, in order; of several settings, one after the other, with their name in the
-        column `variant`. Columns: position (of the token, in the trace), step (-1: template),
+        One row per token of the answer, in order. The rows of several settings follow one another, with the name of
+        their settings in the column `variant`. Columns: position (of the token, in the trace), step (-1: template),
         role, in_step (0 for the first token of a step; -1 in the template), entropy (nats, of the distribution without
         StepFlow from which the token comes), kl (nats, from that distribution to the one with StepFlow), switched (the
         most likely token differs).
 
     Raises:
-        ValueError: a `stepsal.stepflow` context is open already.
+        ValueError: If a `stepsal.stepflow` context is open already, or there are no settings.
+
+    Example:
+        >>> model = stepsal.load("mini")
+        >>> trace = stepsal.generate(model, "Anna is 2 plus 3. What is Anna?", max_new_tokens=40)
+        >>> effects = stepsal.token_effects(model, trace, stepsal.StepFlowConfig(tau_max=0.3))
+        >>> len(effects) == len(trace) - trace.n_prompt, bool(effects["kl"].max() > 0.001)
+        (True, True)
     """
     import pandas as pd
 
     if active_flow(model) is not None:
-        raise ValueError("a stepflow context is open: leave it, and pass its settings as stepflow=")
-    before = _next_token(model, trace)
+        raise ValueError(
+            "a stepflow context is open, and would edit both readings: leave it, and pass its settings as stepflow="
+        )
+    if not isinstance(stepflow, StepFlowConfig) and not stepflow:
+        raise ValueError("stepflow={} holds no settings: pass a StepFlowConfig, or several by name")
+    tokens = _answer_tokens(trace)
+    before = _next_token_logits(model, trace)
+
+    def effects_of(config: StepFlowConfig) -> pd.DataFrame:
+        with open_stepflow(model, config, segmentation=trace.segmentation):
+            after = _next_token_logits(model, trace)
+        pairs = zip(before.split(CHUNK), after.split(CHUNK), strict=True)
+        return pd.concat([tokens, pd.concat([_compare(*pair) for pair in pairs], ignore_index=True)], axis=1)
+
+    if isinstance(stepflow, StepFlowConfig):
+        return effects_of(stepflow)
+    return pd.concat([effects_of(config).assign(variant=name) for name, config in stepflow.items()], ignore_index=True)
+
+
+def _answer_tokens(trace: Trace) -> pd.DataFrame:
+    """Return where each token of the answer stands: position, step, role, in_step."""
+    import pandas as pd
+
     positions = np.arange(trace.n_prompt, len(trace))
     step_ids = trace.step_ids.numpy()[positions]
     starts = np.array([step.start for step in trace.steps])
-    tokens = pd.DataFrame(
-        {
-            "position": positions,
-            "step": step_ids,
-            "role": ["template" if i < 0 else trace.steps[i].role for i in step_ids],
-            "in_step": np.where(step_ids < 0, -1, positions - starts[step_ids]),
-        }
-    )
-    frames = []
-    for name, config in ({"": stepflow} if isinstance(stepflow, StepFlowConfig) else stepflow).items():
-        with open_stepflow(model, config, segmentation=trace.segmentation):
-            after = _next_token(model, trace)
-        compared = [_compare(*each) for each in zip(before.split(CHUNK), after.split(CHUNK), strict=True)]
-        of_token = {column: np.concatenate([chunk[column] for chunk in compared]) for column in compared[0]}
-        frames.append(tokens.assign(**of_token, **({"variant": name} if name else {})))
-    return pd.concat(frames, ignore_index=True)
+    roles = ["template" if i < 0 else trace.steps[i].role for i in step_ids]
+    in_step = np.where(step_ids < 0, -1, positions - starts[step_ids])
+    return pd.DataFrame({"position": positions, "step": step_ids, "role": roles, "in_step": in_step})
 
 
-def _next_token(model: TransformerBridge, trace: Trace) -> Float[Tensor, "answer_token d_vocab"]:
-    """Logits from which each token of the answer comes."""
+def _next_token_logits(model: TransformerBridge, trace: Trace) -> Float[Tensor, "answer_token d_vocab"]:
+    """Return the logits from which each token of the answer comes, on the CPU."""
     tokens = trace.tokens.to(next(model.parameters()).device)
     logits = model(tokens[None], attention_mask=torch.ones_like(tokens)[None])[0]
     return logits[trace.n_prompt - 1 : -1].float().cpu()
 
 
-def _compare(before: Float[Tensor, "token d_vocab"], after: Float[Tensor, "token d_vocab"]) -> dict[str, np.ndarray]:
-    """What two rows of logits say; in double precision, as a small divergence is a difference of large terms."""
+def _compare(before: Float[Tensor, "token d_vocab"], after: Float[Tensor, "token d_vocab"]) -> pd.DataFrame:
+    """Compare rows of logits, in double precision, as a small divergence is a difference of large terms."""
+    import pandas as pd
+
     log_p, log_q = before.double().log_softmax(-1), after.double().log_softmax(-1)
     p = log_p.exp()
-    return {
-        "entropy": -torch.where(p > 0, p * log_p, 0.0).sum(-1).numpy(),
-        "kl": torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).numpy(),
-        "switched": (before.argmax(-1) != after.argmax(-1)).numpy(),
-    }
+    return pd.DataFrame(
+        {
+            "entropy": -torch.where(p > 0, p * log_p, 0.0).sum(-1).numpy(),
+            "kl": torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).numpy(),
+            "switched": (before.argmax(-1) != after.argmax(-1)).numpy(),
+        }
+    )

@@ -39,8 +39,9 @@ from stepsal.intervention.oeb import odds_equal_bridge
 from stepsal.intervention.segmentation import agreement, format_of, resolved_segmentation
 from stepsal.intervention.smi import Injections, inject, previous_step_means
 from stepsal.intervention.values import KeptValues
+from stepsal.trace.prompt import PromptFrame
 from stepsal.trace.segment import Segmentation
-from stepsal.trace.tracking import PromptFrame, SequenceTracker
+from stepsal.trace.tracking import SequenceTracker
 
 _active: weakref.WeakKeyDictionary[TransformerBridge, StepFlow] = weakref.WeakKeyDictionary()
 

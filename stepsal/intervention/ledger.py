@@ -56,7 +56,7 @@ class Portion:
     Attributes:
         first: key position of the first query.
         stop: key position after the last query.
-        changed: first key position whose section is new or was revised: the sections of a prompt are known when it ends.
+        changed: first key position whose section is new or was revised; those of a prompt are known when it ends.
         groups: bridge and segment of each query row.
         places: (row, query position) of each injection of momentum.
         members: key positions of the previous step, for each injection.
@@ -84,13 +84,13 @@ class Ledger:
         n_columns: key positions so far, those of padding included.
 
     Example:
-        >>> from stepsal.trace.formats import FORMATS
+        >>> from stepsal.trace import FORMATS, PromptFrame
         >>> model = stepsal.load("mini")
-        >>> frame = PromptFrame.of(model.tokenizer)
-        >>> ledger = Ledger([SequenceTracker(model.tokenizer, frame, FORMATS["think"])])
-        >>> portion = ledger.advance(np.array([[5, 6, 7]]), np.ones((1, 3), dtype=bool))
-        >>> portion.stop, ledger.sections.tolist()
-        (3, [[0, 0, 0]])
+        >>> trace = stepsal.Trace.from_text("What is Anna?", "Anna is 1 plus 2. So Anna = 3.", model)
+        >>> ledger = Ledger([SequenceTracker(model.tokenizer, PromptFrame.of(model.tokenizer), FORMATS["think"])])
+        >>> portion = ledger.advance(trace.tokens[None].numpy(), np.ones((1, len(trace)), dtype=bool))
+        >>> portion.places, portion.members
+        ([(0, 16)], [[9, 10, 11, 12, 13, 14, 15]])
     """
 
     def __init__(
@@ -148,11 +148,9 @@ class Ledger:
         changed = first
         places: list[tuple[int, int]] = []
         members: list[list[int]] = []
-        for row, tracker in enumerate(self._trackers):
-            starts, revised = self._read_row(
-                row, ids[row, real[row]].tolist(), (first + np.flatnonzero(real[row])).tolist()
-            )
-            columns = self._columns[row]
+        for row, columns in enumerate(self._columns):
+            new_columns = (first + np.flatnonzero(real[row])).tolist()
+            starts, revised = self._read_row(row, ids[row, real[row]].tolist(), new_columns)
             changed = min(changed, revised)
             for start in filter(self._injects, starts):
                 places.append((row, columns[start.position] - first))
@@ -165,8 +163,7 @@ class Ledger:
         """Count the keys of one section that each of the last query rows sees, itself included.
 
         Args:
-            sections: the section that is counted for each row, such as `Groups.bridge`; its rows are the last ones read,
-                [batch, query_pos].
+            sections: the section that is counted for each of them, such as `Groups.bridge`, [batch, query_pos].
             window: keys that a query sees at most, itself included; None for all of its turn.
 
         Returns:

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _HELD = 64  # forward passes whose numbers are held back before they are summed
+_OEB_COLUMNS = ["layer", "head", "rows", "fired", "fired_share", "bridge_before", "bridge_after"]
+_SMI_COLUMNS = ["layer", "injections", "mean_norm"]
 
 
 class FlowLog:
@@ -19,10 +22,21 @@ class FlowLog:
 
     Nothing is moved to the host or rounded until a property is read; reading in the middle of a run is allowed.
 
+    Args:
+        oeb_layers: indices of the layers that are bridged.
+        smi_layers: indices of the layers into which momentum is injected.
+
     Attributes:
-        sequences: sequences that were read from their beginning. Decoding without a cache reads one for each token.
-        without_question: those of them in which no question was found, so that nothing was edited.
-        oeb_layers, smi_layers: the layers that are edited.
+        sequences: number of sequences that were read from their beginning. Decoding without a cache reads one for each
+            token.
+        without_question: number of those in which no question was found, so that nothing was edited.
+
+    Example:
+        >>> model = stepsal.load("mini")
+        >>> with stepsal.stepflow(model) as log:
+        ...     trace = stepsal.generate(model, "Anna is 2 plus 3. What is Anna?", max_new_tokens=40)
+        >>> log.summary()["injections"], list(log.smi.columns)
+        (2, ['layer', 'injections', 'mean_norm'])
     """
 
     def __init__(self, oeb_layers: tuple[int, ...], smi_layers: tuple[int, ...]) -> None:
@@ -33,59 +47,67 @@ class FlowLog:
         self._held: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {layer: [] for layer in oeb_layers}
         self._sums: dict[int, Tensor] = {}  # [rows | fired | before | after, sequence, head], float64
         self._norms: dict[int, list[Tensor]] = {layer: [] for layer in smi_layers}
-        self._normed: dict[int, list[int]] = {layer: [] for layer in smi_layers}  # sequence of each injection
+        self._norm_sequences: dict[int, list[int]] = {layer: [] for layer in smi_layers}  # of each injection
+
+    # ------------------------------------------------------------------------------------- written by StepFlow
 
     def begin(self, batch: int) -> None:
-        """The next passes read new sequences."""
+        """Number new sequences, which the next passes read.
+
+        Args:
+            batch: how many rows they are.
+        """
         self._sum_all()
         self._rows = list(range(self.sequences, self.sequences + batch))
         self.sequences += batch
 
     def select(self, rows: Sequence[int]) -> None:
-        """The next passes read these rows of the batch only."""
+        """Go on with some rows of the batch only.
+
+        Args:
+            rows: indices of rows, in the order in which the next passes have them.
+        """
         self._sum_all()
         self._rows = [self._rows[row] for row in rows]
 
-    @property
-    def without_question(self) -> int:
-        return len(self._lost)
-
     def lost(self, rows: Sequence[int]) -> None:
-        """In these rows of the batch no question was found."""
+        """Note that no question was found in some rows of the batch.
+
+        Args:
+            rows: indices of rows.
+        """
         self._lost.update(self._rows[row] for row in rows)
 
-    def of(self, sequence: int) -> FlowLog:
-        """The log of one sequence, counted from 0 in the order in which they began.
+    def add_bridged(
+        self,
+        layer: int,
+        before: Float[Tensor, "batch head query_pos"],
+        after: Float[Tensor, "batch head query_pos"],
+        eligible: Bool[Tensor, "batch query_pos"],
+    ) -> None:
+        """Add what OEB did in one pass.
 
-        Raises:
-            IndexError: there is no such sequence.
+        Args:
+            layer: index of the layer.
+            before: p(B) before the edit.
+            after: p(B) after it.
+            eligible: rows that count: those that see keys of B and of S.
         """
-        if not 0 <= sequence < self.sequences:
-            raise IndexError(f"sequence {sequence} is not there: the log has {self.sequences}")
-        self._sum_all()
-        one = FlowLog(self.oeb_layers, self.smi_layers)
-        one.sequences = 1
-        one._lost = {0} if sequence in self._lost else set()
-        one._sums = {
-            layer: sums[:, sequence : sequence + 1] for layer, sums in self._sums.items() if sums.shape[1] > sequence
-        }
-        for layer in self.smi_layers:
-            norms = torch.cat(self._norms[layer]) if self._norms[layer] else torch.zeros(0)
-            mine = [i for i, of in enumerate(self._normed[layer]) if of == sequence]
-            one._norms[layer], one._normed[layer] = [norms[mine]], [0] * len(mine)
-        return one
-
-    def add_bridged(self, layer: int, before: Tensor, after: Tensor, eligible: Tensor) -> None:
-        """p(B) before and after a pass, [batch, head, query_pos]; `eligible` [batch, query_pos]: rows that count."""
         held = self._held[layer]
         held.append((before.detach(), after.detach(), eligible))
         if len(held) >= _HELD or before.shape[-1] > 1:
             self._sum(layer)
 
-    def add_injected(self, layer: int, norms: Tensor, rows: Sequence[int]) -> None:
-        """Norms [injection] of the vectors added in one pass, and in which rows of the batch."""
+    def add_injected(self, layer: int, norms: Float[Tensor, " injection"], rows: Sequence[int]) -> None:
+        """Add what SMI did in one pass.
+
+        Args:
+            layer: index of the layer.
+            norms: Euclidean norms of the vectors that were added.
+            rows: batch row of each of them.
+        """
         self._norms[layer].append(norms.detach())
-        self._normed[layer] += [self._rows[row] for row in rows]
+        self._norm_sequences[layer] += [self._rows[row] for row in rows]
 
     def _sum(self, layer: int) -> None:
         if not self._held[layer]:
@@ -106,53 +128,79 @@ class FlowLog:
         for layer in self.oeb_layers:
             self._sum(layer)
 
+    # ------------------------------------------------------------------------------------------ read afterwards
+
+    @property
+    def without_question(self) -> int:
+        """The number of sequences in which no question was found, so that nothing was edited."""
+        return len(self._lost)
+
+    def of(self, sequence: int) -> FlowLog:
+        """Return the log of one sequence.
+
+        Args:
+            sequence: its number, counted from 0 in the order in which they began.
+
+        Raises:
+            IndexError: If there is no such sequence.
+        """
+        if not 0 <= sequence < self.sequences:
+            raise IndexError(
+                f"sequence {sequence} is not there: the log has {self.sequences}, which are counted from 0"
+            )
+        self._sum_all()
+        one = FlowLog(self.oeb_layers, self.smi_layers)
+        one.sequences = 1
+        one._lost = {0} if sequence in self._lost else set()
+        one._sums = {
+            layer: sums[:, sequence : sequence + 1] for layer, sums in self._sums.items() if sums.shape[1] > sequence
+        }
+        for layer in self.smi_layers:
+            norms = _joined(self._norms[layer])
+            own = [i for i, number in enumerate(self._norm_sequences[layer]) if number == sequence]
+            one._norms[layer], one._norm_sequences[layer] = [norms[own]], [0] * len(own)
+        return one
+
     @property
     def oeb(self) -> pd.DataFrame:
-        """One row per layer and head.
+        """A table of what OEB did, one row per layer and head.
 
-        Columns: layer, head; rows (query rows with visible keys in B and S); fired (of those, the rows whose
-        bridge was raised), fired_share; bridge_before, bridge_after (mean p(B) over rows). NaN without rows.
+        Columns: layer, head; rows (query rows with visible keys in B and S); fired (of those, the rows whose bridge was
+        raised), fired_share; bridge_before, bridge_after (mean p(B) over rows). NaN without rows.
         """
         import numpy as np
         import pandas as pd
 
-        frames = []
+        tables = []
         for layer in self.oeb_layers:
             self._sum(layer)
             if layer not in self._sums:
                 continue
             rows, fired, before, after = self._sums[layer].sum(1).cpu().numpy()
             per_row = np.divide(1.0, rows, out=np.full_like(rows, np.nan), where=rows > 0)
-            frames.append(
-                pd.DataFrame(
-                    {
-                        "layer": layer,
-                        "head": range(len(rows)),
-                        "rows": rows.astype(int),
-                        "fired": fired.astype(int),
-                        "fired_share": fired * per_row,
-                        "bridge_before": before * per_row,
-                        "bridge_after": after * per_row,
-                    }
-                )
-            )
-        columns = ["layer", "head", "rows", "fired", "fired_share", "bridge_before", "bridge_after"]
-        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
+            columns = [
+                layer, range(len(rows)), rows.astype(int), fired.astype(int),
+                fired * per_row, before * per_row, after * per_row,
+            ]  # fmt: skip
+            tables.append(pd.DataFrame(dict(zip(_OEB_COLUMNS, columns, strict=True))))
+        return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=_OEB_COLUMNS)
 
     @property
     def smi(self) -> pd.DataFrame:
-        """One row per layer: injections, mean_norm (Euclidean, over all heads of one injected vector)."""
+        """A table of what SMI did, one row per layer.
+
+        Columns: layer, injections, mean_norm (Euclidean, over all heads of one injected vector).
+        """
         import pandas as pd
 
         rows = []
         for layer in self.smi_layers:
-            norms = torch.cat(self._norms[layer]).cpu() if self._norms[layer] else torch.zeros(0)
-            mean = float(norms.mean()) if len(norms) else float("nan")
-            rows.append({"layer": layer, "injections": len(norms), "mean_norm": mean})
-        return pd.DataFrame(rows, columns=["layer", "injections", "mean_norm"])
+            norms = _joined(self._norms[layer]).cpu()
+            rows.append((layer, len(norms), float(norms.mean()) if len(norms) else float("nan")))
+        return pd.DataFrame(rows, columns=_SMI_COLUMNS)
 
     def summary(self) -> dict[str, Any]:
-        """All layers in a few numbers, as JSON: what `oeb` and `smi` say by layer."""
+        """Return what `oeb` and `smi` say by layer, over all layers in a few numbers, JSON-ready."""
         oeb, smi = self.oeb, self.smi
         rows = int(oeb["rows"].sum())
 
@@ -174,3 +222,7 @@ class FlowLog:
             f"FlowLog({self.sequences} sequences, bridge raised in {fired} of {rows} head rows of "
             f"{len(self.oeb_layers)} layers, {injections} injections in each of {len(self.smi_layers)} layers)"
         )
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if parts else torch.zeros(0)

@@ -30,7 +30,13 @@ _NO_MASS = torch.finfo(torch.float32).tiny
 
 
 class Bridged(NamedTuple):
-    """The new pattern, and p(B) before and after; `after > before` where the bridge was raised."""
+    """A pattern after the edit, and the bridge's mass: `after > before` where it was raised.
+
+    Attributes:
+        pattern: the new pattern.
+        before: p(B) before the edit.
+        after: p(B) after it.
+    """
 
     pattern: Float[Tensor, "batch head query_pos key_pos"]
     before: Float[Tensor, "batch head query_pos"]
@@ -38,14 +44,19 @@ class Bridged(NamedTuple):
 
 
 def bridge_ceiling(n_bridge: Int[Tensor, ...], n_segment: Int[Tensor, ...], tau_max: float) -> Float[Tensor, ...]:
-    """The part of tau_B that does not depend on attention, min(sqrt(|B| / (|B| + |S|)), tau_max) (Eq. 6).
+    """Return the part of tau_B that does not depend on attention, min(sqrt(|B| / (|B| + |S|)), tau_max) (Eq. 6).
 
     Args:
-        n_bridge, n_segment: number of keys of B and of S that each row can see.
+        n_bridge: number of keys of B that each row can see.
+        n_segment: number of keys of S that each row can see.
         tau_max: the largest share that the bridge is ever given.
 
     Returns:
         Ceilings in [0, tau_max], float32; 0 (the row is left alone) where B or S has no visible key.
+
+    Example:
+        >>> bridge_ceiling(torch.tensor([1, 4]), torch.tensor([99, 0]), tau_max=0.15)
+        tensor([0.1000, 0.0000])
     """
     share = torch.sqrt(n_bridge.float() / (n_bridge + n_segment).clamp(min=1))
     return torch.where((n_bridge > 0) & (n_segment > 0), share.clamp(max=tau_max), 0.0)
@@ -61,12 +72,18 @@ def odds_equal_bridge(
 
     Args:
         pattern: attention after the softmax. Rows need not sum to one: a sink keeps the rest, as part of O.
-        bridge, segment: keys of B and of S for each row, disjoint. Keys that a row can't see may be marked: they have
-            no mass.
+        bridge: keys of B for each row. Keys that a row can't see may be marked: they have no mass.
+        segment: keys of S for each row, disjoint from those of B; the same holds for them.
         ceiling: from `bridge_ceiling`.
 
     Returns:
         A pattern of the same dtype, whose row sums and whose entries outside B and S are those of `pattern`.
+
+    Example:
+        >>> pattern = torch.tensor([0.25, 0.05, 0.70]).view(1, 1, 1, 3)
+        >>> bridge, segment = torch.tensor([[False, True, False]]), torch.tensor([[False, False, True]])
+        >>> odds_equal_bridge(pattern, bridge[None], segment[None], torch.tensor([[0.15]])).pattern.flatten()
+        tensor([0.2500, 0.1500, 0.6000])
     """
     p = pattern.to(torch.promote_types(pattern.dtype, torch.float32))
     bridge, segment = bridge.unsqueeze(1), segment.unsqueeze(1)  # [batch, 1, query_pos, key_pos]

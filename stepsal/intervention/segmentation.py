@@ -1,4 +1,4 @@
-"""Settle how StepFlow finds steps: the format of answers still to be written, and one segmentation for all that work together."""
+"""Settle how steps are found: the format of answers still to be written, and one segmentation for all at work."""
 
 from __future__ import annotations
 
