@@ -24,7 +24,7 @@ from .intervention.config import StepFlowConfig
 from .intervention.effects import token_effects
 from .intervention.hooks import stepflow
 from .maps.step_saliency import StepSaliency
-from .saliency.entry import step_attention, step_saliency
+from .saliency.step_maps import step_attention, step_saliency
 from .trace.segment import Segmentation
 from .trace.trace import Trace
 

@@ -1,5 +1,6 @@
-"""Step maps: pooling of token maps, and the labelled result."""
+"""Step maps: `pooling` of token maps, the labelled result in `step_saliency`, its `averages` and its `files`."""
 
-from stepsal.maps.step_saliency import StepSaliency, average, labels_of
+from stepsal.maps.averages import average
+from stepsal.maps.step_saliency import StepSaliency, labels_of
 
 __all__ = ["StepSaliency", "average", "labels_of"]

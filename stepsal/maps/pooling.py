@@ -1,13 +1,12 @@
-"""From token maps to step maps: sums over blocks of query step x key step, and the counts to divide them by.
+"""Pool token maps into step maps: sums over blocks of query step x key step, and the counts to divide them by.
 
 With the one-hot membership matrix M[pos, step] of a trace,
 
     sums[i, j] = sum_{t, k <= t} M[t, i] * I[t <- k] * M[k, j],
 
-and the sums are divided by the number of pairs ("density": the density of saliency, the paper's map) or by the number of
-query rows ("mass": the saliency mass that a token of step i puts on step j). Only pairs that exist are counted: k <= t,
-rows t that have a target, and no template token (step id -1). A uniform causal token map thus pools to a uniform step
-map under "density".
+and the sums are divided by the number of pairs ("density", the paper's map) or by the number of query rows ("mass": the
+saliency that a token of step i puts on step j). Only pairs that exist are counted: k <= t, rows t that have a target,
+and no template token (step id -1). A uniform causal token map thus pools to a uniform step map under "density".
 
 `StepSums` takes a token map in blocks of rows, so that an engine never has to hold a whole one. A block costs one
 matrix product over its rows, which belong to a few steps, and one pass over what is left to sort its keys.
@@ -22,22 +21,28 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Reduce = Literal["density", "mass"]
+"""How a block is reduced: mean over its pairs ("density"), or sum over keys and mean over query rows ("mass")."""
 
-ROWS_PER_BLOCK = 256  # query rows pooled at a time: the only temporary of pooling is [ROWS_PER_BLOCK, key_pos]
+ROWS_PER_BLOCK = 256
+"""Query rows that are pooled at a time: the only temporary of pooling is [ROWS_PER_BLOCK, key_pos]."""
 
 
 class StepSums:
     """Block sums of token maps, added up from blocks of query rows.
 
     Args:
-        step_ids: Step of each token; -1 (template) is in no block.
-        n_steps: Number of steps S.
-        batch: Leading dimensions of the maps, e.g. the number of heads.
-        has_target: Query rows that predict a token. Default: all but the last.
-        dtype: In which to add up.
+        step_ids: step of each token; -1 (template) is in no block.
+        n_steps: number of steps S.
+        batch: leading dimensions of the maps, e.g. the number of heads.
+        has_target: query rows that predict a token; None for all but the last.
+        dtype: the type in which to add up.
 
-    Attributes:
-        sums: [*batch, query_step, key_step], on the device of `step_ids`.
+    Example:
+        >>> pool = StepSums(torch.tensor([0, 0, 1, 1]), 2)
+        >>> pool.add(torch.ones(4, 4).tril(), first_row=0)
+        >>> pool.sums
+        tensor([[3., 0.],
+                [2., 1.]])
     """
 
     def __init__(
@@ -55,6 +60,7 @@ class StepSums:
 
     @property
     def sums(self) -> Float[Tensor, "*batch query_step key_step"]:
+        """The sums so far, on the device of the step ids."""
         return self._sums[..., :-1, :-1]
 
     def add(
@@ -67,13 +73,14 @@ class StepSums:
         """Add a block of consecutive rows, or those of a `part` of the (one) batch dimension.
 
         Args:
-            block: Rows `first_row, first_row + 1, ...` and keys `first_key, ...` of a token map, zero at keys after
+            block: rows `first_row, first_row + 1, ...` and keys `first_key, ...` of a token map, zero at keys after
                 their row.
-            first_row, first_key: Positions in the trace.
-            part: Which entries of the batch dimension the block holds; None for all.
+            first_row: position of its first row in the trace.
+            first_key: position of its first key.
+            part: the entries of the batch dimension that the block holds; None for all.
 
         Raises:
-            ValueError: If the block reaches outside the trace.
+            ValueError: the block reaches outside the trace.
         """
         n_rows, n_keys = block.shape[-2:]
         n_pos = len(self._rows)
@@ -100,16 +107,21 @@ def pool_steps(
     """Sum a token map over the blocks query step x key step.
 
     Args:
-        token_map: Saliency of key position k for query position t; what stands above the diagonal is ignored.
-        step_ids: Step of each token; -1 (template) is in no block.
-        n_steps: Number of steps S.
-        has_target: Query rows that predict a token. Default: all but the last.
+        token_map: saliency of key position k for query position t; what stands above the diagonal is ignored.
+        step_ids: step of each token; -1 (template) is in no block.
+        n_steps: number of steps S.
+        has_target: query rows that predict a token; None for all but the last.
 
     Returns:
         Sums over causal pairs, float32 (float64 for a float64 map), on the device of the map.
 
     Raises:
-        ValueError: If the map is not square over the positions of `step_ids`.
+        ValueError: the map is not square over the positions of `step_ids`.
+
+    Example:
+        >>> pool_steps(torch.ones(4, 4), torch.tensor([0, 0, 1, 1]), 2)
+        tensor([[3., 0.],
+                [2., 1.]])
     """
     n_pos = step_ids.shape[0]
     if token_map.shape[-2:] != (n_pos, n_pos):
@@ -133,14 +145,19 @@ def pair_counts(
     has_target: Bool[Tensor, " pos"] | None = None,
     causal: bool = True,
 ) -> Int[Tensor, "query_step key_step"]:
-    """Number of (query position, key position) pairs in each block, in O(pos + step^2) memory.
+    """Count the (query position, key position) pairs of each block, in O(pos + step^2) memory.
 
     Args:
-        step_ids: Step of each token; -1 (template) is in no block.
-        n_steps: Number of steps S.
-        has_target: Query rows that predict a token. Default: all but the last.
-        causal: Count pairs k <= t only. False also counts the pairs above the diagonal of own-step blocks, as the
+        step_ids: step of each token; -1 (template) is in no block.
+        n_steps: number of steps S.
+        has_target: query rows that predict a token; None for all but the last.
+        causal: count pairs k <= t only. False also counts the pairs above the diagonal of own-step blocks, as the
             authors' code does: an own-step block of n tokens of a uniform map then comes out at (n + 1) / 2n.
+
+    Example:
+        >>> pair_counts(torch.tensor([0, 0, 1, 1]), 2)
+        tensor([[3, 0],
+                [2, 1]])
     """
     n_pos, bins = len(step_ids), step_ids.cpu() % (n_steps + 1)
     rows = torch.where(_targets(step_ids, has_target).cpu(), bins, n_steps)
@@ -162,7 +179,17 @@ def pair_counts(
 def row_counts(
     step_ids: Int[Tensor, " pos"], n_steps: int, has_target: Bool[Tensor, " pos"] | None = None
 ) -> Int[Tensor, " step"]:
-    """Number of query rows with a target in each step. Default of `has_target`: all rows but the last."""
+    """Count the query rows of each step that predict a token.
+
+    Args:
+        step_ids: step of each token; -1 (template) is in no step.
+        n_steps: number of steps S.
+        has_target: query rows that predict a token; None for all but the last.
+
+    Example:
+        >>> row_counts(torch.tensor([0, 0, 1, 1]), 2)
+        tensor([2, 1])
+    """
     rows = step_ids[_targets(step_ids, has_target) & (step_ids >= 0)]
     return torch.bincount(rows, minlength=n_steps)
 
@@ -176,14 +203,19 @@ def reduce_blocks(
     """Turn block sums into a step map.
 
     Args:
-        sums: From `pool_steps`.
-        counts: From `pair_counts`.
-        rows_per_step: From `row_counts`.
-        how: "density" is saliency per pair (density); "mass" is saliency per query token (mass). They agree in that
-            mean * counts == sum * rows_per_step == sums. Blocks without pairs are zero.
+        sums: block sums, of `pool_steps`.
+        counts: pairs of each block, of `pair_counts`.
+        rows_per_step: query rows of each step, of `row_counts`.
+        how: "density" for saliency per pair, "mass" for saliency per query token. They agree in that
+            density * counts == mass * rows_per_step == sums. Blocks without pairs are zero.
 
     Raises:
-        ValueError: If `how` is neither.
+        ValueError: `how` is neither.
+
+    Example:
+        >>> sums, counts, rows = torch.tensor([[3.0, 0], [2, 1]]), torch.tensor([[3, 0], [2, 1]]), torch.tensor([2, 1])
+        >>> reduce_blocks(sums, counts, rows, "density").tolist(), reduce_blocks(sums, counts, rows, "mass").tolist()
+        ([[1.0, 0.0], [1.0, 1.0]], [[1.5, 0.0], [2.0, 1.0]])
     """
     if how not in get_args(Reduce):
         raise ValueError(f"reduce={how!r} is unknown; use 'density' (per pair) or 'mass' (per query token)")
@@ -192,9 +224,18 @@ def reduce_blocks(
 
 
 def normalise_rows(values: Float[Tensor, "*batch query key"]) -> Float[Tensor, "*batch query key"]:
-    """Divide every row by its sum; rows without mass stay zero."""
-    mass = values.sum(-1, keepdim=True, dtype=torch.float64)  # float64: sums of tiny gradients must not underflow
-    return torch.where(mass > 0, values / mass.where(mass > 0, 1.0), 0.0).to(values.dtype)
+    """Divide every row by its sum; empty rows stay zero.
+
+    Args:
+        values: non-negative maps.
+
+    Example:
+        >>> normalise_rows(torch.tensor([[1.0, 3.0], [0.0, 0.0]]))
+        tensor([[0.2500, 0.7500],
+                [0.0000, 0.0000]])
+    """
+    totals = values.sum(-1, keepdim=True, dtype=torch.float64)  # float64: sums of tiny gradients must not underflow
+    return torch.where(totals > 0, values / totals.where(totals > 0, 1.0), 0.0).to(values.dtype)
 
 
 def _targets(step_ids: Int[Tensor, " pos"], has_target: Bool[Tensor, " pos"] | None) -> Bool[Tensor, " pos"]:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import safetensors
-import safetensors.torch
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from stepsal.layers import Layers, checked_layers, layer_indices
+from stepsal.layers import Layers, layer_indices, names_part_of_depth
+from stepsal.maps import files
 from stepsal.maps.pooling import Reduce, normalise_rows
-from stepsal.storage import write_atomic
 from stepsal.trace.formats import Role
 
 if TYPE_CHECKING:
@@ -28,8 +25,9 @@ if TYPE_CHECKING:
 Target = Literal["token", "sequence", "attention"]
 """Whose loss is differentiated; "attention" is attention alone, without a gradient."""
 FORMAT = "stepsal.StepSaliency"
-FORMAT_VERSION = 1
-SUFFIX = ".safetensors"
+"""What files of `StepSaliency.save` call themselves."""
+FORMAT_VERSION = 2
+"""Version of these files; 1 had `model` for `model_name`, "mean" for "density" and "sum" for "mass"."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -37,31 +35,59 @@ class StepSaliency:
     """Step-by-step saliency of one trace, one lower-triangular map per layer, with all its labels.
 
     `values[l, i, j]` says how much step i (query) draws on step j (key) in layer `layers[l]`: saliency per pair of
-    tokens under reduce="density", per query token under reduce="mass". The unit is that of the loss, nats; attention alone
-    (target="attention") has none.
+    tokens under reduce="density", per query token under reduce="mass". The unit is that of the loss, nats; attention
+    alone (target="attention") has none.
+
+    Attributes:
+        values: the maps, float32 on the CPU, zero above the diagonal.
+        layers: layer index of each map.
+        n_layers: depth of the model, of which `layers` may be a part.
+        model_name: the model's name.
+        target: whose loss was differentiated.
+        reduce: how blocks were reduced.
+        roles: role of each step.
+        step_texts: text of each step.
+        step_lengths: tokens of each step.
+        step_ids: step of each token, -1 for template tokens.
+        token_texts: text of each token.
+        head_values: the maps of every head, if they were kept.
+        token_values: the token maps, if they were kept.
+        metadata: where the maps come from (engine, dtype, settings of StepFlow); JSON values only.
 
     Raises:
-        ValueError: If shapes, labels and maps do not fit together, if `values` holds NaN, infinite or negative
-            entries or anything above the diagonal, or if `metadata` cannot be written as JSON.
+        ValueError: shapes, labels and maps that do not fit together; `values` with NaN, infinite or negative entries or
+            anything above the diagonal; `metadata` that can't be written as JSON.
+
+    Example:
+        >>> model = stepsal.load("mini")
+        >>> trace = stepsal.Trace.from_text("Ann is 1. Who is 2?", " Bob is Ann plus 1.</think>Bob.", model)
+        >>> stepsal.step_saliency(model, trace)
+        StepSaliency('mini', 8 of 8 layers, 3 steps: 1 question, 1 thinking, 1 summary; 31 tokens, target='token', \
+reduce='density')
     """
 
-    values: Float[Tensor, "layer query_step key_step"]  # float32 on the CPU, zero above the diagonal
-    layers: tuple[int, ...]  # layer index of each map
-    n_layers: int  # depth of the model; `layers` may be a subset
-    model: str
+    values: Float[Tensor, "layer query_step key_step"]
+    layers: tuple[int, ...]
+    n_layers: int
+    model_name: str
     target: Target
     reduce: Reduce
-    roles: tuple[Role, ...]  # of each step
+    roles: tuple[Role, ...]
     step_texts: tuple[str, ...]
-    step_lengths: tuple[int, ...]  # tokens per step
-    step_ids: Int[Tensor, " pos"]  # step of each token, -1 for template tokens
+    step_lengths: tuple[int, ...]
+    step_ids: Int[Tensor, " pos"]
     token_texts: tuple[str, ...]
     head_values: Float[Tensor, "layer head query_step key_step"] | None = None
     token_values: Float[Tensor, "layer query_pos key_pos"] | None = None
-    metadata: dict[str, Any] = field(default_factory=dict)  # seed, versions, engine, ...; JSON values only
+    metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        n_maps, n_steps, n_pos = len(self.layers), len(self.roles), len(self.token_texts)
+        self._check_labels()
+        self._check_tensors()
+        files.to_json(self.metadata, "metadata")
+
+    def _check_labels(self) -> None:
+        n_maps, n_steps = len(self.layers), len(self.roles)
         if n_maps == 0 or n_steps == 0:
             raise ValueError(f"{n_maps} layers and {n_steps} steps make no step map; give at least one of each")
         _check_choice("target", self.target, get_args(Target))
@@ -74,6 +100,8 @@ class StepSaliency:
             if len(labels) != n_steps:
                 raise ValueError(f"{name} has {len(labels)} entries for {n_steps} steps (one role per step)")
 
+    def _check_tensors(self) -> None:
+        n_maps, n_steps, n_pos = len(self.layers), len(self.roles), len(self.token_texts)
         _check_shape("values", self.values, (n_maps, n_steps, n_steps))
         _check_shape("step_ids", self.step_ids, (n_pos,))
         if self.head_values is not None:
@@ -81,7 +109,6 @@ class StepSaliency:
             _check_shape("head_values", self.head_values, (n_maps, n_heads, n_steps, n_steps))
         if self.token_values is not None:
             _check_shape("token_values", self.token_values, (n_maps, n_pos, n_pos))
-
         if self.values.dtype != torch.float32:
             raise ValueError(f"values is {self.values.dtype}; pass values.float()")
         if not self.values.isfinite().all():
@@ -93,42 +120,45 @@ class StepSaliency:
         lengths = torch.bincount(self.step_ids[self.step_ids >= 0], minlength=n_steps).tolist()
         if lengths != list(self.step_lengths):
             raise ValueError(f"step_lengths={self.step_lengths} but step_ids counts {tuple(lengths)} tokens")
-        _to_json(self.metadata, "metadata")
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{self.roles.count(role)} {role}" for role in get_args(Role) if role in self.roles)
         return (
-            f"StepSaliency({self.model!r}, {len(self.layers)} of {self.n_layers} layers, {self.n_steps} steps: "
+            f"StepSaliency({self.model_name!r}, {len(self.layers)} of {self.n_layers} layers, {self.n_steps} steps: "
             f"{counts}; {len(self.token_texts)} tokens, target={self.target!r}, reduce={self.reduce!r})"
         )
 
     @property
     def n_steps(self) -> int:
+        """The number of steps."""
         return len(self.roles)
+
+    # ------------------------------------------------------------------------------------------------ by layer
 
     def positions(self, layers: Layers) -> list[int]:
         """Find where the maps of some layers stand in `values`.
 
-        Of a band or a range of fractions those that were computed; of indices all.
+        Args:
+            layers: which layers; of a band or a range of fractions those that were computed, of indices all.
 
         Raises:
             ValueError: a layer that was not computed, or no layer at all.
         """
-        choice = checked_layers(layers)
-        asked = layer_indices(choice, self.n_layers)
-        if isinstance(choice, str) or (choice and isinstance(choice[0], float)):
-            asked = tuple(layer for layer in asked if layer in self.layers)
-        if not asked:
+        requested = self.computed(layers) if names_part_of_depth(layers) else layer_indices(layers, self.n_layers)
+        if not requested:
             raise ValueError(f"layers={layers!r} names no computed layer of {self.n_layers}; computed: {self.layers}")
-        if absent := [layer for layer in asked if layer not in self.layers]:
+        if absent := [layer for layer in requested if layer not in self.layers]:
             raise ValueError(
                 f"layer {absent[0]} was not computed; computed: {self.layers} of {self.n_layers}. "
                 "Ask for it with step_saliency(..., layers=...)"
             )
-        return [self.layers.index(layer) for layer in asked]
+        return [self.layers.index(layer) for layer in requested]
 
     def layer(self, index: int) -> Float[Tensor, "query_step key_step"]:
-        """Return the map of one layer, by its index in the model (-1 is the model's last layer).
+        """Return the map of one layer.
+
+        Args:
+            index: layer of the model; -1 is its last.
 
         Raises:
             ValueError: that layer was not computed.
@@ -138,17 +168,26 @@ class StepSaliency:
     def mean_over(self, layers: Layers) -> Float[Tensor, "query_step key_step"]:
         """Return the mean map of several layers.
 
+        Args:
+            layers: which layers; see `positions`.
+
         Raises:
             ValueError: one of them was not computed, or there are none.
         """
         return self.values[self.positions(layers)].mean(0)
 
     def computed(self, layers: Layers) -> tuple[int, ...]:
-        """Return those of some layers that were computed, by their index in the model."""
+        """Return those of some layers that were computed, by their index in the model.
+
+        Args:
+            layers: which layers; see `stepsal.layers`.
+        """
         return tuple(layer for layer in layer_indices(layers, self.n_layers) if layer in self.layers)
 
+    # ----------------------------------------------------------------------------------------- shares and tables
+
     def row_normalised(self) -> StepSaliency:
-        """The same saliency with each row summing to one: the share of each key. Rows without mass stay zero.
+        """Return the same saliency with each row summing to one, the share of each key; empty rows stay zero.
 
         Maps by head and by token are normalised by their own rows.
         """
@@ -160,8 +199,54 @@ class StepSaliency:
             metadata=self.metadata | {"row_normalised": True},
         )
 
+    def top(
+        self,
+        k: int = 10,
+        *,
+        layers: Layers = "all",
+        own_step: bool = False,
+        query_role: Role | None = None,
+        key_role: Role | None = None,
+    ) -> pd.DataFrame:
+        """Return the largest links between steps, the largest first, of the mean map of some layers.
+
+        Args:
+            k: number of links, at most; links without saliency are none.
+            layers: the layers to average over; see `positions`.
+            own_step: also count what a step draws on itself.
+            query_role: only rows of steps with this role.
+            key_role: only keys of steps with this role.
+
+        Returns:
+            Columns: query_step, key_step, query_role, key_role, saliency, query_text, key_text. Equal links stand in
+            the order of their steps.
+
+        Raises:
+            ValueError: `k` below 1, an unknown role, or layers that were not computed.
+
+        Example:
+            >>> model = stepsal.load("mini")
+            >>> trace = stepsal.Trace.from_text("Ann is 1. Who is 2?", " Bob is Ann plus 1.</think>Bob.", model)
+            >>> stepsal.step_saliency(model, trace).top(2)[["query_step", "key_step"]].values.tolist()
+            [[1, 0], [2, 1]]
+        """
+        if k < 1:
+            raise ValueError(f"k={k} must be at least 1 link")
+        links = self.to_dataframe(layers).drop(columns="layer")
+        links = links.groupby(["query_step", "key_step", "query_role", "key_role"], as_index=False).mean()
+        links = links[links["saliency"] > 0]
+        if not own_step:
+            links = links[links["query_step"] != links["key_step"]]
+        for column, role in (("query_role", query_role), ("key_role", key_role)):
+            if role is not None:
+                _check_choice(column, role, get_args(Role))
+                links = links[links[column] == role]
+        links = links.sort_values("saliency", ascending=False, kind="stable", ignore_index=True).head(k)
+        texts = {f"{end}_text": [self.step_texts[i] for i in links[f"{end}_step"]] for end in ("query", "key")}
+        return links.assign(**texts)
+
     def to_xarray(self) -> xr.DataArray:
-        """`values` as a DataArray [layer, query_step, key_step] with role and text coordinates."""
+        """Return `values` as a DataArray [layer, query_step, key_step] with coordinates of roles and texts."""
         import xarray as xr
 
         roles, texts, steps = list(self.roles), list(self.step_texts), range(self.n_steps)
@@ -178,80 +263,81 @@ class StepSaliency:
                 "key_text": ("key_step", texts),
             },
             name="saliency",
-            attrs={"model": self.model, "n_layers": self.n_layers, "target": self.target, "reduce": self.reduce},
+            attrs={
+                "model_name": self.model_name,
+                "n_layers": self.n_layers,
+                "target": self.target,
+                "reduce": self.reduce,
+            },
         )
 
-    def to_dataframe(self) -> pd.DataFrame:
-        """One row per layer and pair of steps, lower triangle only.
+    def to_dataframe(self, layers: Layers = "all") -> pd.DataFrame:
+        """Return one row per layer and pair of steps, of the lower triangle.
 
-        Columns: layer, query_step, key_step, query_role, key_role, saliency.
+        Args:
+            layers: which layers; see `positions`.
+
+        Returns:
+            Columns: layer, query_step, key_step, query_role, key_role, saliency.
+
+        Raises:
+            ValueError: a layer that was not computed.
         """
         import numpy as np
         import pandas as pd
 
         query, key = np.tril_indices(self.n_steps)
-        roles = np.array(self.roles)
-        n_maps = len(self.layers)
+        roles, positions = np.array(self.roles), self.positions(layers)
+        n_maps = len(positions)
         return pd.DataFrame(
             {
-                "layer": np.repeat(self.layers, len(query)),
+                "layer": np.repeat([self.layers[position] for position in positions], len(query)),
                 "query_step": np.tile(query, n_maps),
                 "key_step": np.tile(key, n_maps),
                 "query_role": np.tile(roles[query], n_maps),
                 "key_role": np.tile(roles[key], n_maps),
-                "saliency": self.values.numpy()[:, query, key].ravel(),
+                "saliency": self.values.numpy()[positions][:, query, key].ravel(),
             }
         )
+
+    # --------------------------------------------------------------------------------------------------- files
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file, the labels as a JSON document in its header; `.safetensors` is appended.
 
         One file, moved into place when complete: an interrupted save leaves the old file or none.
 
+        Args:
+            path: the file.
+
         Returns:
             The path of the file.
+
+        Example:
+            >>> import tempfile
+            >>> model = stepsal.load("mini")
+            >>> trace = stepsal.Trace.from_text("Ann is 1. Who is 2?", " Bob is Ann plus 1.</think>Bob.", model)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     path = stepsal.step_saliency(model, trace).save(f"{folder}/map")
+            ...     stepsal.StepSaliency.load(path).n_steps
+            3
         """
-        document = {name: getattr(self, name) for name in _LABELS}
-        document |= {"format": FORMAT, "version": FORMAT_VERSION, "metadata": self.metadata}
-        tensors = {
-            # cloned, since safetensors refuses tensors that share memory (one head: values is a view of head_values)
-            name: tensor.detach().clone(memory_format=torch.contiguous_format)
-            for name in _TENSORS
-            if (tensor := getattr(self, name)) is not None
-        }
-        data = safetensors.torch.save(tensors, metadata={"stepsal": _to_json(document, "labels and metadata")})
-        path = _with_suffix(path)
-        write_atomic(path, data)
-        return path
+        document = {name: getattr(self, name) for name in _LABELS} | {"metadata": self.metadata}
+        tensors = {name: tensor for name in _TENSORS if (tensor := getattr(self, name)) is not None}
+        return files.write(path, {"format": FORMAT, "version": FORMAT_VERSION, **document}, tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> StepSaliency:
-        """Read what `save` wrote; nothing is unpickled or executed.
+        """Read what `save` has written; nothing is unpickled or executed.
+
+        Args:
+            path: the file; `.safetensors` is appended where it is missing.
 
         Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If the file is corrupt, foreign, of another format version, or inconsistent in itself.
+            FileNotFoundError: there is no such file.
+            ValueError: the file is corrupt, foreign, of another format version, or inconsistent in itself.
         """
-        path = _with_suffix(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; StepSaliency.save writes it")
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is no readable safetensors file ({error}); write it again") from error
-        try:
-            document = json.loads(header["stepsal"])
-        except (KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} was not written by StepSaliency.save: it has no stepsal document") from error
-        if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
-            raise ValueError(f"{path} does not hold a StepSaliency")
-        if (version := document.pop("version", None)) != FORMAT_VERSION:
-            raise ValueError(
-                f"{path} has format version {version}, this stepsal reads {FORMAT_VERSION}; "
-                "use the matching stepsal, or compute the saliency again"
-            )
+        document, tensors = files.read(path, FORMAT, FORMAT_VERSION)
         try:
             labels = {name: convert(document.pop(name)) for name, convert in _LABELS.items()}
             return cls(**labels, **tensors, **document)
@@ -263,7 +349,7 @@ _TENSORS = ("values", "step_ids", "head_values", "token_values")
 _LABELS: dict[str, Callable[[Any], Any]] = {  # field -> how to read it back from JSON
     "layers": tuple,
     "n_layers": int,
-    "model": str,
+    "model_name": str,
     "target": str,
     "reduce": str,
     "roles": tuple,
@@ -274,7 +360,11 @@ _LABELS: dict[str, Callable[[Any], Any]] = {  # field -> how to read it back fro
 
 
 def labels_of(trace: Trace) -> dict[str, Any]:
-    """The labels that a StepSaliency has from its trace."""
+    """Return the labels that a StepSaliency has from its trace, as keyword arguments.
+
+    Args:
+        trace: the trace.
+    """
     return {
         "roles": trace.roles,
         "step_texts": tuple(trace.step_text(i) for i in range(len(trace.steps))),
@@ -282,51 +372,6 @@ def labels_of(trace: Trace) -> dict[str, Any]:
         "step_ids": trace.step_ids,
         "token_texts": trace.token_texts,
     }
-
-
-def average(saliencies: Sequence[StepSaliency]) -> StepSaliency:
-    """Mean of the maps of traces with the same steps, e.g. of all wrong traces of one length.
-
-    Returns:
-        The maps of the first trace's layers and labels with mean `values` (and `head_values`, where all have them);
-        step texts are dropped, and token labels are those of the first.
-
-    Raises:
-        ValueError: If there is none, or if they differ in model, layers, target, reduce or roles.
-    """
-    if not saliencies:
-        raise ValueError("there is nothing to average: saliencies is empty")
-    first = saliencies[0]
-    for i, other in enumerate(saliencies):
-        if other.metadata.get("row_normalised") != first.metadata.get("row_normalised"):
-            raise ValueError(f"saliencies[{i}] and the first differ in row_normalised(): apply it to all or to none")
-        for name in ("model", "n_layers", "layers", "target", "reduce", "roles"):
-            if getattr(other, name) != getattr(first, name):
-                raise ValueError(
-                    f"saliencies[{i}] has {name}={getattr(other, name)!r} but the first has {getattr(first, name)!r}; "
-                    "average only maps with the same steps"
-                )
-    heads = [s.head_values for s in saliencies if s.head_values is not None]
-    return replace(
-        first,
-        values=torch.stack([s.values for s in saliencies]).mean(0),
-        head_values=torch.stack(heads).mean(0) if len(heads) == len(saliencies) else None,
-        token_values=None,
-        step_texts=("",) * first.n_steps,
-        metadata={**first.metadata, "averaged": len(saliencies)},
-    )
-
-
-def _with_suffix(path: str | Path) -> Path:
-    path = Path(path)
-    return path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)
-
-
-def _to_json(value: object, name: str) -> str:
-    try:
-        return json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} cannot be written as JSON ({error}); use text, finite numbers, lists") from error
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

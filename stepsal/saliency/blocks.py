@@ -7,7 +7,7 @@ that row t sees,
 
 Given dz_t = dL/dz_t, everything else follows row by row:
 
-    dA[t, k] = dz_t . v_k                                  (the gradient that the saliency wants)
+    dA[t, k] = dz_t . v_k                                  (the gradient in the saliency)
     ds[t, k] = A[t, k] (dA[t, k] - delta_t),   delta_t = sum_j A[t, j] dA[t, j]
     dq_t     = scale * sum_k ds[t, k] k_k                  (ds times 1 - tanh^2 under a soft-cap)
     dk_k     = scale * sum_t ds[t, k] q_t
@@ -17,8 +17,8 @@ A block of rows sees all its keys at once, so that its rows of A are recomputed 
 one block only: O(rows * pos) memory instead of O(pos^2). An attention sink adds exp(sink) to the denominator of the
 softmax, which scales a row by sigmoid(logsumexp(s[t, :]) - sink); its column of dA is zero, and nothing else changes.
 
-**The gradient that stays at its own position.** When L = sum_t L_t and each L_t is wanted apart, keys and values of
-other positions are constants (see `own_position`), and the two sums over t keep a single term:
+**The gradient that stays at its own position.** Where the gradient of each L_t in L = sum_t L_t is to be had by itself,
+keys and values of other positions are constants (see `own_position`), and the two sums over t keep a single term:
 
     dk_t = scale * ds[t, t] q_t,        dv_t = A[t, t] dz_t.
 
@@ -47,7 +47,7 @@ from stepsal.bridge.attention import Attention
 
 
 class Block(NamedTuple):
-    """Query rows first..stop-1, which see keys first_key..stop-1."""
+    """A block of query rows first..stop-1, which see keys first_key..stop-1."""
 
     first: int
     stop: int
@@ -64,7 +64,17 @@ class Workspace:
         self._buffers: dict[str, Tensor] = {}
 
     def take(self, name: str, like: Tensor, *shape: int) -> Tensor:
-        """An uninitialised tensor of this shape, with the dtype and device of `like`."""
+        """Return an uninitialised tensor that is valid until the next call with the same name.
+
+        Args:
+            name: of the buffer.
+            like: a tensor of the dtype and on the device that are needed.
+            shape: of the tensor.
+
+        Example:
+            >>> Workspace().take("scores", torch.zeros(1), 2, 3).shape
+            torch.Size([2, 3])
+        """
         size, buffer = math.prod(shape), self._buffers.get(name)
         if buffer is None or buffer.numel() < size or buffer.dtype != like.dtype or buffer.device != like.device:
             self._buffers.pop(name, None)
@@ -77,7 +87,17 @@ Visit = Callable[[Float[Tensor, "head row key"], Block, slice], None]
 
 
 def row_blocks(n_pos: int, n_rows: int, window: int | None = None) -> Iterator[Block]:
-    """Cut n_pos query rows into blocks of at most n_rows, from the last to the first, which may be a short one."""
+    """Cut query rows into blocks, from the last block to the first, which may be a short one.
+
+    Args:
+        n_pos: number of positions.
+        n_rows: rows in a block, at most.
+        window: keys that a row sees, itself included; None for all before it.
+
+    Example:
+        >>> list(row_blocks(5, 3))
+        [Block(first=2, stop=5, first_key=0), Block(first=0, stop=2, first_key=0)]
+    """
     for stop in range(n_pos, 0, -n_rows):
         first = max(0, stop - n_rows)
         yield Block(first, stop, 0 if window is None else max(0, first - window + 1))
@@ -93,9 +113,25 @@ def attend(
     workspace: Workspace,
     visit: Visit | None = None,
 ) -> Float[Tensor, "head pos d_head"]:
-    """z, the attention output of each head, in the dtype of q. Not differentiable: see `attend_backward`.
+    """Return z, the attention output of each head, in the dtype of q; not differentiable, see `attend_backward`.
 
-    `visit` is given A of each block. Where nobody wants A, a fused kernel gives z, if there is one for this attention.
+    Without `visit`, a fused kernel gives z, if there is one for this attention.
+
+    Args:
+        q: queries, with rotary embeddings and norms applied.
+        k: keys, likewise.
+        v: values.
+        attention: what the layer does besides the softmax.
+        n_rows: query rows per block.
+        workspace: buffers.
+        visit: is given A of each block.
+
+    Example:
+        >>> q = torch.zeros(1, 3, 2)  # all keys are as good
+        >>> attend(q, q, torch.tensor([[[0.0, 1], [2, 1], [4, 1]]]), Attention(1.0), 2, Workspace())
+        tensor([[[0., 1.],
+                 [1., 1.],
+                 [2., 1.]]])
     """
     if visit is None and (z := _fused(q, k, v, attention)) is not None:
         return z
@@ -124,16 +160,18 @@ def attend_backward(
     differentiate: bool = True,
     visit: Visit | None = None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Gradients of q, k and v, and |A * dL/dA| block by block.
+    """Return the gradients of q, k and v, and hand out A * dL/dA block by block.
 
     Args:
-        q, k, v: as for `attend`.
+        q: queries, as for `attend`.
+        k: keys.
+        v: values.
         dz: gradient of z.
-        attention: of the layer.
+        attention: what the layer does besides the softmax.
         n_rows: query rows per block.
         workspace: buffers.
         own_position: keep for keys and values only the gradient from their own position's query.
-        differentiate: False when only the saliency is wanted.
+        differentiate: False when A * dL/dA is all that is needed.
         visit: is given A * dL/dA of each block.
 
     Returns:
@@ -161,10 +199,11 @@ def attend_backward(
             dq[heads, rows] = attention.scale * (ds.flatten(0, 1) @ keys[seen]).view(dz_rows.shape)
             q_rows = wide(q[heads, rows])
             if own_position:
-                offset = block.first - block.first_key
-                own = ds.diagonal(offset, 1, 2).unsqueeze(-1)  # [group, row, 1]
-                dk[kv_head, rows] = attention.scale * (own * q_rows).sum(0)
-                dv[kv_head, rows] = (pattern.diagonal(offset, 1, 2).unsqueeze(-1) * dz_rows).sum(0)
+                own_ds, own_pattern = (
+                    x.diagonal(block.first - block.first_key, 1, 2).unsqueeze(-1) for x in (ds, pattern)
+                )  # [group, row, 1]
+                dk[kv_head, rows] = attention.scale * (own_ds * q_rows).sum(0)
+                dv[kv_head, rows] = (own_pattern * dz_rows).sum(0)
             else:
                 dk[kv_head, seen].addmm_(ds.flatten(0, 1).T, q_rows.flatten(0, 1), alpha=attention.scale)
                 dv[kv_head, seen].addmm_(pattern.flatten(0, 1).T, dz_rows.flatten(0, 1))
@@ -172,7 +211,7 @@ def attend_backward(
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor | None:
-    """z of plain causal attention by a kernel that never builds the pattern; None if there is none."""
+    """Return z of plain causal attention by a kernel that never builds the pattern; None if there is no such kernel."""
     n_pos = q.shape[1]
     if attention.softcap is not None or attention.sinks is not None or n_pos > (attention.window or n_pos):
         return None
@@ -185,14 +224,18 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor | No
 
 
 def _groups(q: Tensor, k: Tensor) -> Iterator[tuple[slice, int]]:
-    """The query heads that share each key-value head."""
+    """Give the query heads that share each key-value head, and its index."""
     size = q.shape[0] // k.shape[0]
     for kv_head in range(k.shape[0]):
         yield slice(kv_head * size, (kv_head + 1) * size), kv_head
 
 
 def wide(x: Tensor) -> Tensor:
-    """In float32, or float64 if that is what it is."""
+    """Return a tensor in float32, or in float64 if that is what it is.
+
+    Args:
+        x: the tensor.
+    """
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -204,7 +247,7 @@ def _pattern(
     block: Block,
     workspace: Workspace,
 ) -> tuple[Float[Tensor, "group row key"], Float[Tensor, "group row key"] | None]:
-    """Rows of A, and the slope of the soft-cap; valid until the next call with the same workspace."""
+    """Return rows of A, and the slope of the soft-cap; valid until the next call with the same workspace."""
     first, stop, first_key = block
     q_rows = attention.scale * wide(q[:, first:stop])  # [group, row, d_head]
     shape = (q.shape[0], stop - first, stop - first_key)
@@ -217,16 +260,21 @@ def _pattern(
         torch.mul(scores, scores, out=slope)
         slope.neg_().add_(1)
         scores.mul_(attention.softcap)
-    n_rows = stop - first
-    future = torch.ones(n_rows, n_rows, dtype=torch.bool, device=q.device).triu_(1)  # of the keys from `first` on
-    scores[..., first - first_key :].masked_fill_(future, -torch.inf)
-    if attention.window is not None and stop - attention.window > first_key:
-        t = torch.arange(first, stop, device=q.device)[:, None]
-        past = torch.arange(first_key, stop - attention.window, device=q.device) <= t - attention.window
-        scores[..., : past.shape[1]].masked_fill_(past, -torch.inf)
+    _mask(scores, block, attention.window)
     pattern = workspace.take("pattern", q_rows, *shape)
     torch.softmax(scores, -1, out=pattern)
     if attention.sinks is not None:  # A is largest where s is, at exp(max s - logsumexp s)
         logsumexp = scores.amax(-1) - pattern.amax(-1).log()  # [group, row]
         pattern.mul_(torch.sigmoid(logsumexp - wide(attention.sinks[heads, None])).unsqueeze(-1))
     return pattern, slope
+
+
+def _mask(scores: Float[Tensor, "group row key"], block: Block, window: int | None) -> None:
+    """Set to -inf, in place, what a row does not see: keys after it, and those that its window has left behind."""
+    first, stop, first_key = block
+    future = torch.ones(stop - first, stop - first, dtype=torch.bool, device=scores.device).triu_(1)
+    scores[..., first - first_key :].masked_fill_(future, -torch.inf)  # the keys from `first` on
+    if window is not None and stop - window > first_key:
+        t = torch.arange(first, stop, device=scores.device)[:, None]
+        past = torch.arange(first_key, stop - window, device=scores.device) <= t - window
+        scores[..., : past.shape[1]].masked_fill_(past, -torch.inf)

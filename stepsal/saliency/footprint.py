@@ -1,4 +1,4 @@
-"""How much memory a model needs, for itself and for a long trace, told before any of it is loaded."""
+"""Tell how much memory a model needs, for itself and for a long trace, before any of it is loaded."""
 
 from __future__ import annotations
 
@@ -14,18 +14,21 @@ from stepsal.saliency.memory import least_bytes
 
 @dataclass(frozen=True)
 class Footprint:
-    """Memory in bytes.
+    """Memory that a model needs, in bytes; as text, a table in GB.
 
     Attributes:
-        name, dtype, n_parameters: of the model.
-        n_tokens, batch_size: of each trace, and how many are decoded together.
+        model_name: the model's name.
+        dtype: of its parameters.
+        n_parameters: their number.
+        n_tokens: length of each trace.
+        batch_size: traces that are decoded together.
         weights: the model itself.
         cache: keys and values of `batch_size` traces while they are written.
         streamed: at least, for the step maps of one trace, beside the weights.
         patterns: the same where whole patterns are needed: under StepFlow, or with hooks of your own.
     """
 
-    name: str
+    model_name: str
     dtype: torch.dtype
     n_parameters: int
     n_tokens: int
@@ -36,7 +39,6 @@ class Footprint:
     patterns: int
 
     def __str__(self) -> str:
-        """A table in GB."""
         traces = "one trace" if self.batch_size == 1 else f"{self.batch_size} traces"
         lines = [
             (
@@ -48,7 +50,7 @@ class Footprint:
             ("the same from whole patterns, as under StepFlow", self.patterns),
         ]
         width = max(len(words) for words, _ in lines)
-        return "\n".join([f"{self.name}, GB", *(f"  {words:{width}s} {n / 1e9:8.2f}" for words, n in lines)])
+        return "\n".join([f"{self.model_name}, GB", *(f"  {words:{width}s} {n / 1e9:8.2f}" for words, n in lines)])
 
 
 def memory_needed(
@@ -61,18 +63,30 @@ def memory_needed(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Footprint:
-    """Estimate what a model of `stepsal.load` needs; reads its configuration, no weights.
+    """Estimate the memory that a model of `stepsal.load` needs, from its configuration; no weights are read.
 
     Quantized checkpoints are counted as if they were not, and step maps with the smallest buffers.
 
     Args:
-        name, dtype, revision, trust_remote_code: see `stepsal.load`.
-        n_tokens, n_steps: of a trace, prompt included.
+        name: "mini", "smollm2", a hub id, or a local folder.
+        n_tokens: length of a trace, prompt included.
+        n_steps: steps of a trace.
         batch_size: traces that are decoded together.
+        dtype: of the parameters, keys and values.
+        revision: of a hub model.
+        trust_remote_code: passed on for hub ids and folders.
 
     Raises:
         OSError: a hub id or a folder that can't be read.
         ValueError: numbers below 1, or an architecture that TransformerLens does not support.
+
+    Example:
+        >>> print(stepsal.saliency.memory_needed("mini", 4000))
+        mini, GB
+          weights, 0.00 billion in bfloat16                     0.00
+          writing one trace of 4000 tokens: keys and values     0.01
+          step maps of 4000 tokens                              0.06
+          the same from whole patterns, as under StepFlow       4.29
     """
     if min(n_tokens, n_steps, batch_size) < 1:
         raise ValueError(f"n_tokens={n_tokens}, n_steps={n_steps} and batch_size={batch_size} must be at least 1")
@@ -86,8 +100,8 @@ def memory_needed(
         raise ValueError(f"{name!r} ({type(blank).__name__}) is not supported: {error}") from error
     n_parameters = sum(parameter.numel() for parameter in blank.parameters())
     keys = sum(min(sliding_window(model, layer) or n_tokens, n_tokens) for layer in range(model.cfg.n_layers))
-    of_key = 2 * (model.cfg.n_key_value_heads or model.cfg.n_heads) * model.cfg.d_head * dtype.itemsize
+    key_and_value = 2 * (model.cfg.n_key_value_heads or model.cfg.n_heads) * model.cfg.d_head * dtype.itemsize
     return Footprint(
         name, dtype, n_parameters, n_tokens, batch_size, weights=n_parameters * dtype.itemsize,
-        cache=batch_size * keys * of_key, streamed=streamed, patterns=patterns,
+        cache=batch_size * keys * key_and_value, streamed=streamed, patterns=patterns,
     )  # fmt: skip

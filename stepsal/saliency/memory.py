@@ -1,8 +1,11 @@
-"""How much memory an engine needs for a trace, on top of the model itself, and what to do with what is there.
+"""Estimate how much memory an engine needs for a trace, on top of the model itself, and choose the engine by it.
 
-The estimates count what autograd keeps with frozen parameters (inputs of linear maps are not kept, since no weight
-wants a gradient) and the largest temporaries. A test holds them within a factor of two of the peaks measured on
-SmolLM2-135M in float32 on a CPU.
+The estimates count what autograd keeps with frozen parameters (inputs of linear maps are not kept, since no weight has
+a gradient) and the largest temporaries. A test holds them within a factor of two of the peaks measured on SmolLM2-135M
+in float32 on a CPU.
+
+`_Widths` are the sizes of one model, in elements and bytes; `_pattern_bytes` and `_streamed_plan` add up what each
+engine holds of them; `plan` chooses.
 """
 
 from __future__ import annotations
@@ -14,23 +17,50 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from stepsal.bridge.attention import attention_of
 from stepsal.bridge.devices import devices_of, free_bytes
-from stepsal.saliency.streamed import LOGITS
+from stepsal.saliency.streamed import MAX_LOGITS
 
-_SMALL = 2**29  # bytes that nobody minds: patterns up to here are kept whole
-_ALL_KEPT = 3 * 2**29  # bytes of activations up to which a CPU keeps those of all layers,
-_KEPT = 2**28  # and, where all are more than that, of how many
-_BLOCK = 2**25  # bytes of the blocks of attention on a CPU: rows enough for its matrix products, and near its caches
-_BLOCK_CUDA = 2**30
+FLOAT32 = 4
+"""Bytes of a float32 number, in which softmaxes, losses and maps are computed whatever the dtype of the model."""
+
+# --- when to keep what
+_SMALL_PATTERNS = 2**29  # bytes up to which "auto" keeps whole patterns, which is faster on short traces
+_ALL_LAYERS_KEPT = 3 * 2**29  # bytes of activations up to which a CPU keeps those of all layers: no recomputation
+_SOME_LAYERS_KEPT = 2**28  # bytes of activations that it keeps where those of all layers are more than that
+_SHARE_FOR_ALL_LAYERS = 4  # and never more than one part in so many of what is free
+_SHARE_FOR_LAYERS_CUDA = 2  # a GPU, on which nothing else runs, keeps as many layers as fit one part in so many
+
+# --- blocks of attention in the streamed engine
+_BLOCK = 2**25  # bytes of a block on a CPU: rows enough for its matrix products, and near its caches
+_BLOCK_CUDA = 2**30  # on a GPU: fewer and larger kernels
+_SHARE_FOR_BLOCKS = 8  # a block takes at most one part in so many of what is free
+_FEWEST_ROWS = 16  # below, matrix products are mostly overhead
+_MOST_ROWS = 128  # above, a CPU gains nothing
+_MOST_ROWS_CUDA = 1024
+
+# --- what is held at once, in tensors of the size that is named
+_BLOCK_BUFFERS = 4  # [group, row, key]: scores, pattern, the slope of a soft-cap, |A * dA|
+_PATTERN_GRADIENTS = (
+    4  # [head, query_pos, key_pos] in float32: gradients of pattern and scores, A * dA, and one in passing
+)
+_LOGIT_COPIES = 4  # [pos, d_vocab]: logits, their float32 copy, log-softmax, gradient
+_NORM_COPIES = 6  # [pos, d_model] in float32: of each of two norms the input, its square, and the normalised input
+_ROTATIONS = 2  # [pos, q and k and v]: as projected, and with norms and rotary embeddings applied
+_MLP_TENSORS = 3  # [pos, d_mlp] of each expert in use: gate, its activation, up
+_MLP_WIDTH = 4  # d_mlp / d_model where a model does not tell d_mlp
+_STREAM_GRADIENTS = 4  # [pos, d_model]: the residual stream of a layer that is computed again, and its gradients
+_ATTENTION_GRADIENTS = 2  # [pos, q and k and v and z] in float32: wide copies, and their gradients
+_MAP_COPIES = 2  # [query_step, key_step] of each map: block sums, and the reduced map
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which engine, with which settings, at which cost.
+    """An engine with its settings, and what it costs.
 
     Attributes:
+        engine: "pattern" or "streamed".
         n_rows: query rows per block of the streamed engine.
         n_kept: its layers, from the top, whose activations are kept instead of computed again.
-        n_bytes: estimate of the peak, the model left out.
+        n_bytes: estimate of the peak, the model itself left out.
     """
 
     engine: Literal["pattern", "streamed"]
@@ -56,98 +86,160 @@ def plan(
     "auto" keeps patterns whole as long as that is a small matter, and streams otherwise.
 
     Args:
+        model: the model.
+        n_tokens: length of the trace.
+        n_steps: its number of steps.
+        engine: what the caller asks for.
+        layers: indices of the layers to map, ascending.
+        keep_heads: keep the map of every head.
+        keep_tokens: keep the token map of every layer.
         only_pattern: why the trace can't be streamed, if it can't.
         forward_only: there is no backward pass to keep anything for.
 
     Raises:
         ValueError: engine="streamed" where only patterns will do.
         MemoryError: what the engine needs is not free.
+
+    Example:
+        >>> layers = tuple(range(8))
+        >>> plan(stepsal.load("mini"), 100, 9, engine="auto", layers=layers, keep_heads=False, keep_tokens=False,
+        ...      only_pattern=None).engine
+        'pattern'
     """
-    sizes = _Sizes(model, n_tokens, n_steps, layers, keep_heads, keep_tokens, forward_only)
-    free = sum(map(free_bytes, devices_of(model)))  # of several, each has its layers
     if engine == "streamed" and only_pattern:
         raise ValueError(f'{only_pattern}: use engine="pattern"')
-    patterns, streamed = Plan("pattern", 0, 0, sizes.patterns()), sizes.streamed(free)
+    free = sum(map(free_bytes, devices_of(model)))  # of several devices, each has its layers
+    widths, n_layers = _Widths.of(model), model.cfg.n_layers - layers[0]  # nothing below the lowest layer is kept
+    maps = _map_bytes(widths, n_tokens, n_steps, len(layers), keep_heads=keep_heads, keep_tokens=keep_tokens)
+    patterns = Plan("pattern", 0, 0, maps + _pattern_bytes(widths, n_tokens, n_layers, forward_only=forward_only))
+    streamed = _streamed_plan(widths, n_tokens, n_layers, maps, free, forward_only=forward_only)
     if engine == "auto":
-        engine = "pattern" if only_pattern or patterns.n_bytes <= min(_SMALL, free) else "streamed"
+        engine = "pattern" if only_pattern or patterns.n_bytes <= min(_SMALL_PATTERNS, free) else "streamed"
     chosen = patterns if engine == "pattern" else streamed
     if chosen.n_bytes > free:
-        rest = (
+        remedy = (
             "read a shorter trace, or fewer layers"
             if engine == "streamed" or only_pattern
             else f'use engine="streamed", which needs about {streamed.n_bytes / 1e9:.1f} GB'
         )
         raise MemoryError(
             f"the map of {n_tokens} tokens needs about {chosen.n_bytes / 1e9:.1f} GB with engine={engine!r}"
-            f"{f' ({only_pattern})' if only_pattern else ''}, but {free / 1e9:.1f} GB are free: {rest}"
+            f"{f' ({only_pattern})' if only_pattern else ''}, but {free / 1e9:.1f} GB are free: {remedy}"
         )
     return chosen
 
 
 def least_bytes(model: TransformerBridge, n_tokens: int, n_steps: int) -> tuple[int, int]:
-    """What the streamed and the pattern engine need for the maps of all layers, whatever is free.
+    """Return what the streamed and the pattern engine need for the maps of all layers, whatever is free.
 
-    The model may be a blueprint, without weights.
+    Args:
+        model: the model; it may be a blueprint, without weights.
+        n_tokens: length of the trace.
+        n_steps: its number of steps.
     """
-    sizes = _Sizes(model, n_tokens, n_steps, tuple(range(model.cfg.n_layers)), False, False, False)
-    return sizes.streamed(0).n_bytes, sizes.patterns()
+    widths, n_layers = _Widths.of(model), model.cfg.n_layers
+    maps = _map_bytes(widths, n_tokens, n_steps, n_layers, keep_heads=False, keep_tokens=False)
+    streamed = _streamed_plan(widths, n_tokens, n_layers, maps, free=0, forward_only=False)
+    return streamed.n_bytes, maps + _pattern_bytes(widths, n_tokens, n_layers, forward_only=False)
 
 
-class _Sizes:
-    """Sizes in bytes of what the engines hold."""
+@dataclass(frozen=True)
+class _Widths:
+    """Sizes of a model that its activations go by.
 
-    def __init__(
-        self,
-        model: TransformerBridge,
-        n_tokens: int,
-        n_steps: int,
-        layers: tuple[int, ...],
-        keep_heads: bool,
-        keep_tokens: bool,
-        forward_only: bool,
-    ) -> None:
+    Attributes:
+        on_cuda: the model is on a GPU.
+        item: bytes of a parameter.
+        d_model, d_vocab, n_heads, n_kv_heads: of the model.
+        qkv: width of q, k and v together.
+        z: width of the attention output before W_O.
+        pair: bytes that are kept of each pair of positions in each head.
+        token: bytes that a layer keeps of each token for its backward pass, patterns left out.
+    """
+
+    on_cuda: bool
+    item: int
+    d_model: int
+    d_vocab: int
+    n_heads: int
+    n_kv_heads: int
+    qkv: int
+    z: int
+    pair: int
+    token: int
+
+    @classmethod
+    def of(cls, model: TransformerBridge) -> _Widths:
         cfg, parameter = model.cfg, next(model.parameters())
-        self.cuda = parameter.device.type == "cuda"
-        self.n_tokens, self.item, self.forward_only = n_tokens, parameter.element_size(), forward_only
-        self.n_layers, self.d_model, self.d_vocab = cfg.n_layers - layers[0], cfg.d_model, cfg.d_vocab
-        self.n_heads, self.n_kv_heads = cfg.n_heads, cfg.n_key_value_heads or cfg.n_heads
-        d_head = cfg.d_head
-        # softmax in float32, its copy in the dtype of the model, the tanh of a soft-cap
-        self.pair = 4 + (self.item if self.item != 4 else 0) + (self.item if attention_of(model, 0).softcap else 0)
-        self.qkv = (self.n_heads + 2 * self.n_kv_heads) * d_head
-        self.z = self.n_heads * d_head
-        experts = getattr(cfg, "experts_per_token", None) or 1
-        norms = 6 * self.d_model * max(1, 4 // self.item)  # of float32 copies
-        # what a layer keeps for its backward pass, of each token
-        self.layer = (
-            norms * self.item + (2 * self.qkv + self.z + 3 * (cfg.d_mlp or 4 * self.d_model) * experts) * self.item
+        item, n_kv_heads = parameter.element_size(), cfg.n_key_value_heads or cfg.n_heads
+        qkv, z = (cfg.n_heads + 2 * n_kv_heads) * cfg.d_head, cfg.n_heads * cfg.d_head
+        norms = _NORM_COPIES * cfg.d_model * max(FLOAT32, item)
+        n_experts = getattr(cfg, "experts_per_token", None) or 1
+        mlp = _MLP_TENSORS * (cfg.d_mlp or _MLP_WIDTH * cfg.d_model) * n_experts
+        copy_of_softmax = item if item != FLOAT32 else 0  # in the dtype of the model
+        tanh_of_softcap = item if attention_of(model, 0).softcap else 0
+        return cls(
+            on_cuda=parameter.device.type == "cuda",
+            item=item,
+            d_model=cfg.d_model,
+            d_vocab=cfg.d_vocab,
+            n_heads=cfg.n_heads,
+            n_kv_heads=n_kv_heads,
+            qkv=qkv,
+            z=z,
+            pair=FLOAT32 + copy_of_softmax + tanh_of_softcap,
+            token=norms + (_ROTATIONS * qkv + z + mlp) * item,
         )
-        n_maps = len(layers) * (1 + keep_heads * self.n_heads)
-        self.maps = 4 * (2 * n_maps * n_steps**2 + keep_tokens * len(layers) * n_tokens**2)
 
-    def patterns(self) -> int:
-        kept = self.n_layers * (self.n_heads * self.n_tokens**2 * self.pair + self.layer * self.n_tokens)
-        passing = 4 * self.n_heads * self.n_tokens**2 * 4  # gradients of pattern and scores, the product
-        if self.forward_only:  # one layer at a time, and no logits but the last
-            return passing + self.layer * self.n_tokens + self.maps
-        logits = 4 * self.n_tokens * self.d_vocab * 4
-        return kept + max(passing, logits) + self.maps
 
-    def streamed(self, free: int) -> Plan:
-        # four buffers [group, row, key] and the sum over the group
-        row = 4 * (4 * self.n_heads // self.n_kv_heads + 1) * self.n_tokens
-        budget = min(_BLOCK_CUDA if self.cuda else _BLOCK, free // 8)
-        n_rows = max(16, min(1024 if self.cuda else 128, budget // row))
-        n_rows = min(n_rows, self.n_tokens)
-        kept_layer = self.layer * self.n_tokens
-        checkpoint = (self.d_model + self.z) * self.item * self.n_tokens
-        passing = kept_layer + self.n_tokens * (2 * (self.qkv + self.z) * 4 + 4 * self.d_model * self.item)
-        logits = 4 * 4 * min(LOGITS, self.n_tokens * self.d_vocab)
-        n_bytes = max(passing, logits) + n_rows * row + self.maps
-        if self.forward_only:
-            return Plan("streamed", int(n_rows), 0, int(n_bytes))
-        n_bytes += self.n_layers * checkpoint  # with all layers checkpointed; some can be kept if there is room
-        few = _ALL_KEPT if self.n_layers * kept_layer <= min(_ALL_KEPT, free // 4) else _KEPT
-        room = free // 2 - n_bytes if self.cuda else min(few, free // 4, free - n_bytes)
-        n_kept = max(0, min(self.n_layers, int(room // kept_layer)))
-        return Plan("streamed", int(n_rows), n_kept, int(n_bytes + n_kept * (kept_layer - checkpoint)))
+def _map_bytes(
+    widths: _Widths, n_tokens: int, n_steps: int, n_layers: int, *, keep_heads: bool, keep_tokens: bool
+) -> int:
+    """Return the size of the results."""
+    n_maps = n_layers * (1 + keep_heads * widths.n_heads)
+    return FLOAT32 * (_MAP_COPIES * n_maps * n_steps**2 + keep_tokens * n_layers * n_tokens**2)
+
+
+def _pattern_bytes(widths: _Widths, n_tokens: int, n_layers: int, *, forward_only: bool) -> int:
+    """Return what the pattern engine holds at its peak, maps left out."""
+    n_pairs = widths.n_heads * n_tokens**2
+    passing = _PATTERN_GRADIENTS * n_pairs * FLOAT32
+    if forward_only:  # one layer at a time, and no logits but the last
+        return passing + widths.token * n_tokens
+    kept = n_layers * (n_pairs * widths.pair + widths.token * n_tokens)
+    logits = _LOGIT_COPIES * n_tokens * widths.d_vocab * FLOAT32
+    return kept + max(passing, logits)
+
+
+def _streamed_plan(widths: _Widths, n_tokens: int, n_layers: int, maps: int, free: int, *, forward_only: bool) -> Plan:
+    """Return rows per block and kept layers of the streamed engine for the memory that is free, and its peak."""
+    n_rows, row = _block_rows(widths, n_tokens, free)
+    layer = widths.token * n_tokens
+    checkpoint = (widths.d_model + widths.z) * widths.item * n_tokens  # input and z
+    attention = _ATTENTION_GRADIENTS * (widths.qkv + widths.z) * FLOAT32 * n_tokens
+    passing = layer + attention + _STREAM_GRADIENTS * widths.d_model * widths.item * n_tokens
+    logits = _LOGIT_COPIES * FLOAT32 * min(MAX_LOGITS, n_tokens * widths.d_vocab)
+    n_bytes = max(passing, logits) + n_rows * row + maps
+    if forward_only:
+        return Plan("streamed", n_rows, 0, n_bytes)
+    n_bytes += n_layers * checkpoint  # with all layers checkpointed; some can be kept if there is room
+    room = _room_for_layers(widths, n_layers * layer, n_bytes, free)
+    n_kept = max(0, min(n_layers, room // layer))
+    return Plan("streamed", n_rows, n_kept, n_bytes + n_kept * (layer - checkpoint))
+
+
+def _block_rows(widths: _Widths, n_tokens: int, free: int) -> tuple[int, int]:
+    """Return the query rows of a block, and the bytes of a row: its buffers and their sum over the group."""
+    row = FLOAT32 * (_BLOCK_BUFFERS * widths.n_heads // widths.n_kv_heads + 1) * n_tokens
+    block = min(_BLOCK_CUDA if widths.on_cuda else _BLOCK, free // _SHARE_FOR_BLOCKS)
+    most = _MOST_ROWS_CUDA if widths.on_cuda else _MOST_ROWS
+    return min(n_tokens, max(_FEWEST_ROWS, min(most, block // row))), row
+
+
+def _room_for_layers(widths: _Widths, all_layers: int, n_bytes: int, free: int) -> int:
+    """Return the bytes of activations to keep instead of computing them again; below zero where nothing is left."""
+    if widths.on_cuda:
+        return free // _SHARE_FOR_LAYERS_CUDA - n_bytes
+    share = free // _SHARE_FOR_ALL_LAYERS
+    few = _ALL_LAYERS_KEPT if all_layers <= min(_ALL_LAYERS_KEPT, share) else _SOME_LAYERS_KEPT
+    return min(few, share, free - n_bytes)

@@ -17,7 +17,6 @@ flows through s as ever, since a query is used at its own position only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -26,27 +25,35 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from stepsal.bridge.attention import attention_of
-from stepsal.bridge.hooks import attention_hooks
-
-Hook = Callable[..., Tensor | None]
+from stepsal.bridge.hooks import Hook, attention_hooks
 
 
 class OwnPositionHooks(NamedTuple):
-    """(hook point, hook) pairs, by where they stand among the hooks of others at the same point."""
+    """Pairs of hook point and hook, by where they stand among the hooks of others at the same point.
 
-    first: list[tuple[str, Hook]]  # on what the attention gave, before others edit it
-    last: list[tuple[str, Hook]]  # on what the attention gets, as others have edited it
+    Attributes:
+        first: hooks on what the attention gave, before others edit it.
+        last: hooks on what the attention gets, as others have edited it.
+    """
+
+    first: list[tuple[str, Hook]]
+    last: list[tuple[str, Hook]]
 
 
 def own_position_hooks(model: TransformerBridge, layer: int) -> OwnPositionHooks:
-    """Forward hooks that keep, in one layer, only the gradient that stays at its own position.
+    """Make forward hooks that keep, in one layer, only the gradient that stays at its own position.
 
     Args:
-        model: any model that `stepsal.bridge.check_model` accepts.
+        model: any model that `stepsal.bridge.hooks.check_model` accepts.
         layer: layer index.
 
     Returns:
         Forward hooks. They hold the activations of one forward pass.
+
+    Example:
+        >>> hooks = own_position_hooks(stepsal.load("mini"), 3)
+        >>> [name for name, _ in hooks.first]
+        ['blocks.3.attn.hook_attn_scores', 'blocks.3.attn.o.hook_in']
     """
     names = attention_hooks(layer)
     attention = attention_of(model, layer)

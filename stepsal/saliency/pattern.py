@@ -17,126 +17,123 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from stepsal.bridge.hooks import attention_hooks, first_hooks_on
+from stepsal.bridge.gradients import differentiable
+from stepsal.bridge.hooks import Hook, attention_hooks, first_hooks_on
 from stepsal.maps.pooling import pool_steps
-from stepsal.saliency.common import PooledMaps, check_finite, differentiable
-from stepsal.saliency.own_position import Hook, own_position_hooks
-
-
-class _Pool:
-    """Pooled maps of layers, in whatever order they come."""
-
-    def __init__(
-        self,
-        step_ids: Int[Tensor, " pos"],
-        n_steps: int,
-        keep_heads: bool,
-        keep_tokens: bool,
-        on_layer: Callable[[], object],
-    ) -> None:
-        self.step_ids, self.n_steps = step_ids, n_steps
-        self.keep_heads, self.keep_tokens, self.on_layer = keep_heads, keep_tokens, on_layer
-        self.sums: dict[int, Tensor] = {}
-        self.head_sums: dict[int, Tensor] = {}
-        self.tokens: dict[int, Tensor] = {}
-
-    def add(self, layer: int, maps: Float[Tensor, "head query_pos key_pos"]) -> None:
-        """Mean over heads, sum over step blocks.
-
-        Raises:
-            FloatingPointError: NaN or inf.
-        """
-        if self.keep_heads:
-            self.head_sums[layer] = pool_steps(maps, self.step_ids, self.n_steps).cpu()
-        mean = maps.mean(0)
-        self.sums[layer] = pool_steps(mean, self.step_ids, self.n_steps).cpu()
-        if self.keep_tokens:
-            self.tokens[layer] = mean.cpu()
-        check_finite(layer, self.sums[layer])
-        self.on_layer()
-
-    def result(self, layers: tuple[int, ...]) -> PooledMaps:
-        kept = (torch.stack([m[layer] for layer in layers]) if m else None for m in (self.head_sums, self.tokens))
-        return PooledMaps(torch.stack([self.sums[layer] for layer in layers]), *kept)
+from stepsal.saliency.own_position import own_position_hooks
+from stepsal.saliency.request import MapRequest, PooledMaps, check_finite
 
 
 def pattern_maps(
-    model: TransformerBridge,
-    tokens: Int[Tensor, " pos"],
-    step_ids: Int[Tensor, " pos"],
-    n_steps: int,
-    *,
-    layers: tuple[int, ...],
-    target: str,
-    keep_heads: bool = False,
-    keep_tokens: bool = False,
-    on_layer: Callable[[], object] = lambda: None,
+    model: TransformerBridge, request: MapRequest, *, on_layer: Callable[[], object] = lambda: None
 ) -> PooledMaps:
-    """Sum |A * dL/dA| over step blocks in every layer of `layers`; see `stepsal.step_saliency` for the meaning.
+    """Sum |A * dL/dA| over step blocks in every requested layer, from whole patterns.
 
     Args:
-        target: "token", "sequence", or "attention" for A alone.
+        model: any model that `stepsal.bridge.hooks.check_model` accepts.
+        request: the trace, and which maps of it.
         on_layer: called whenever a layer has been pooled.
 
     Raises:
         FloatingPointError: NaN or inf in the map of a layer.
     """
-    device = next(model.parameters()).device
-    pool = _Pool(step_ids.to(device), n_steps, keep_heads, keep_tokens, on_layer)
-    if target == "attention":
-        _forward(model, tokens.to(device), layers, pool)
-        return pool.result(layers)
+    pool = _Pool(request, next(model.parameters()).device, on_layer)
+    if request.target == "attention":
+        _read(model, request, pool)
+    else:
+        _differentiate(model, request, pool)
+    return pool.maps()
 
-    def capture(layer: int) -> Hook:
-        def hook(pattern: Tensor, hook: HookPoint) -> Tensor | None:  # [batch=1, head, query_pos, key_pos]
-            first = layer == layers[0]
-            if first:  # the graph starts here
-                pattern = pattern.detach().requires_grad_()
-            a = pattern.detach()
 
-            def multiply(gradient: Tensor) -> None:
-                pool.add(layer, (a[0].float() * gradient[0].float()).abs_())  # [head, query_pos, key_pos]
+class _Pool:
+    """The pooled maps of layers, in whatever order they come."""
 
-            pattern.register_hook(multiply)
-            return pattern if first else None
+    def __init__(self, request: MapRequest, device: torch.device, on_layer: Callable[[], object]) -> None:
+        self._request, self._on_layer = request, on_layer
+        self._step_ids = request.step_ids.to(device)
+        self._sums: dict[int, Tensor] = {}
+        self._head_sums: dict[int, Tensor] = {}
+        self._tokens: dict[int, Tensor] = {}
 
-        return hook
+    def add(self, layer: int, token_maps: Float[Tensor, "head query_pos key_pos"]) -> None:
+        """Take the mean over heads and the sums over step blocks.
 
+        Raises:
+            FloatingPointError: NaN or inf.
+        """
+        n_steps, mean = self._request.n_steps, token_maps.mean(0)
+        self._sums[layer] = pool_steps(mean, self._step_ids, n_steps).cpu()
+        if self._request.keep_heads:
+            self._head_sums[layer] = pool_steps(token_maps, self._step_ids, n_steps).cpu()
+        if self._request.keep_tokens:
+            self._tokens[layer] = mean.cpu()
+        check_finite(layer, self._sums[layer])
+        self._on_layer()
+
+    def maps(self) -> PooledMaps:
+        sums, head_sums, tokens = (
+            torch.stack([of_layer[layer] for layer in self._request.layers]) if of_layer else None
+            for of_layer in (self._sums, self._head_sums, self._tokens)
+        )
+        assert sums is not None
+        return PooledMaps(sums, head_sums, tokens)
+
+
+def _differentiate(model: TransformerBridge, request: MapRequest, pool: _Pool) -> None:
+    """Pool |A * dL/dA| in one forward and one backward pass."""
+    lowest = request.layers[0]
     first_hooks: list[tuple[str, Hook]] = []
-    fwd_hooks: list[tuple[str, Hook]] = []
-    for layer in range(layers[0], model.cfg.n_layers):
-        if target == "token" and layer > layers[0]:  # in the lowest layer nothing but the pattern has a gradient
+    last_hooks: list[tuple[str, Hook]] = []
+    for layer in range(lowest, model.cfg.n_layers):
+        if request.target == "token" and layer > lowest:  # in the lowest layer nothing but the pattern has a gradient
             own = own_position_hooks(model, layer)
             first_hooks += own.first
-            fwd_hooks += own.last
-        if layer in layers:
-            fwd_hooks.append((attention_hooks(layer)["pattern"], capture(layer)))
-
-    with differentiable(model), first_hooks_on(model, first_hooks), model.hooks(fwd_hooks=fwd_hooks):
-        inputs = tokens.to(device)[None].clone()  # a copy made here is no inference tensor
-        logits = model(inputs, attention_mask=torch.ones_like(inputs), return_type="logits")
+            last_hooks += own.last
+        if layer in request.layers:
+            last_hooks.append((attention_hooks(layer)["pattern"], _multiplying(layer, pool, leaf=layer == lowest)))
+    tokens = request.tokens.to(next(model.parameters()).device)
+    with differentiable(model), first_hooks_on(model, first_hooks), model.hooks(fwd_hooks=last_hooks):
+        inputs = tokens[None].clone()  # a copy made here is no inference tensor
+        logits = model(inputs, attention_mask=torch.ones_like(inputs), return_type="logits")  # [batch=1, pos, d_vocab]
         loss = F.cross_entropy(logits[0, :-1].float(), inputs[0, 1:].to(logits.device), reduction="sum")
         loss.backward()
-    return pool.result(layers)
 
 
-def _forward(model: TransformerBridge, tokens: Int[Tensor, " pos"], layers: tuple[int, ...], pool: _Pool) -> None:
+def _multiplying(layer: int, pool: _Pool, *, leaf: bool) -> Hook:
+    """Make a hook on a pattern that pools |A * dL/dA| when the backward pass comes by; at a `leaf` the graph starts."""
+
+    def hook(pattern: Tensor, hook: HookPoint) -> Tensor | None:  # [batch=1, head, query_pos, key_pos]
+        if leaf:
+            pattern = pattern.detach().requires_grad_()
+        a = pattern.detach()
+
+        def multiply(gradient: Tensor) -> None:
+            pool.add(layer, (a[0].float() * gradient[0].float()).abs_())  # [head, query_pos, key_pos]
+
+        pattern.register_hook(multiply)
+        return pattern if leaf else None
+
+    return hook
+
+
+def _read(model: TransformerBridge, request: MapRequest, pool: _Pool) -> None:
     """Pool the patterns of a forward pass, one after the other."""
 
-    def capture(layer: int) -> Hook:
+    def pooling(layer: int) -> Hook:
         def hook(pattern: Tensor, hook: HookPoint) -> None:  # [batch=1, head, query_pos, key_pos]
             pool.add(layer, pattern[0].float())
 
         return hook
 
-    def last(x: Tensor, hook: HookPoint) -> Tensor:  # [batch=1, pos, d_model]; nobody wants the logits
+    def keep_last(x: Tensor, hook: HookPoint) -> Tensor:  # [batch=1, pos, d_model]; the logits are not used
         return x[:, -1:]
 
-    fwd_hooks = [(attention_hooks(layer)["pattern"], capture(layer)) for layer in layers]
-    with differentiable(model), torch.no_grad(), model.hooks(fwd_hooks=[*fwd_hooks, ("unembed.hook_in", last)]):
-        model(tokens[None], attention_mask=torch.ones_like(tokens)[None], return_type="logits")
+    hooks: list[tuple[str, Hook]] = [(attention_hooks(layer)["pattern"], pooling(layer)) for layer in request.layers]
+    tokens = request.tokens.to(next(model.parameters()).device)[None]
+    with differentiable(model), torch.no_grad(), model.hooks(fwd_hooks=[*hooks, ("unembed.hook_in", keep_last)]):
+        model(tokens, attention_mask=torch.ones_like(tokens), return_type="logits")

@@ -5,7 +5,7 @@ The bridge's attention builds the pattern of all positions, because it offers it
     attn.hook_rot_q        q is taken
     cache.update(k, v)     k and v are taken, as the attention uses them; it gets back the first key alone, so that its
                            own scores and pattern are [query_pos, 1]
-    attn.o.hook_in         z of the real attention takes the place of what came out of that (`attention.attend`)
+    attn.o.hook_in         z of the real attention takes the place of what came out of that (`blocks.attend`)
     unembed.hook_in        the last residual stream is taken, and one position goes on to the unembedding; the loss is
                            computed from it in chunks
 
@@ -15,7 +15,7 @@ patterns and logits, and backward hooks where tensors leave the bridge's own gra
 block run a second time when its layer is computed again, and have to give the same then.
 
 In the backward pass of a layer, A, dA and |A * dA| are recomputed block by block and pooled at once
-(`attention.attend_backward`). Layers are checkpointed: their input and z are kept, and the rest is computed again when
+(`blocks.attend_backward`). Layers are checkpointed: their input and z are kept, and the rest is computed again when
 its turn comes, without the attention, which is the part that grows with the square. As many layers as memory allows are
 not (`n_kept`).
 
@@ -30,7 +30,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -41,17 +41,89 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
 
-from stepsal.bridge.attention import attention_of, unembed, unknown_layer_type
-from stepsal.bridge.hooks import attention_hooks, first_hooks_on
+from stepsal.bridge.attention import Attention, attention_of, unembed, unknown_layer_type
+from stepsal.bridge.devices import freed_at_once
+from stepsal.bridge.gradients import differentiable
+from stepsal.bridge.hooks import Hook, attention_hooks, first_hooks_on
 from stepsal.maps.pooling import StepSums
 from stepsal.saliency.blocks import Block, Visit, Workspace, attend, attend_backward, wide
-from stepsal.saliency.common import PooledMaps, check_finite, differentiable, freed_at_once
+from stepsal.saliency.request import MapRequest, PooledMaps, check_finite
 
-LOGITS = 2**23  # elements of the largest [chunk, d_vocab] tensor
+MAX_LOGITS = 2**23
+"""Elements of the largest [chunk, d_vocab] tensor: 32 MB in float32."""
+_MATMUL_ERROR = 1e-3  # of |q| |k|: what a product in reduced precision (TF32, bfloat16) may be off by
+_ROUNDINGS = 8  # roundings, of one epsilon each, between a product and the model's own number
+
+
+def streamed_maps(
+    model: TransformerBridge,
+    request: MapRequest,
+    *,
+    n_rows: int = 128,
+    n_kept: int = 0,
+    workspace: Workspace | None = None,
+    on_layer: Callable[[], object] = lambda: None,
+) -> PooledMaps:
+    """Sum |A * dL/dA| over step blocks in every requested layer, without ever holding a whole pattern.
+
+    Args:
+        model: any model that `stepsal.bridge.hooks.check_model` accepts.
+        request: the trace, and which maps of it; token maps can't be had here.
+        n_rows: query rows per block.
+        n_kept: layers, from the top, that are not checkpointed.
+        workspace: buffers to use again for the next trace.
+        on_layer: called whenever a layer has been pooled.
+
+    Raises:
+        ValueError: a model, hooks or a request that the engine can't serve; see `why_not`.
+        FloatingPointError: NaN or inf in the map of a layer.
+    """
+    if request.keep_tokens:
+        raise ValueError('token maps are whole: use engine="pattern"')
+    streamed = StreamedPass(
+        model, request, n_rows=n_rows, n_kept=n_kept, workspace=workspace or Workspace(), on_layer=on_layer
+    )
+    with streamed.hooked():
+        tokens = request.tokens.to(next(model.parameters()).device).clone()  # a copy made here is no inference tensor
+        if request.target == "attention":
+            with torch.no_grad():
+                streamed.forward(tokens)
+        else:
+            streamed.backward(tokens, streamed.forward(tokens))
+    maps = torch.stack([streamed.sums[layer] for layer in request.layers])
+    return PooledMaps(maps.mean(1), head_sums=maps) if request.keep_heads else PooledMaps(maps)
+
+
+def why_not(model: TransformerBridge) -> str | None:
+    """Return what keeps a model from being streamed, or None: layers of its own kind, or hooks that would be missed.
+
+    Args:
+        model: with the hooks that are on it now.
+
+    Example:
+        >>> why_not(stepsal.load("mini")) is None
+        True
+    """
+    if kind := unknown_layer_type(model):
+        return f"{model.cfg.model_name!r} has layers of type {kind!r}, which can't be streamed"
+    names, points = [attention_hooks(layer) for layer in range(model.cfg.n_layers)], model.hook_dict
+    unseen = [hooks[kind] for hooks in names for kind in ("scores", "pattern")] + ["unembed.hook_out"]
+    for name in unseen:
+        if points[name].fwd_hooks or points[name].bwd_hooks:
+            return f"there is a hook on {name}, which a streamed pass would not call with the whole of it"
+    for name in [hooks[kind] for hooks in names for kind in ("q", "z")] + ["unembed.hook_in"]:
+        if points[name].bwd_hooks:
+            return f"there is a backward hook on {name}, past which a streamed pass takes the gradient"
+    return None
 
 
 class StreamedPass:
-    """One forward and one backward pass over one trace; see `streamed_maps`.
+    """One forward and one backward pass over one trace; `forward` and `backward` are to be called inside `hooked`.
+
+    Args:
+        model: the model.
+        request: the trace, and which maps of it.
+        n_rows, n_kept, workspace, on_layer: see `streamed_maps`.
 
     Attributes:
         sums: layer -> block sums, filled in the backward pass; in the forward pass for target="attention".
@@ -60,30 +132,27 @@ class StreamedPass:
     def __init__(
         self,
         model: TransformerBridge,
-        step_ids: Int[Tensor, " pos"],
-        n_steps: int,
+        request: MapRequest,
         *,
-        layers: tuple[int, ...],
-        target: str,
-        keep_heads: bool = False,
-        n_rows: int = 128,
-        n_kept: int = 0,
-        workspace: Workspace | None = None,
-        on_layer: Callable[[], Any] = lambda: None,
+        n_rows: int,
+        n_kept: int,
+        workspace: Workspace,
+        on_layer: Callable[[], object],
     ) -> None:
-        self.model, self.step_ids, self.n_steps = model, step_ids, n_steps
-        self.layers, self.target, self.keep_heads = layers, target, keep_heads
-        self.n_rows, self.workspace, self.on_layer = n_rows, workspace or Workspace(), on_layer
-        n_layers = model.cfg.n_layers
-        self.checkpointed = range(layers[0], n_layers - n_kept) if target != "attention" else range(0)
+        self.model, self.request = model, request
+        self.n_rows, self.workspace, self.on_layer = n_rows, workspace, on_layer
+        self.lowest, n_layers = request.layers[0], model.cfg.n_layers
+        self.checkpointed = range(self.lowest, n_layers - n_kept) if request.target != "attention" else range(0)
         self.attentions = [attention_of(model, layer) for layer in range(n_layers)]
         self.sums: dict[int, Tensor] = {}
         self._q: dict[int, Tensor] = {}
         self._kv: dict[int, tuple[Tensor, Tensor]] = {}
         self._z: dict[int, Tensor] = {}  # of checkpointed layers, for the second time
 
+    # ------------------------------------------------------------------------------------------- the two passes
+
     def forward(self, tokens: Int[Tensor, " pos"]) -> Float[Tensor, "pos d_model"]:
-        """The residual stream before the unembedding; to be called, and differentiated, inside `hooked`."""
+        """Return the residual stream before the unembedding."""
         final: list[Tensor] = []
 
         def take(x: Tensor, hook: HookPoint) -> Tensor:  # [batch=1, pos, d_model]
@@ -109,7 +178,7 @@ class StreamedPass:
     def backward(self, tokens: Int[Tensor, " pos"], final: Float[Tensor, "pos d_model"]) -> None:
         """Differentiate the summed loss; every requested layer is pooled on the way."""
         gradient = torch.zeros_like(final)  # [pos, d_model]; the last position predicts nothing
-        size = max(1, LOGITS // self.model.cfg.d_vocab)
+        size = max(1, MAX_LOGITS // self.model.cfg.d_vocab)
         tokens = tokens.to(final.device)
         for first in range(0, len(tokens) - 1, size):
             x = final[first : min(first + size, len(tokens) - 1)].detach().requires_grad_()
@@ -119,51 +188,47 @@ class StreamedPass:
             del logits, loss
         final.backward(gradient)
 
+    # ------------------------------------------------------------------------------------- hooks and checkpoints
+
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """The hooks and checkpoints of the pass, gone at the end."""
+        """Put the hooks and checkpoints of the pass on the model, and take them off at the end."""
         if reason := why_not(self.model):
             raise ValueError(f'{reason}: use engine="pattern"')
-        n_layers, blocks = self.model.cfg.n_layers, self.model.blocks
+        gives: list[tuple[str, Hook]] = []
+        takes: list[tuple[str, Hook]] = []
+        for layer in range(self.model.cfg.n_layers):
+            names = attention_hooks(layer)
+            gives.append((names["z"], self._giving_z(layer)))
+            takes.append((names["q"], self._taking_query(layer)))
+            takes.append((names["scores"], self._checking(layer, "scores")))
+            takes.append((names["pattern"], self._checking(layer, "pattern")))
         with ExitStack() as stack:
             stack.enter_context(differentiable(self.model))
             stack.enter_context(freed_at_once(next(self.model.parameters()).device))
-            hooks: list[tuple[str, Callable[..., None]]] = []
-            for layer in range(n_layers):
-                names = attention_hooks(layer)
-                hooks.append((names["q"], self._take_query(layer)))  # after other hooks: what the attention gets
-                hooks.append((names["scores"], self._check_hook(layer, "scores")))
-                hooks.append((names["pattern"], self._check_hook(layer, "pattern")))
-            stack.enter_context(self.model.hooks(fwd_hooks=hooks))
-            given = [(attention_hooks(layer)["z"], self._attend_hook(layer)) for layer in range(n_layers)]
-            stack.enter_context(first_hooks_on(self.model, given))  # before other hooks: what it gives
+            stack.enter_context(self.model.hooks(fwd_hooks=takes))  # after other hooks: what the attention gets
+            stack.enter_context(first_hooks_on(self.model, gives))  # before other hooks: what it gives
             for layer in self.checkpointed:
-                stack.enter_context(_checkpointed(blocks[layer]))
+                stack.enter_context(_checkpointed(self.model.blocks[layer]))
             yield
 
-    def _take_query(self, layer: int) -> Callable[..., None]:
+    def _taking_query(self, layer: int) -> Hook:
         def hook(q: Tensor, hook: HookPoint) -> None:  # [batch=1, pos, head, d_head]
             self._q[layer] = q
 
         return hook
 
-    def _check_hook(self, layer: int, kind: str) -> Callable[..., None]:
-        """Hold what `attention_of` says against the model's own numbers, at the first key of every query."""
+    def _checking(self, layer: int, kind: Literal["scores", "pattern"]) -> Hook:
+        """Make a hook that holds `attention_of` against the model's own numbers, at the first key of every query."""
 
         def hook(x: Tensor, hook: HookPoint) -> None:  # scores or pattern [batch=1, head, pos, key=1]
-            attention, q, k = self.attentions[layer], wide(self._q[layer][0]), wide(self._kv[layer][0][0, :, :1])
-            eps = max(torch.finfo(x.dtype).eps, torch.finfo(self._q[layer].dtype).eps)
-            q, k = q.detach(), k.detach().repeat_interleave(q.shape[1] // len(k), dim=0).squeeze(1)  # k [head, d_head]
-            expected = attention.scale * torch.einsum("phd,hd->hp", q, k)
-            wrong = 1e-3 * attention.scale * q.norm(dim=-1).T * k.norm(dim=-1, keepdim=True)  # of the matrix product
-            if attention.softcap is not None:
-                expected = attention.softcap * torch.tanh(expected / attention.softcap)
-            wrong = wrong + 8 * eps * expected.abs()  # of rounding
-            if kind == "pattern":  # with one key, a sigmoid of the distance to the sink
-                sinks = -torch.inf if attention.sinks is None else wide(attention.sinks.detach())[:, None]
-                expected = torch.sigmoid(expected - sinks)
-                wrong = expected * (1 - expected) * wrong + 8 * eps * expected
-            if ((wide(x.detach()[0, ..., 0]) - expected).abs() > wrong).any():
+            q, k = (
+                self._q[layer][0].detach(),
+                self._kv[layer][0][0, :, 0].detach(),
+            )  # [pos, head, d_head], [kv_head, ..]
+            eps = max(torch.finfo(x.dtype).eps, torch.finfo(q.dtype).eps)
+            expected, tolerance = _at_first_key(self.attentions[layer], kind, wide(q), wide(k), eps)
+            if ((wide(x.detach()[0, ..., 0]) - expected).abs() > tolerance).any():
                 raise ValueError(
                     f"layer {layer} of {self.model.cfg.model_name!r} computes its {kind} in a way that the streamed "
                     'engine does not know: use engine="pattern"'
@@ -171,22 +236,25 @@ class StreamedPass:
 
         return hook
 
-    def _attend_hook(self, layer: int) -> Callable[..., Tensor]:
+    def _giving_z(self, layer: int) -> Hook:
         def hook(z: Tensor, hook: HookPoint) -> Tensor:  # [batch=1, pos, head, d_head]
             q, (k, v) = self._q.pop(layer)[0].transpose(0, 1), self._kv.pop(layer)
             k, v = k[0], v[0]  # [kv_head, pos, d_head]
-            if layer == self.layers[0]:  # the graph starts here
+            if layer == self.lowest:  # the graph starts here
                 q, k, v = q.detach().requires_grad_(), k.detach(), v.detach()
             real: Tensor = _Attend.apply(q, k, v, self, layer)  # type: ignore[no-untyped-call]
             return real.transpose(0, 1)[None].to(z.dtype)
 
         return hook
 
+    # ------------------------------------------------------------------------------------------ attention, pooled
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return z of a layer; of one that is computed again, what it was the first time."""
         if layer in self._z:
             return self._z.pop(layer)
         attention = self.attentions[layer]
-        if self.target == "attention":
+        if self.request.target == "attention":
             with self._pooled(layer, q) as visit:
                 return attend(q, k, v, attention, self.n_rows, self.workspace, visit)
         z = attend(q, k, v, attention, self.n_rows, self.workspace)
@@ -195,32 +263,55 @@ class StreamedPass:
         return z
 
     def attend_backward(self, layer: int, q: Tensor, k: Tensor, v: Tensor, dz: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of q, k and v, of which the lowest layer needs none."""
         with self._pooled(layer, q) as visit:
             gradients = attend_backward(
                 q, k, v, dz, self.attentions[layer], self.n_rows, self.workspace,
-                own_position=self.target == "token", differentiate=layer != self.layers[0], visit=visit,
+                own_position=self.request.target == "token", differentiate=layer != self.lowest, visit=visit,
             )  # fmt: skip
         return gradients or (None, None, None)
 
     @contextmanager
     def _pooled(self, layer: int, q: Tensor) -> Iterator[Visit | None]:
-        """What sums the blocks of a layer over steps, and puts its map away at the end; None if nobody asked for it."""
-        if layer not in self.layers:
+        """Give what sums the blocks of a layer over steps; the map is put away at the end. None without a request."""
+        if layer not in self.request.layers:
             yield None
             return
-        pool = StepSums(self.step_ids.to(q.device), self.n_steps, batch=(len(q),) if self.keep_heads else ())
+        step_ids, keep_heads = self.request.step_ids.to(q.device), self.request.keep_heads
+        pool = StepSums(step_ids, self.request.n_steps, batch=(len(q),) if keep_heads else ())
 
         def visit(product: Tensor, block: Block, group: slice) -> None:  # [head, row, key]
             size = torch.abs(product, out=self.workspace.take("size", product, *product.shape))
-            if self.keep_heads:
+            if keep_heads:
                 pool.add(size, block.first, block.first_key, group)
             else:
                 pool.add(size.sum(0), block.first, block.first_key)
 
         yield visit
-        self.sums[layer] = (pool.sums if self.keep_heads else pool.sums / len(q)).cpu()
+        self.sums[layer] = (pool.sums if keep_heads else pool.sums / len(q)).cpu()
         check_finite(layer, self.sums[layer])
         self.on_layer()
+
+
+def _at_first_key(
+    attention: Attention,
+    kind: Literal["scores", "pattern"],
+    q: Float[Tensor, "pos head d_head"],
+    k: Float[Tensor, "kv_head d_head"],
+    eps: float,
+) -> tuple[Float[Tensor, "head pos"], Float[Tensor, "head pos"]]:
+    """Compute scores or pattern where the first key is the only one, and how far off the model's may be."""
+    k = k.repeat_interleave(q.shape[1] // len(k), dim=0)  # [head, d_head]
+    scores = attention.scale * torch.einsum("phd,hd->hp", q, k)
+    tolerance = _MATMUL_ERROR * attention.scale * q.norm(dim=-1).T * k.norm(dim=-1, keepdim=True)
+    if attention.softcap is not None:
+        scores = attention.softcap * torch.tanh(scores / attention.softcap)
+    tolerance = tolerance + _ROUNDINGS * eps * scores.abs()
+    if kind == "scores":
+        return scores, tolerance
+    sinks = -torch.inf if attention.sinks is None else wide(attention.sinks.detach())[:, None]
+    pattern = torch.sigmoid(scores - sinks)  # a softmax over one key and the sink
+    return pattern, pattern * (1 - pattern) * tolerance + _ROUNDINGS * eps * pattern
 
 
 class _Attend(torch.autograd.Function):
@@ -238,16 +329,16 @@ class _Attend(torch.autograd.Function):
 
 
 class _KeysAndValues(DynamicCache):
-    """A cache that keeps the keys and values of each layer elsewhere, and gives back the first position alone."""
+    """A cache that puts keys and values of each layer into a dictionary, and gives back those of the first position."""
 
-    def __init__(self, taken: dict[int, tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, keys_and_values: dict[int, tuple[Tensor, Tensor]]) -> None:
         super().__init__()
-        self._taken = taken
+        self._keys_and_values = keys_and_values
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        self._taken[layer_idx] = (key_states, value_states)  # [batch, kv_head, pos, d_head]
+        self._keys_and_values[layer_idx] = (key_states, value_states)  # [batch, kv_head, pos, d_head]
         return key_states[:, :, :1], value_states[:, :, :1]
 
 
@@ -257,7 +348,7 @@ def _checkpointed(block: torch.nn.Module) -> Iterator[None]:
     own, forward = block.__dict__.get("forward"), block.forward
 
     def on_a_copy(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return forward(x.clone(), *args, **kwargs)  # a hook may edit its input in place, and it is needed again
+        return forward(x.clone(), *args, **kwargs)  # a hook may edit the input in place, which is needed again
 
     block.__dict__["forward"] = partial(checkpoint, on_a_copy, use_reentrant=False)
     try:
@@ -266,60 +357,3 @@ def _checkpointed(block: torch.nn.Module) -> Iterator[None]:
         del block.__dict__["forward"]
         if own is not None:
             block.__dict__["forward"] = own
-
-
-def why_not(model: TransformerBridge) -> str | None:
-    """What keeps a model from being streamed: hooks that would not see what they were made for, or its own ways."""
-    if kind := unknown_layer_type(model):
-        return f"{model.cfg.model_name!r} has layers of type {kind!r}, which can't be streamed"
-    names, points = [attention_hooks(layer) for layer in range(model.cfg.n_layers)], model.hook_dict
-    unseen = [hooks[kind] for hooks in names for kind in ("scores", "pattern")] + ["unembed.hook_out"]
-    for name in unseen:
-        if points[name].fwd_hooks or points[name].bwd_hooks:
-            return f"there is a hook on {name}, which a streamed pass would not call with the whole of it"
-    for name in [hooks[kind] for hooks in names for kind in ("q", "z")] + ["unembed.hook_in"]:
-        if points[name].bwd_hooks:
-            return f"there is a backward hook on {name}, past which a streamed pass takes the gradient"
-    return None
-
-
-def streamed_maps(
-    model: TransformerBridge,
-    tokens: Int[Tensor, " pos"],
-    step_ids: Int[Tensor, " pos"],
-    n_steps: int,
-    *,
-    layers: tuple[int, ...],
-    target: str,
-    keep_heads: bool = False,
-    n_rows: int = 128,
-    n_kept: int = 0,
-    workspace: Workspace | None = None,
-    on_layer: Callable[[], object] = lambda: None,
-) -> PooledMaps:
-    """Sum |A * dL/dA| over step blocks in every layer of `layers`; see `stepsal.step_saliency` for the meaning.
-
-    Args:
-        target: "token", "sequence", or "attention" for A alone, without a backward pass.
-        n_rows: query rows per block.
-        n_kept: layers, from the top, that are not checkpointed.
-        workspace: buffers to use again for the next trace.
-        on_layer: called whenever a layer has been pooled.
-
-    Raises:
-        ValueError: a model or hooks that the engine can't serve; see `why_not`.
-        FloatingPointError: NaN or inf in the map of a layer.
-    """
-    streamed = StreamedPass(
-        model, step_ids, n_steps, layers=layers, target=target, keep_heads=keep_heads, n_rows=n_rows, n_kept=n_kept,
-        workspace=workspace, on_layer=on_layer,
-    )  # fmt: skip
-    with streamed.hooked():
-        tokens = tokens.to(next(model.parameters()).device).clone()  # a copy made here is no inference tensor
-        if target == "attention":
-            with torch.no_grad():
-                streamed.forward(tokens)
-        else:
-            streamed.backward(tokens, streamed.forward(tokens))
-    maps = torch.stack([streamed.sums[layer] for layer in layers])
-    return PooledMaps(sums=maps.mean(1) if keep_heads else maps, head_sums=maps if keep_heads else None, tokens=None)
