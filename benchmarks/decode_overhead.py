@@ -1,4 +1,4 @@
-"""What StepFlow costs while decoding: time of N new tokens with and without it, token by token in turn.
+"""Measure what StepFlow costs while decoding: time of N new tokens with and without it, token by token in turn.
 
     python benchmarks/decode_overhead.py                       # 400-token prompt, 200 new tokens, batch 1 and 16
     python benchmarks/decode_overhead.py --growth              # 50 new tokens after 500 .. 4000 tokens of thinking
@@ -30,8 +30,8 @@ from stepsal.trace import render_prompt
 
 VARIANTS = {
     "baseline": None,
-    "OEB only": stepsal.StepFlowConfig(smi_layers=None),
-    "SMI only": stepsal.StepFlowConfig(oeb_layers=None),
+    "OEB only": stepsal.StepFlowConfig(smi_layers=()),
+    "SMI only": stepsal.StepFlowConfig(oeb_layers=()),
     "StepFlow": stepsal.StepFlowConfig(),
 }
 SENTENCE = "Then we add {} to what we have so far, which gives {} in all. "
@@ -39,7 +39,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def tokens_of(model: TransformerBridge, n_prompt: int, n_thinking: int, batch: int) -> torch.Tensor:
-    """A prompt of about n_prompt tokens and thinking up to exactly n_prompt + n_thinking, [batch, pos]."""
+    """Return rows [batch, pos] of a prompt of about n_prompt tokens, and thinking up to n_prompt + n_thinking."""
     rows = []
     for row in range(batch):
         question = "How much is it in all?"
@@ -55,7 +55,7 @@ def tokens_of(model: TransformerBridge, n_prompt: int, n_thinking: int, batch: i
 
 
 def seconds(models: dict[str, TransformerBridge], tokens: torch.Tensor, n_new: int) -> dict[str, float]:
-    """Mean time that each variant takes for one of the last n_new tokens, after those before; stalls left out."""
+    """Return the mean time that each variant takes for one of the last n_new tokens; stalls are left out."""
     n_first, names = tokens.shape[1] - n_new, list(models)
     times = {name: torch.zeros(n_new, dtype=torch.float64) for name in names}
     caches = {}
@@ -69,16 +69,17 @@ def seconds(models: dict[str, TransformerBridge], tokens: torch.Tensor, n_new: i
         for i in range(n_new):
             one = tokens[:, n_first + i : n_first + i + 1]
             for name in names[i % len(names) :] + names[: i % len(names)]:
-                wait(one)
+                wait_for(one)
                 start = time.perf_counter()
                 _, caches[name] = models[name](one, past_key_values=caches[name], return_type="logits_and_cache")
-                wait(one)
+                wait_for(one)
                 times[name][i] = time.perf_counter() - start
     usual = torch.stack([t <= 3 * t.median() for t in times.values()]).all(0)
     return {name: float(t[usual].mean()) for name, t in times.items()}
 
 
-def wait(tensor: torch.Tensor) -> None:
+def wait_for(tensor: torch.Tensor) -> None:
+    """Wait until a tensor on a GPU has been computed."""
     if tensor.is_cuda:
         torch.cuda.synchronize()
 
@@ -86,7 +87,7 @@ def wait(tensor: torch.Tensor) -> None:
 def measure(
     models: dict[str, TransformerBridge], n_prompt: int, n_before: int, n_new: int, batch: int, runs: int
 ) -> list[dict]:
-    """One row per variant: median milliseconds per token, and its ratio to the baseline of the same run."""
+    """Return a row per variant: median milliseconds per token, and the ratio to the baseline of the same run."""
     model = models["baseline"]
     tokens = tokens_of(model, n_prompt, n_before + n_new, batch).to(next(model.parameters()).device)
     seconds(models, tokens[:, : n_prompt + 10], 10)  # warms up
@@ -112,6 +113,7 @@ def measure(
 
 
 def main() -> None:
+    """Measure as the command line says, and write the table to `results/`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, help="default: 7 at batch 1, 3 at batch 16 and for --growth")
     parser.add_argument("--growth", action="store_true", help="ratios at growing length instead, batch 1")

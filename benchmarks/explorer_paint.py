@@ -1,4 +1,4 @@
-"""How long the explorer takes from an input to the paint that answers it, in a headless Chromium.
+"""Measure how long the explorer takes from an input to the paint that answers it, in a headless Chromium.
 
     python benchmarks/explorer_paint.py
 
@@ -55,11 +55,12 @@ OPENED = """() => new Promise((done) => requestAnimationFrame(() => {
 
 
 def saliency(n_layers: int, n_steps: int) -> StepSaliency:
-    """Random maps that fall off with the distance between steps."""
+    """Return random maps that fall off with the distance between steps."""
     distance = (torch.arange(n_steps)[:, None] - torch.arange(n_steps)).clamp(min=0)
     values = torch.rand(n_layers, n_steps, n_steps).tril() / (1 + distance)
     return StepSaliency(
-        values=values, layers=tuple(range(n_layers)), n_layers=n_layers, model="random", target="token", reduce="density",
+        values=values, layers=tuple(range(n_layers)), n_layers=n_layers, model_name="random", target="token",
+        reduce="density",
         roles=("question", *["thinking"] * (n_steps - 11), *["summary"] * 10),
         step_texts=tuple(f"Step {i}: then {i} plus {i + 1} is {2 * i + 1}, which we keep." for i in range(n_steps)),
         step_lengths=(20,) * n_steps, step_ids=torch.arange(n_steps).repeat_interleave(20),
@@ -68,29 +69,36 @@ def saliency(n_layers: int, n_steps: int) -> StepSaliency:
 
 
 def measure(page: Page, name: str, inputs: Inputs, turns: int = TURNS, new: int = 0) -> list[dict[str, object]]:
-    """Times of the inputs, one after the other and again, each after the answer to the one before.
+    """Time the inputs, one after the other and again, each after the answer to the one before.
 
-    The first `new` of them show what was not shown before.
+    Args:
+        page: where the explorer is.
+        name: of this kind of input.
+        inputs: what to do in the page, in turn.
+        turns: number of inputs.
+        new: so many of the first ones show what was not shown before.
     """
     page.evaluate("times.length = 0")
     for turn in range(turns):
         inputs[turn % len(inputs)]()
         page.wait_for_function("n => times.length >= n", arg=turn + 1)
-    found = page.evaluate("times")
-    return [{"input": name, "first": turn < new, "ms": ms} for turn, ms in enumerate(found)]
+    times = page.evaluate("times")
+    return [{"input": name, "first": turn < new, "ms": ms} for turn, ms in enumerate(times)]
 
 
 def by_keys(page: Page, control: str, key: str) -> Inputs:
+    """Return the press of a key in a control."""
     return [lambda: page.locator(f".stepsal-control-{control}").press(key)]
 
 
 def by_choice(page: Page, control: str, *options: str) -> Inputs:
+    """Return the choice of each of some options of a control."""
     select = page.locator(f".stepsal-control-{control}")
     return [partial(select.select_option, label=option) for option in options]
 
 
 def all_inputs(page: Page) -> list[dict[str, object]]:
-    """Times of every kind of input."""
+    """Time every kind of input."""
     box = page.locator(".stepsal-map").first.bounding_box()
     over_cells = [partial(page.mouse.move, box["x"] + 50 + 7 * i, box["y"] + 380 - 3 * i) for i in range(TURNS)]
     rows = measure(page, "hover a cell", over_cells)
@@ -105,7 +113,7 @@ def all_inputs(page: Page) -> list[dict[str, object]]:
 
 
 def thousand_steps(browser: Browser, path: Path) -> list[dict[str, object]]:
-    """Times to open a page, and of two inputs in it."""
+    """Time the opening of a page of 1000 steps, and two inputs in it."""
     rows: list[dict[str, object]] = []
     for _ in range(5):
         page = browser.new_page(viewport=VIEWPORT)
@@ -122,6 +130,7 @@ def thousand_steps(browser: Browser, path: Path) -> list[dict[str, object]]:
 
 
 def main() -> None:
+    """Measure everything, and write the table to `results/`."""
     torch.manual_seed(0)
     rows = []
     with chromium() as browser, tempfile.TemporaryDirectory() as folder:

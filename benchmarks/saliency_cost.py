@@ -1,4 +1,4 @@
-"""What Step-Saliency costs: memory in a process of its own for each point, and time in turn with other ways.
+"""Measure what Step-Saliency costs: memory in a process for each point, and time in turn with other methods.
 
     python benchmarks/saliency_cost.py           # the next three
     python benchmarks/saliency_cost.py memory    # peak memory and time against length; fits of the exponents
@@ -7,7 +7,7 @@
     python benchmarks/saliency_cost.py 7b        # on a GPU: random weights of the shape of R1-Distill-Qwen-7B, bfloat16
 
 SmolLM2-135M on random tokens in 20 steps, its rotary embedding extended to any length: cost does not ask for sense. The
-ways:
+methods:
 
     streamed, pattern   the engines, target="token"; "streamed sequence" is target="sequence"
     floor               a fused forward and backward pass of the plain Hugging Face model, parameters frozen
@@ -38,33 +38,37 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 import stepsal
+from stepsal.bridge.gradients import differentiable
 from stepsal.bridge.hooks import attention_hooks
 from stepsal.maps.pooling import StepSums
 from stepsal.saliency.blocks import Workspace, row_blocks
-from stepsal.saliency.common import differentiable
 from stepsal.saliency.memory import Plan, plan
 from stepsal.saliency.pattern import pattern_maps
+from stepsal.saliency.request import MapRequest
 from stepsal.saliency.streamed import streamed_maps
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 LONGEST = {"pattern": 2048, "run_with_cache": 2048, "T passes": 128, "floor": 8192}
-WAYS = ("streamed", "pattern", "run_with_cache", "floor", "T passes")
+METHODS = ("streamed", "pattern", "run_with_cache", "floor", "T passes")
 N_STEPS = 20
 RESULTS = Path(__file__).parent / "results"
 
 
 def smollm2() -> TransformerBridge:
+    """Load SmolLM2, with room for any length."""
     model = stepsal.load("smollm2")
     model.original_model.config.max_position_embeddings = model.cfg.n_ctx = 2**17
     return model
 
 
 def tokens_and_steps(n_tokens: int, d_vocab: int, n_steps: int = N_STEPS) -> tuple[Tensor, Tensor]:
+    """Return random tokens, and the step of each."""
     tokens = torch.randint(0, d_vocab, (n_tokens,), generator=torch.Generator().manual_seed(0))
     return tokens, torch.arange(n_tokens) * n_steps // n_tokens
 
 
 def planned(model: TransformerBridge, n_tokens: int, engine: str) -> Plan:
+    """Return how an engine lays out its memory."""
     return plan(
         model, n_tokens, N_STEPS, engine=engine, layers=tuple(range(model.cfg.n_layers)), keep_heads=False,
         keep_tokens=False, only_pattern=None,
@@ -74,30 +78,30 @@ def planned(model: TransformerBridge, n_tokens: int, engine: str) -> Plan:
 def engine(
     model: TransformerBridge, n_tokens: int, name: str, workspace: Workspace | None = None
 ) -> Callable[[], None]:
-    """A run of stepsal's own engines."""
+    """Return a run of one of stepsal's own engines."""
     tokens, step_ids = tokens_and_steps(n_tokens, model.cfg.d_vocab)
     target = "sequence" if name.endswith("sequence") else "token"
-    options = {"layers": tuple(range(model.cfg.n_layers)), "target": target}
+    request = MapRequest(tokens, step_ids, N_STEPS, layers=tuple(range(model.cfg.n_layers)), target=target)
     if name == "pattern":
-        return lambda: pattern_maps(model, tokens, step_ids, N_STEPS, **options)
-    laid_out = planned(model, n_tokens, "streamed")
-    return lambda: streamed_maps(
-        model, tokens, step_ids, N_STEPS, **options, n_rows=laid_out.n_rows, n_kept=laid_out.n_kept, workspace=workspace
-    )
+        return lambda: pattern_maps(model, request)
+    layout = planned(model, n_tokens, "streamed")
+    return lambda: streamed_maps(model, request, n_rows=layout.n_rows, n_kept=layout.n_kept, workspace=workspace)
 
 
 def run_with_cache(model: TransformerBridge, n_tokens: int) -> Callable[[], None]:
+    """Return a run that caches scores, patterns and their gradients, as TransformerLens does it."""
     tokens, _ = tokens_and_steps(n_tokens, model.cfg.d_vocab)
-    wanted = [attention_hooks(layer)[kind] for layer in range(model.cfg.n_layers) for kind in ("scores", "pattern")]
+    names = [attention_hooks(layer)[kind] for layer in range(model.cfg.n_layers) for kind in ("scores", "pattern")]
 
     def run() -> None:
         model.zero_grad()
-        model.run_with_cache(tokens[None], return_type="loss", incl_bwd=True, names_filter=wanted)
+        model.run_with_cache(tokens[None], return_type="loss", incl_bwd=True, names_filter=names)
 
     return run
 
 
 def backward_passes(model: TransformerBridge, n_tokens: int) -> Callable[[], None]:
+    """Return the definition of the gradient: a backward pass for each target."""
     tokens, _ = tokens_and_steps(n_tokens, model.cfg.d_vocab)
     patterns: dict[str, Tensor] = {}
 
@@ -118,7 +122,7 @@ def backward_passes(model: TransformerBridge, n_tokens: int) -> Callable[[], Non
 
 
 def floor(model: TransformerBridge, n_tokens: int) -> Callable[[], None]:
-    """Forward and backward pass of a Hugging Face model of the same shape with fused attention."""
+    """Return a forward and a backward pass of a Hugging Face model of the same shape with fused attention."""
     source = model.original_model.config
     config = transformers.LlamaConfig(**{k: v for k, v in source.to_dict().items() if k != "architectures"})
     plain = transformers.LlamaForCausalLM._from_config(config, attn_implementation="sdpa").requires_grad_(False).eval()
@@ -131,7 +135,8 @@ def floor(model: TransformerBridge, n_tokens: int) -> Callable[[], None]:
     return run
 
 
-def way(name: str, model: TransformerBridge, n_tokens: int) -> Callable[[], None]:
+def method(name: str, model: TransformerBridge, n_tokens: int) -> Callable[[], None]:
+    """Return a run of a method at one length."""
     others = {"run_with_cache": run_with_cache, "T passes": backward_passes, "floor": floor}
     return others[name](model, n_tokens) if name in others else engine(model, n_tokens, name)
 
@@ -140,7 +145,7 @@ def way(name: str, model: TransformerBridge, n_tokens: int) -> Callable[[], None
 
 
 def memory_of_this_process() -> tuple[int, int]:
-    """(now, at its peak) in bytes; the peak is counted from the last `forget_the_peak`."""
+    """Return the bytes in use, and those at the peak since the last `forget_the_peak`."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -148,6 +153,7 @@ def memory_of_this_process() -> tuple[int, int]:
 
 
 def forget_the_peak() -> None:
+    """Count the peak from here on."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -155,9 +161,9 @@ def forget_the_peak() -> None:
 
 
 def point(name: str, n_tokens: int) -> dict:
-    """Measure one way at one length, in this process."""
+    """Measure one method at one length, in this process."""
     model = smollm2()
-    run = way(name, model, n_tokens)
+    run = method(name, model, n_tokens)
     forget_the_peak()
     before, _ = memory_of_this_process()
     start = time.perf_counter()
@@ -165,22 +171,23 @@ def point(name: str, n_tokens: int) -> dict:
     seconds = time.perf_counter() - start
     _, peak = memory_of_this_process()
     estimate = planned(model, n_tokens, name).n_bytes if name in ("pattern", "streamed") else None
-    return {"way": name, "tokens": n_tokens, "seconds": seconds, "model_bytes": before, "peak_bytes": peak,
+    return {"method": name, "tokens": n_tokens, "seconds": seconds, "model_bytes": before, "peak_bytes": peak,
             "estimate_bytes": estimate}  # fmt: skip
 
 
-def measure_memory(lengths: list[int], ways: list[str]) -> pd.DataFrame:
-    points = [(name, n) for n in lengths for name in ways if name != "T passes"]
-    points += [(name, n) for name in ways if name == "T passes" for n in (64, 128)]
+def measure_memory(lengths: list[int], methods: list[str]) -> pd.DataFrame:
+    """Measure memory and time of methods at several lengths, and write the table after each."""
+    points = [(name, n) for n in lengths for name in methods if name != "T passes"]
+    points += [(name, n) for name in methods if name == "T passes" for n in (64, 128)]
     rows = []
     for name, n_tokens in tqdm([p for p in points if p[1] <= LONGEST.get(p[0], p[1])]):
         command = [sys.executable, __file__, "--point", name, "--tokens", str(n_tokens)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode == 0:
             rows.append(json.loads(done.stdout.splitlines()[-1]))
-        else:  # a way that does not fit is a finding
+        else:  # a method that does not fit is a finding
             error = "out of memory" if done.returncode < 0 else done.stderr.strip().splitlines()[-1][:200]
-            rows.append({"way": name, "tokens": n_tokens, "error": error})
+            rows.append({"method": name, "tokens": n_tokens, "error": error})
         table = pd.DataFrame(rows)
         table["grown_bytes"] = table["peak_bytes"] - table["model_bytes"]
         save("saliency_memory", table, show=False)  # after each point: the last ones take long
@@ -188,16 +195,16 @@ def measure_memory(lengths: list[int], ways: list[str]) -> pd.DataFrame:
 
 
 def exponents(table: pd.DataFrame) -> pd.DataFrame:
-    """Slope of the logarithm against the logarithm of the length, from 1024 and from 2048 tokens on."""
+    """Fit the slope of the logarithm against the logarithm of the length, from 1024 and from 2048 tokens on."""
     rows = []
     measured = table.dropna(subset=["peak_bytes"])
     for start, (name, group) in [
-        (n, g) for n in (1024, 2048) for g in measured[measured["tokens"] >= n].groupby("way")
+        (n, g) for n in (1024, 2048) for g in measured[measured["tokens"] >= n].groupby("method")
     ]:
         if len(group) > 1 and group["tokens"].min() == start:
             x = np.log(group["tokens"])
             fits = {what: np.polyfit(x, np.log(group[what]), 1)[0] for what in ("grown_bytes", "seconds")}
-            rows.append({"way": name, "from": group["tokens"].min(), "to": group["tokens"].max(), **fits})
+            rows.append({"method": name, "from": group["tokens"].min(), "to": group["tokens"].max(), **fits})
     return pd.DataFrame(rows)
 
 
@@ -205,12 +212,13 @@ def exponents(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def measure_time(lengths: list[int], all_turns: int) -> pd.DataFrame:
+    """Measure the time of methods that take turns, relative to the floor and to the streamed engine."""
     model = smollm2()
     rows = []
     for n_tokens in lengths:
         turns = all_turns if n_tokens <= 2048 else min(all_turns, 3)  # long ones take minutes
         names = ["floor", "streamed", "streamed sequence"] + ["run_with_cache", "pattern"] * (n_tokens <= 2048)
-        runs = {name: way(name, model, n_tokens) for name in names}
+        runs = {name: method(name, model, n_tokens) for name in names}
         times: dict[str, list[float]] = {name: [] for name in names}
         for turn in tqdm(range(turns + (n_tokens <= 2048)), desc=f"{n_tokens} tokens"):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
@@ -222,7 +230,7 @@ def measure_time(lengths: list[int], all_turns: int) -> pd.DataFrame:
             of_floor = [a / b for a, b in zip(times[name], times["floor"], strict=True)]
             of_streamed = [a / b for a, b in zip(times[name], times["streamed"], strict=True)]
             rows.append(
-                {"tokens": n_tokens, "way": name, "seconds": statistics.median(times[name]),
+                {"tokens": n_tokens, "method": name, "seconds": statistics.median(times[name]),
                  "of_floor": statistics.median(of_floor), "min": min(of_floor), "max": max(of_floor),
                  "of_streamed": statistics.median(of_streamed), "turns": turns}
             )  # fmt: skip
@@ -233,7 +241,7 @@ def measure_time(lengths: list[int], all_turns: int) -> pd.DataFrame:
 
 
 def measure_pooling(lengths: list[int]) -> pd.DataFrame:
-    """Pooling of all blocks of all layers, as the streamed engine does it, and the whole engine beside it."""
+    """Measure pooling of all blocks of all layers, as the streamed engine does it, and the whole engine beside it."""
     model = smollm2()
     n_layers, n_heads, n_groups = model.cfg.n_layers, model.cfg.n_heads, model.cfg.n_key_value_heads
     rows = []
@@ -264,6 +272,7 @@ def measure_pooling(lengths: list[int]) -> pd.DataFrame:
 
 
 def measure_7b(lengths: list[int]) -> pd.DataFrame:
+    """Measure the streamed engine on a GPU, at the shape of R1-Distill-Qwen-7B."""
     config = transformers.Qwen2Config(
         vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
         num_key_value_heads=4, max_position_embeddings=131072, tie_word_embeddings=False,
@@ -289,9 +298,9 @@ def measure_7b(lengths: list[int]) -> pd.DataFrame:
 
 
 def save(name: str, table: pd.DataFrame, show: bool = True) -> None:
-    """Write a table; of one that is there, rows of lengths and ways that were not measured this time are kept."""
+    """Write a table; rows of an earlier one, of lengths and methods that were not measured this time, are kept."""
     RESULTS.mkdir(exist_ok=True)
-    path, key = RESULTS / f"{name}.csv", [c for c in ("way", "tokens", "steps") if c in table]
+    path, key = RESULTS / f"{name}.csv", [c for c in ("method", "tokens", "steps") if c in table]
     if path.exists() and "tokens" in key:
         before = pd.read_csv(path)
         measured = table.set_index(key).index
@@ -306,12 +315,13 @@ def save(name: str, table: pd.DataFrame, show: bool = True) -> None:
 
 
 def main() -> None:
+    """Measure as the command line says, and write the tables to `results/`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["all", "memory", "time", "pooling", "7b"], default="all")
     parser.add_argument("--lengths", type=int, nargs="+")
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="of the memory table")
-    parser.add_argument("--point", help="measure one way in this process, and print it as JSON")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="of the memory table")
+    parser.add_argument("--point", help="measure one method in this process, and print it as JSON")
     parser.add_argument("--tokens", type=int, default=1024)
     args = parser.parse_args()
     if args.point:
@@ -323,7 +333,7 @@ def main() -> None:
         else:
             print("not run: there is no CUDA device")
     if args.what in ("memory", "all"):
-        save("saliency_memory", measure_memory(args.lengths or list(LENGTHS), args.ways))
+        save("saliency_memory", measure_memory(args.lengths or list(LENGTHS), args.methods))
         save("saliency_exponents", exponents(pd.read_csv(RESULTS / "saliency_memory.csv")))
     if args.what in ("time", "all"):
         save("saliency_time", measure_time(args.lengths or [512, 1024, 2048, 8192], args.turns))

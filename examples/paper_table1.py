@@ -17,16 +17,17 @@ NAMES = {"aime24": "AIME24", "aime25": "AIME25", "math500": "MATH-500", "gpqa-di
 
 
 def verdicts(folder: Path) -> pd.DataFrame:
-    """[problem, sample]: correct or not, of the finished log of a folder."""
+    """Return which samples of which problems are correct, [problem, sample], from the finished log of a folder."""
     logs = [read_eval_log(info) for info in list_eval_logs(str(folder))]
-    done = [log for log in logs if log.status == "success" and log.samples]
-    if not done:
+    finished = [log for log in logs if log.status == "success" and log.samples]
+    if not finished:
         raise SystemExit(f"{folder} has no finished log: run examples/paper_table1.sh again, it goes on")
-    rows = [(s.id, s.epoch, s.scores["graded"].value == "C") for s in done[-1].samples or [] if s.scores]
+    rows = [(s.id, s.epoch, s.scores["graded"].value == "C") for s in finished[-1].samples or [] if s.scores]
     return pd.DataFrame(rows, columns=["problem", "sample", "correct"]).pivot(index="problem", columns="sample")
 
 
 def main(logs: Path) -> None:
+    """Print a row for each benchmark that has logs without and with StepFlow."""
     reported = pd.read_csv(ROOT / "data" / "paper" / "accuracy.csv")
     rows = []
     for folder in sorted(logs.glob("*-stepflow-false")):
