@@ -340,7 +340,8 @@ reduce='density')
         document, tensors = files.read(path, FORMAT, FORMAT_VERSION)
         try:
             labels = {name: convert(document.pop(name)) for name, convert in _LABELS.items()}
-            return cls(**labels, **tensors, **document)
+            fields: dict[str, Any] = {**labels, **tensors, **document}
+            return cls(**fields)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is inconsistent: {error}") from error
 

@@ -1,0 +1,113 @@
+"""Compute the metrics of a map, layer by layer and as numbers of a trace, and describe them in a table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from stepsal.layers import layer_indices
+from stepsal.maps.step_saliency import StepSaliency
+from stepsal.metrics.table import CAUSES, LAYER_METRICS, METRICS, TRACE_METRICS
+from stepsal.metrics.view import FlowView
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def describe() -> pd.DataFrame:
+    """Return the table of all metrics: name, of (layer or trace), formula, range, undefined.
+
+    Example:
+        >>> table = stepsal.metrics.describe().set_index("name")
+        >>> print(table.loc["lock_in", "formula"])
+        own + previous, minus the same of U
+    """
+    import pandas as pd
+
+    columns = ("name", "of", "formula", "range", "undefined")
+    return pd.DataFrame([{column: getattr(metric, column) for column in columns} for metric in METRICS])
+
+
+def flow_metrics(saliency: StepSaliency, *, last: int = 3) -> pd.DataFrame:
+    """Return the metrics of every layer of a map; `describe` tells what they are.
+
+    Args:
+        saliency: of one trace.
+        last: how many thinking steps `summary_last` looks at.
+
+    Returns:
+        One row per layer. Columns: layer, those of `COLUMNS`, n_thinking_rows and n_summary_rows (rows that hold
+        saliency and went into the means), reason (why metrics are NaN; empty where none is).
+
+    Raises:
+        ValueError: `last` below 1.
+
+    Example:
+        >>> model = stepsal.load("mini")
+        >>> trace = stepsal.Trace.from_text("Ann is 1. Who is 2?", " Bob is Ann plus 1.</think>Bob.", model)
+        >>> table = stepsal.metrics.flow_metrics(stepsal.step_saliency(model, trace, layers=[0]))
+        >>> table["reason"][0].partition(";")[0]
+        'thinking has 1 steps, its shares need a third'
+    """
+    import pandas as pd
+
+    if last < 1:
+        raise ValueError(f"last={last} must be at least 1 step")
+    view, n_layers = FlowView(saliency, last), len(saliency.layers)
+    holds = {cause: np.broadcast_to(cause.holds(view), n_layers) for cause in CAUSES}
+    columns = {}
+    for metric in LAYER_METRICS:
+        undefined = np.any([holds[cause] for cause in metric.causes], axis=0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            columns[metric.name] = (
+                np.full(n_layers, np.nan) if undefined.all() else np.where(undefined, np.nan, metric.compute(view))
+            )
+    words = {"n_thinking": len(view.thinking), "last": last}
+    reasons = [
+        "; ".join(cause.reason.format(**words) for cause in CAUSES if holds[cause][layer]) for layer in range(n_layers)
+    ]
+    return pd.DataFrame(
+        {
+            "layer": saliency.layers,
+            **columns,
+            "n_thinking_rows": view.filled[:, view.rows].sum(-1),
+            "n_summary_rows": view.filled[:, view.summary].sum(-1),
+            "reason": reasons,
+        }
+    )
+
+
+def trace_metrics(saliency: StepSaliency) -> pd.Series:
+    """Return Lock-in and Decay of a trace, one number each; `describe` tells what they are.
+
+    Args:
+        saliency: of one trace.
+
+    Returns:
+        The entries of `SCALARS`, and reason: why any is NaN, as for `flow_metrics`, or because layers of a band were
+        not computed.
+
+    Example:
+        >>> model = stepsal.load("mini")
+        >>> trace = stepsal.generate(model, "Ann is 1 plus 2. Bob is Ann plus 4. Eva is Bob plus 1. What is Eva?")
+        >>> list(stepsal.metrics.trace_metrics(stepsal.step_saliency(model, trace)).index)
+        ['shallow_lock_in', 'deep_decay', 'deep_fade', 'reason']
+    """
+    import pandas as pd
+
+    table = flow_metrics(saliency).set_index("layer")
+    bands = tuple(dict.fromkeys(metric.band for metric in TRACE_METRICS))
+    computed = {band: list(saliency.computed(band)) for band in bands}
+    whole = {band: tuple(computed[band]) == layer_indices(band, saliency.n_layers) for band in bands}
+    numbers = {
+        metric.name: metric.sign * float(table.loc[computed[metric.band], metric.column].mean(skipna=False))
+        if whole[metric.band]
+        else np.nan
+        for metric in TRACE_METRICS
+    }
+    reasons = [f"not all layers of the {band} band were computed" for band in bands if not whole[band]]
+    if any(np.isnan(list(numbers.values()))):
+        of_layers = table.loc[[layer for band in bands for layer in computed[band]], "reason"]
+        reasons += [reason for reason in dict.fromkeys(of_layers) if reason]
+    return pd.Series({**numbers, "reason": "; ".join(reasons)})
