@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
+import pandas as pd
 from inspect_ai.model import get_model
 from inspect_ai.solver import TaskState
 from transformer_lens.model_bridge import TransformerBridge
 
-from stepsal.harness.provider import StepsalAPI, heard
+from stepsal.harness.engine import result_of
+from stepsal.harness.provider import StepsalAPI
+from stepsal.layers import Layers
 from stepsal.maps import StepSaliency
 from stepsal.metrics import trace_metrics
 from stepsal.saliency import step_saliency
 
-if TYPE_CHECKING:
-    import pandas as pd
 
+async def capture(
+    state: TaskState, folder: str, *, layers: Layers, target: Literal["token", "sequence"], keep_tokens: bool
+) -> dict[str, Any]:
+    """Write the maps of a sample's last answer, and return where they are and what is in them.
 
-async def capture(state: TaskState, folder: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Write the maps of the last answer, and say where they are and what is in them; or the `error`, where none can be.
+    Args:
+        state: the sample.
+        folder: where to write; made if it is not there.
+        layers: as for `step_saliency`.
+        target: as for `step_saliency`.
+        keep_tokens: as for `step_saliency`.
+
+    Returns:
+        A summary, JSON-ready; or the `error` alone, where there can be no maps.
 
     Raises:
         ValueError: a model of another provider.
@@ -33,7 +46,9 @@ async def capture(state: TaskState, folder: str, options: dict[str, Any]) -> dic
     path = Path(folder).resolve() / f"{name}-epoch{state.epoch}-{state.uuid}.safetensors"
 
     def work(model: TransformerBridge) -> tuple[StepSaliency, pd.Series]:
-        saliency = step_saliency(model, trace, stepflow=config, progress=False, **options)
+        saliency = step_saliency(
+            model, trace, target=target, layers=layers, stepflow=config, keep_tokens=keep_tokens, progress=False
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         saliency.save(path)
         return saliency, trace_metrics(saliency)
@@ -42,9 +57,9 @@ async def capture(state: TaskState, folder: str, options: dict[str, Any]) -> dic
         trace = api.trace(state.output)
         job = api.engine.run(work)
         try:
-            saliency, metrics = await heard(job)
+            saliency, metrics = await result_of(job)
         finally:
-            job.cancel()  # if the sample has ended before it began
+            job.cancel()  # in case the sample has ended before the work began
     except ValueError as error:
         return {"error": str(error)}
     return {
@@ -53,5 +68,13 @@ async def capture(state: TaskState, folder: str, options: dict[str, Any]) -> dic
         "tokens": len(trace),
         "layers": list(saliency.layers),
         "stepflow": None if config is None else config.to_dict(),
-        "metrics": {k: (v if isinstance(v, str) else None if v != v else float(v)) for k, v in metrics.items()},
+        "segmentation": trace.segmentation.to_dict(),
+        "metrics": {name: _json_ready(value) for name, value in metrics.items()},
     }
+
+
+def _json_ready(value: Any) -> str | float | None:
+    """Return a number as JSON has it: None where it is undefined."""
+    if isinstance(value, str):
+        return value
+    return None if math.isnan(value) else float(value)

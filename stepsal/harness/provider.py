@@ -7,25 +7,17 @@ retried or resumed sample gets the answer it would have got, and none of it depe
 from __future__ import annotations
 
 import json
-import re
 import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import Future
-from dataclasses import fields
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import anyio
-import jinja2
 import torch
-from inspect_ai.log._samples import sample_active
 from inspect_ai.model import (
     ChatCompletionChoice,
     ChatMessage,
     ChatMessageAssistant,
-    ChatMessageTool,
     ContentReasoning,
     ContentText,
     GenerateConfig,
@@ -34,18 +26,21 @@ from inspect_ai.model import (
     ModelUsage,
     StopReason,
 )
-from inspect_ai.solver._task_state import sample_state
-from inspect_ai.tool import ToolCall, ToolChoice, ToolInfo
+from inspect_ai.tool import ToolChoice, ToolInfo
 from jaxtyping import Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from stepsal.bridge.loading import load
-from stepsal.generation.answers import check_decoding, check_prompt
-from stepsal.harness.engine import Reply, Request, Sharing, release, shared_engine
-from stepsal.intervention import StepFlowConfig
+from stepsal.generation.decoding import Decoding
+from stepsal.generation.loop import check_prompt
+from stepsal.harness.arguments import ModelArguments, read_dtype
+from stepsal.harness.chat import render, tool_calls
+from stepsal.harness.engine import Reply, Request, release, result_of, shared_engine
+from stepsal.harness.inspect_private import active_sample, sample_metadata
 from stepsal.storage import digest
-from stepsal.trace.trace import Trace, sections
+from stepsal.trace import Trace
+from stepsal.trace.sections import sections
 
 MAX_TOKENS = 32768  # where the evaluation says nothing, as in the paper's settings; the context is a limit too
 UNSUPPORTED = (
@@ -55,13 +50,22 @@ UNSUPPORTED = (
 STOP_REASONS: dict[str, StopReason] = {
     "end": "stop", "stop": "stop", "limit": "max_tokens", "context": "model_length"
 }  # fmt: skip
-KEPT = 20_000_000  # tokens of answers that are kept for `capture_step_saliency`
-COUNTED = 100_000  # prompts whose repetitions are counted
-POLL = 0.005  # seconds between looks at a future; the event loop may be asyncio's or trio's
+KEPT_TOKENS = 20_000_000  # of answers that are kept for `capture_step_saliency`
+COUNTED_PROMPTS = 100_000  # prompts whose repetitions are counted
+
+Place = tuple[str, ...]
+"""Where an answer belongs: attempt, configured seed, sample, epoch and prompt; empty without a seed."""
 
 
-class Kept(NamedTuple):
-    """What an answer is made of, for a trace of exactly its tokens."""
+class KeptAnswer(NamedTuple):
+    """What an answer is made of, for a trace of exactly its tokens.
+
+    Attributes:
+        tokens: prompt and answer.
+        n_prompt: how many of them are the prompt's.
+        question: what the user said last.
+        truncated: whether a limit ended the answer.
+    """
 
     tokens: Int[Tensor, " pos"]
     n_prompt: int
@@ -70,20 +74,30 @@ class Kept(NamedTuple):
 
 
 class StepsalAPI(ModelAPI):
-    """A model of `stepsal.load` in Inspect.
+    """Run a model of `stepsal.load` in Inspect.
 
     Args:
         model_name: what `stepsal.load` takes: "mini", "smollm2", a hub id, a local folder.
-        config: of Inspect. max_tokens, temperature (0 if not set), top_p, stop_seqs and seed are honoured; what can't
-            be (`UNSUPPORTED`) is refused.
+        base_url: of no use here; every provider has it.
+        api_key: of no use here; every provider has it.
+        config: generation options of Inspect. max_tokens, temperature (0 if not set), top_p, stop_seqs and seed are
+            honoured; what can't be (`UNSUPPORTED`) is refused.
         **model_args: `device`, `device_map`, `dtype`, `revision`, `trust_remote_code` of `stepsal.load`; `batch_size`:
             most answers at once (default 16); the fields of `StepFlowConfig` (`tau_max`, `alpha`, `oeb_layers`, ...),
             any of which switches StepFlow on, as does `stepflow=true` with the paper's settings, while `stepflow=false`
-            overrules them; `preset`: a JSON file of `StepFlowConfig.save` or `Calibration.save`, which the other fields
-            change.
+            overrules them; `preset`: published settings by name, or a JSON file of `StepFlowConfig.save` or
+            `Calibration.save`, which the other fields change; `format`, `split` and `min_chars` of `Segmentation`, for
+            StepFlow and for traces.
+
+    Attributes:
+        stepflow: settings of StepFlow; None leaves the model as it is.
+        segmentation: how sections and steps are found.
+        batch_size: most answers that are written together.
+        engine: the model and its thread, shared by models of the same name and loading options.
 
     Raises:
         ValueError: an unknown argument, or a bad value.
+        FileNotFoundError: a preset that is no file.
     """
 
     def __init__(
@@ -94,36 +108,27 @@ class StepsalAPI(ModelAPI):
         config: GenerateConfig = GenerateConfig(),  # noqa: B008  # as Inspect's own providers have it
         **model_args: Any,
     ) -> None:
-        self.stepflow = stepflow_of(model_args)
-        batch_size = model_args.pop("batch_size", 16)
-        options = {name: model_args.pop(name) for name in LOADING if name in model_args}
-        if model_args:
-            known = ", ".join(("batch_size", "preset", "stepflow", *LOADING, *FLOW_FIELDS))
-            raise ValueError(f"unknown model arguments {sorted(model_args)}; there are {known}")
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size={batch_size!r} must be a whole number >= 1")
+        arguments = ModelArguments.read(model_args)
         # Inspect's cache tells answers apart by this, and knows nothing of StepFlow
-        settings = {**options, "stepflow": None if self.stepflow is None else self.stepflow.to_dict()}
-        super().__init__(
-            model_name=model_name, base_url=f"stepsal:{digest(json.dumps(settings, default=str).encode())[:12]}",
-            api_key=api_key, config=config,
-        )  # fmt: skip
-        if isinstance(options.get("dtype"), str):
-            options["dtype"] = getattr(torch, options["dtype"], None)
-            if not isinstance(options["dtype"], torch.dtype):
-                raise ValueError(f"dtype={settings['dtype']!r} is unknown; use float32, bfloat16 or float16")
-        self.batch_size = batch_size
+        settings = digest(json.dumps(arguments.to_dict(), default=str).encode())[:12]
+        super().__init__(model_name=model_name, base_url=f"stepsal:{settings}", api_key=api_key, config=config)
+        self.stepflow, self.segmentation = arguments.stepflow, arguments.segmentation
+        self.batch_size = arguments.batch_size
         if config.max_connections is None and config.adaptive_connections is None:
-            config.max_connections = batch_size  # as many samples as fit into a batch; Inspect begins with 20 otherwise
-        self.kept: OrderedDict[str, Kept] = OrderedDict()
-        self._n_kept = 0  # tokens
-        self._asked: OrderedDict[tuple[str, ...], int] = OrderedDict()
+            # as many samples as fit into a batch; Inspect begins with 20 otherwise
+            config.max_connections = self.batch_size
+        self._kept: OrderedDict[str, KeptAnswer] = OrderedDict()
+        self._n_kept_tokens = 0
+        self._counts: OrderedDict[Place, int] = OrderedDict()
+        options = dict(arguments.loading)
         self._key = (model_name, *sorted((name, str(value)) for name, value in options.items()))
+        if "dtype" in options:
+            options["dtype"] = read_dtype(options["dtype"])
         self.engine = shared_engine(self._key, lambda: load(model_name, **options))
         self._closed = False
         if self.stepflow is not None:
             try:
-                self.stepflow.resolve(self.model.cfg.n_layers)  # complains about layers that are not there
+                self.stepflow.resolve(self.model.cfg.n_layers)  # refuses layers that the model does not have
             except ValueError:
                 self.close()
                 raise
@@ -136,18 +141,19 @@ class StepsalAPI(ModelAPI):
     async def generate(
         self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
     ) -> ModelOutput:
-        """Answer a chat; called by Inspect for each sample, concurrently."""
-        asked = [name for name in UNSUPPORTED if getattr(config, name) not in (None, False)]
-        asked += ["num_choices"] if config.num_choices not in (None, 1) else []
-        asked += ["tool_choice"] if tools and tool_choice not in ("auto", "none") else []
-        if asked:
-            raise ValueError(f"stepsal models don't support {', '.join(asked)}; leave it out of the generation options")
-        limit = MAX_TOKENS if config.max_tokens is None else config.max_tokens
-        sharing = Sharing(
-            config.temperature or 0.0, 1.0 if config.top_p is None else config.top_p, tuple(config.stop_seqs or ()),
-            self.stepflow,
-        )  # fmt: skip
-        check_decoding(limit, sharing.temperature, sharing.top_p)
+        """Answer a chat; Inspect calls it for each sample, concurrently.
+
+        Args:
+            input: the chat.
+            tools: what the model may call.
+            tool_choice: "auto" or "none".
+            config: generation options.
+
+        Raises:
+            ValueError: options that can't be honoured, or a chat that can't be rendered.
+        """
+        _check_options(config, tools, tool_choice)
+        decoding = _decoding(config)
         tools = [] if tool_choice == "none" else tools
         prompt = self.render(input, tools)
         ids: list[int] = self.model.tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -156,293 +162,184 @@ class StepsalAPI(ModelAPI):
         except ValueError as error:  # so that a chain of tool calls ends, and is scored
             return ModelOutput.from_content(self.model_name, str(error), stop_reason="model_length", error=str(error))
         place, seed = self._seed(config.seed, prompt)
-        request = Request(ids, limit, seed, sharing, self.batch_size)
-        begun = time.monotonic()
+        request = Request(ids, decoding, seed, self.stepflow, self.segmentation, self.batch_size)
+        begin = time.monotonic()
         try:
-            reply: Reply = await heard(self.engine.ask(request))
+            reply = await result_of(self.engine.ask(request))
         except BaseException:
-            if place in self._asked:  # Inspect may ask again: it is to get the same answer then
-                self._asked[place] -= 1
+            if place in self._counts:  # Inspect may ask again: it is to get the same answer then
+                self._counts[place] -= 1
             raise
         finally:
-            request.unwanted.set()  # cancelled, or out of time: no token more
-        return self._output(prompt, ids, reply, seed, time.monotonic() - begun, input, tools, sharing.stop)
+            request.cancel()  # without effect on what is done; what is cancelled or out of time costs no token more
+        message, reason = self._message(prompt, reply, decoding.stop, with_calls=bool(tools))
+        self._keep(message, input, ids, reply)
+        return self._output(message, reason, ids, reply, seed, time.monotonic() - begin)
 
     def render(self, messages: list[ChatMessage], tools: list[ToolInfo]) -> str:
-        """The chat as the model's template has it, up to where the answer begins.
+        """Render a chat by the model's template; see `stepsal.harness.chat.render`.
+
+        Args:
+            messages: the chat.
+            tools: what the model may call.
 
         Raises:
             ValueError: content that is no text, or a template that refuses the chat.
         """
-        tokenizer = self.model.tokenizer
-        template = str(getattr(tokenizer, "chat_template", None) or "")
-        if not messages or messages[-1].role == "assistant":
-            raise ValueError("the last message is the assistant's, and there is nothing to answer; add a user message")
-        described = [tool.model_dump(exclude_none=True) for tool in tools]
-        options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
-        native = "<tool_call>" in template  # the model's own way to call tools is the one that we read
-        if described and "<|channel|>" in template:
-            raise ValueError(f"tools are not supported for Harmony models such as {self.model_name}")
-        chat = [as_template_input(message, template, native) for message in messages]
-        if described and native:
-            options["tools"] = [{"type": "function", "function": tool} for tool in described]
-        elif described:
-            chat.insert(0, {"role": "system", "content": TOOL_PROMPT.format(json.dumps(described))})
-        chat = joined(chat)
-        if not template:
-            text = (tokenizer.bos_token or "") + "".join(f"{m['content']}\n" for m in chat)
-        else:
-            try:
-                text = str(tokenizer.apply_chat_template(chat, **options))
-            except jinja2.TemplateError:
-                chat = without_system(chat)  # many templates know no system prompt
-                try:
-                    text = str(tokenizer.apply_chat_template(chat, **options))
-                except (jinja2.TemplateError, TypeError) as error:
-                    raise ValueError(f"the chat template of {self.model_name} refuses this chat: {error}") from error
-        for message in messages:  # in place of the stand-ins, which no template takes out
-            if isinstance(message, ChatMessageAssistant) and (reasoning := reasoning_of(message)):
-                text = text.replace(_STAND_IN, f"<think>{reasoning}</think>", 1)
-        # a template that opens the thinking of earlier answers itself, before content that opens it too
-        return re.sub(r"<think>\s*<think>", "<think>", text)
+        return render(self.model.tokenizer, self.model_name, messages, tools)
 
-    def _seed(self, seed: int | None, prompt: str) -> tuple[tuple[str, ...], int]:
-        """What is counted, and the seed of the answer."""
+    def _seed(self, seed: int | None, prompt: str) -> tuple[Place, int]:
+        """Count an answer at its place, and return the place and the answer's own seed."""
         if seed is None:
             return (), secrets.randbits(48)
-        active = sample_active()
-        where = ("", "") if active is None else (str(active.sample.id), str(active.epoch))
-        place = (str(seed), *where, digest(prompt.encode()))
-        within = (active.id if active else "", *place)  # the attempt: a sample that is run again begins anew
-        self._asked[within] = count = self._asked.get(within, 0) + 1
-        while len(self._asked) > COUNTED:
-            self._asked.popitem(last=False)
-        return within, int(digest("\n".join((*place, str(count))).encode())[:12], 16)
+        sample = active_sample()
+        sample_id, epoch, attempt = ("", "", "") if sample is None else sample
+        settled = (str(seed), sample_id, epoch, digest(prompt.encode()))
+        place = (attempt, *settled)  # a sample that is run again begins to count anew
+        self._counts[place] = count = self._counts.get(place, 0) + 1
+        while len(self._counts) > COUNTED_PROMPTS:
+            self._counts.popitem(last=False)
+        return place, int(digest("\n".join((*settled, str(count))).encode())[:12], 16)
+
+    def _message(
+        self, prompt: str, reply: Reply, stop: Sequence[str], with_calls: bool
+    ) -> tuple[ChatMessageAssistant, StopReason]:
+        """Return an answer as a message, cut before its stop text, and why it ended."""
+        ids = reply.tokens[:-1] if reply.ended == "end" else reply.tokens  # without the token that ends it
+        text = self.model.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        for stop_text in stop if reply.ended == "stop" else ():
+            text = text.partition(stop_text)[0]
+        thinking, words = sections(self.model.tokenizer, prompt, text)
+        reason = STOP_REASONS[reply.ended]
+        words, calls = tool_calls(words) if with_calls else (words, [])
+        if calls and reason == "stop":
+            reason = "tool_calls"
+        content: Any = [ContentReasoning(reasoning=thinking), ContentText(text=words)] if thinking else words
+        message = ChatMessageAssistant(
+            content=content, tool_calls=calls or None, model=self.model_name, source="generate"
+        )
+        return message, reason
 
     def _output(
         self,
-        prompt: str,
-        ids: list[int],
+        message: ChatMessageAssistant,
+        reason: StopReason,
+        prompt_ids: list[int],
         reply: Reply,
         seed: int,
         seconds: float,
-        messages: list[ChatMessage],
-        tools: list[ToolInfo],
-        stop: Sequence[str],
     ) -> ModelOutput:
-        tokenizer = self.model.tokenizer
-        new = reply.tokens[:-1] if reply.ended == "end" else reply.tokens  # without the token that ends it
-        written = tokenizer.decode(new, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        for text in stop if reply.ended == "stop" else ():
-            written = written.partition(text)[0]
-        thinking, said = sections(tokenizer, prompt, written)
-        reason = STOP_REASONS[reply.ended]
-        calls: list[ToolCall] = []
-        if tools:
-            said, calls = tool_calls(said)
-            reason = "tool_calls" if calls and reason == "stop" else reason
-        content: Any = [ContentReasoning(reasoning=thinking), ContentText(text=said)] if thinking else said
-        message = ChatMessageAssistant(
-            content=content,
-            tool_calls=calls or None,
-            model=self.model_name,
-            source="generate",
-        )
-        question = next((m.text for m in reversed(messages) if m.role == "user"), "")
-        cut_off = reply.ended in ("limit", "context")
-        tokens = torch.tensor(ids + reply.tokens, dtype=torch.int32)
-        self._keep(str(message.id), Kept(tokens, len(ids), question, cut_off))
-        about: dict[str, Any] = {"seed": seed, "batch": reply.batch, "ended": reply.ended}
+        """Return an answer as Inspect takes it; StepFlow's log is added to it and to the sample."""
+        metadata: dict[str, Any] = {"seed": seed, "batch": reply.n_together, "ended": reply.ended}
         if reply.log is not None:
-            about["stepflow"] = reply.log
-            self._tell_sample(reply.log)
+            metadata["stepflow"] = reply.log
+            self._add_to_sample(reply.log)
+        thinking = "".join(part.reasoning for part in message.content_list if isinstance(part, ContentReasoning))
         return ModelOutput(
             model=self.model_name,
             choices=[ChatCompletionChoice(message=message, stop_reason=reason)],
             usage=ModelUsage(
-                input_tokens=len(ids),
+                input_tokens=len(prompt_ids),
                 output_tokens=len(reply.tokens),
-                total_tokens=len(ids) + len(reply.tokens),
-                reasoning_tokens=len(tokenizer(thinking, add_special_tokens=False)["input_ids"]) if thinking else None,
+                total_tokens=len(prompt_ids) + len(reply.tokens),
+                reasoning_tokens=self._n_tokens(thinking) if thinking else None,
             ),
             time=seconds,
-            metadata=about,
+            metadata=metadata,
         )
 
-    def _tell_sample(self, log: dict[str, Any]) -> None:
+    def _add_to_sample(self, log: dict[str, Any]) -> None:
         """Add an answer's log to the metadata of the sample."""
-        if (state := sample_state()) is not None and self.stepflow is not None:
-            told = {"model": self.model_name, "config": self.stepflow.to_dict(), **log}
-            state.metadata["stepflow"] = [*state.metadata.get("stepflow", []), told]
+        metadata = sample_metadata()
+        if metadata is not None and self.stepflow is not None:
+            settings = {"config": self.stepflow.to_dict(), "segmentation": self.segmentation.to_dict()}
+            entry = {"model_name": self.model_name, **settings, **log}
+            metadata["stepflow"] = [*metadata.get("stepflow", []), entry]
 
-    def _keep(self, message: str, answer: Kept) -> None:
-        self.kept[message] = answer
-        self._n_kept += len(answer.tokens)
-        while self._n_kept > KEPT:
-            self._n_kept -= len(self.kept.popitem(last=False)[1].tokens)
+    def _keep(
+        self, message: ChatMessageAssistant, chat: Sequence[ChatMessage], prompt_ids: list[int], reply: Reply
+    ) -> None:
+        """Keep an answer's tokens for `trace`; the oldest are forgotten when they are too many."""
+        question = next((message.text for message in reversed(chat) if message.role == "user"), "")
+        tokens = torch.tensor(prompt_ids + reply.tokens, dtype=torch.int32)
+        truncated = reply.ended in ("limit", "context")
+        self._kept[str(message.id)] = KeptAnswer(tokens, len(prompt_ids), question, truncated)
+        self._n_kept_tokens += len(tokens)
+        while self._n_kept_tokens > KEPT_TOKENS:
+            self._n_kept_tokens -= len(self._kept.popitem(last=False)[1].tokens)
 
     def trace(self, output: ModelOutput) -> Trace:
-        """The trace of an answer of this model.
+        """Return the trace of an answer of this model.
+
+        Args:
+            output: what `generate` returned.
 
         Raises:
-            ValueError: its tokens are not there any more, or never were.
+            ValueError: its tokens are not kept any more, or never were.
         """
-        kept = self.kept.get(str(output.message.id)) if output.choices else None
+        kept = self._kept.get(str(output.message.id)) if output.choices else None
         if kept is None:
             raise ValueError(
                 output.error or "the tokens of this answer are not there: it is from Inspect's cache, or from long ago"
             )
         return Trace.from_tokens(
-            kept.tokens.long(), kept.n_prompt, self.model, question=kept.question, truncated=kept.truncated
-        )
+            kept.tokens.long(), kept.n_prompt, self.model, question=kept.question, truncated=kept.truncated,
+            segmentation=self.segmentation,
+        )  # fmt: skip
 
-    async def count_text_tokens(self, text: str) -> int:
+    def _n_tokens(self, text: str) -> int:
         return len(self.model.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    async def count_text_tokens(self, text: str) -> int:
+        """Return how many tokens a text has.
+
+        Args:
+            text: any text; nothing is added to it.
+        """
+        return self._n_tokens(text)
+
     def max_connections(self) -> int:
-        """So many samples are answered together, unless Inspect is told otherwise."""
+        """Return how many samples are answered together, unless Inspect is told otherwise."""
         return self.batch_size
 
     def connection_key(self) -> str:
-        """Of one model all go through one engine."""
+        """Return what tells models apart that run on their own: the name, and how it is loaded."""
         return str(self._key)
 
     def max_tokens(self) -> int | None:
+        """Return the limit of an answer where the evaluation sets none."""
         return min(MAX_TOKENS, self.model.cfg.n_ctx)
 
     def collapse_user_messages(self) -> bool:
+        """Tell Inspect to join messages of the user in a row, since many templates refuse them."""
         return True
 
     def collapse_assistant_messages(self) -> bool:
+        """Tell Inspect to join messages of the assistant in a row, since many templates refuse them."""
         return True
 
     def close(self) -> None:
+        """Give the engine back, and forget the answers."""
         if not self._closed:
             self._closed = True
-            self.kept.clear()
+            self._kept.clear()
             release(self._key)
 
 
-LOADING = ("device", "device_map", "dtype", "revision", "trust_remote_code")
-FLOW_FIELDS = tuple(f.name for f in fields(StepFlowConfig))
-TOOL_PROMPT = (
-    "You may call functions, given as JSON schemas: {}\nTo call one, write its name and its arguments in one line of "
-    "JSON between <tool_call> and </tool_call>."
-)
+def _check_options(config: GenerateConfig, tools: Sequence[ToolInfo], tool_choice: ToolChoice) -> None:
+    """Refuse generation options that would have no effect."""
+    options = [name for name in UNSUPPORTED if getattr(config, name) not in (None, False)]
+    options += ["num_choices"] if config.num_choices not in (None, 1) else []
+    options += ["tool_choice"] if tools and tool_choice not in ("auto", "none") else []
+    if options:
+        raise ValueError(f"stepsal models don't support {', '.join(options)}; leave it out of the generation options")
 
 
-_STAND_IN = "\ue000reasoning\ue001"  # private-use characters: in no real text
-_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
-
-
-def stepflow_of(arguments: dict[str, Any]) -> StepFlowConfig | None:
-    """Take the settings of StepFlow out of model arguments; None where there are none, or `stepflow` is false.
-
-    Texts of the command line are read as numbers, as None ("none"), or as layers ("0,1").
-
-    Raises:
-        ValueError: a bad value, or a preset that can't be read.
-    """
-    changes = {name: _read(arguments.pop(name)) for name in FLOW_FIELDS if name in arguments}
-    path, wanted = arguments.pop("preset", None), arguments.pop("stepflow", None)
-    if wanted not in (None, True, False):
-        raise ValueError(f"stepflow={wanted!r} must be true or false; a file of settings goes by preset=")
-    if wanted is False or (wanted is None and path is None and not changes):
-        return None
-    base = StepFlowConfig() if path is None else StepFlowConfig.load(Path(path))
-    return base.but(**changes)
-
-
-def _read(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_read(x) for x in value]
-    if not isinstance(value, str):
-        return value
-    if value.lower() == "none":
-        return None
-    for kind in (int, float):
-        try:
-            return kind(value)
-        except ValueError:
-            continue
-    return value
-
-
-def reasoning_of(message: ChatMessageAssistant) -> str:
-    """Its thinking; empty without."""
-    return "\n".join(part.reasoning for part in message.content_list if isinstance(part, ContentReasoning))
-
-
-def as_template_input(message: ChatMessage, template: str, native: bool) -> dict[str, Any]:
-    """A message as chat templates take it; tool calls and their results as text, where they are not `native`.
-
-    Raises:
-        ValueError: content that is no text.
-    """
-    if strange := [part.type for part in message.content_list if part.type not in ("text", "reasoning")]:
-        raise ValueError(f"stepsal models read text only, but a message of the {message.role} has {strange[0]}")
-    found: dict[str, Any] = {"role": message.role, "content": message.text}
-    if isinstance(message, ChatMessageTool):
-        result = f"Error: {message.error.message}" if message.error else message.text
-        if native:
-            return {"role": "tool", "content": result, "name": message.function or ""}
-        return {"role": "user", "content": f"<tool_response>{result}</tool_response>"}
-    if isinstance(message, ChatMessageAssistant):
-        if reasoning := reasoning_of(message):
-            if "reasoning_content" in template:
-                found["reasoning_content"] = reasoning
-            elif ".thinking" in template:  # Harmony
-                found["thinking"] = reasoning
-            else:
-                found["content"] = _STAND_IN + message.text
-        calls = [{"name": call.function, "arguments": call.arguments} for call in message.tool_calls or []]
-        if calls and native:
-            found["tool_calls"] = [{"type": "function", "function": call} for call in calls]
-        else:
-            found["content"] += "".join(f"\n<tool_call>{json.dumps(call)}</tool_call>" for call in calls)
-    return found
-
-
-def joined(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All system messages as one at the beginning, where templates look for it; users' in a row as one."""
-    system = "\n\n".join(m["content"] for m in chat if m["role"] == "system")
-    found: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-    for message in chat:
-        if message["role"] == "user" and found and found[-1]["role"] == "user":
-            found[-1] = found[-1] | {"content": f"{found[-1]['content']}\n\n{message['content']}"}
-        elif message["role"] != "system":
-            found.append(message)
-    return found
-
-
-def without_system(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The system prompt put before what the user says first."""
-    if chat[0]["role"] != "system":
-        return chat
-    text, rest = chat[0]["content"], chat[1:]
-    if rest and rest[0]["role"] == "user":
-        return [rest[0] | {"content": f"{text}\n\n{rest[0]['content']}"}, *rest[1:]]
-    return [{"role": "user", "content": text}, *rest]
-
-
-def tool_calls(text: str) -> tuple[str, list[ToolCall]]:
-    """What is said besides, and the calls between <tool_call> and </tool_call>; all else is text, braces or not."""
-    calls = []
-    for found in _CALL.findall(text):
-        name = f"call_{secrets.token_hex(6)}"
-        try:
-            call = json.loads(found)
-            arguments = call.get("arguments", call.get("parameters", {}))
-            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-            calls.append(ToolCall(id=name, function=str(call["name"]), arguments=dict(arguments)))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:  # the model is told, and may try again
-            reason = f"{found!r} is no call, which would be JSON with `name` and `arguments`: {error}"
-            calls.append(ToolCall(id=name, function="unknown", arguments={}, parse_error=reason))
-    return _CALL.sub("", text).strip(), calls
-
-
-async def heard(future: Future[Any]) -> Any:
-    """The result of a future of another thread."""
-    while not future.done():
-        await anyio.sleep(POLL)
-    return future.result()
+def _decoding(config: GenerateConfig) -> Decoding:
+    """Return generation options of Inspect as a `Decoding`; its checks are those of the numbers."""
+    return Decoding(
+        max_new_tokens=MAX_TOKENS if config.max_tokens is None else config.max_tokens,
+        temperature=config.temperature or 0.0,
+        top_p=1.0 if config.top_p is None else config.top_p,
+        stop=tuple(config.stop_seqs or ()),
+    )

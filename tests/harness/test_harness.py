@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,12 +35,13 @@ from inspect_ai.tool import Tool, ToolCall, ToolInfo, tool
 from transformer_lens.model_bridge import TransformerBridge
 
 import stepsal
-from stepsal import StepFlowConfig, StepSaliency
+from stepsal import Decoding, Segmentation, StepFlowConfig, StepSaliency
 from stepsal.harness import capture_step_saliency
-from stepsal.harness.engine import Request, Sharing
-from stepsal.harness.provider import StepsalAPI, tool_calls
+from stepsal.harness.chat import tool_calls
+from stepsal.harness.engine import Request
+from stepsal.harness.provider import StepsalAPI
 from stepsal.tasks import chain
-from stepsal.trace.segment import Format
+from stepsal.trace import Format
 
 PROBLEMS = [chain.sample(910_000 + i, length=length) for i, length in enumerate((1, 2, 3, 2, 3))]
 TASK_FILE = """
@@ -153,6 +156,11 @@ class TestAnswers:
             ({"dtype": "bf16"}, "dtype='bf16' is unknown"),
             ({"batch_size": 0}, "batch_size=0"),
             ({"oeb_layers": [99]}, "no layer 99"),
+            ({"oeb_layers": "top"}, "oeb_layers='top' names no layers"),
+            ({"oeb_layers": None}, "oeb_layers=None names no layers"),
+            ({"format": "thinking"}, "format='thinking' is unknown"),
+            ({"min_chars": "few"}, "min_chars='few'"),
+            ({"preset": "ours"}, "no preset 'ours'"),
         ],
     )
     def test_bad_arguments_are_refused_at_once(self, args: dict[str, Any], message: str) -> None:
@@ -164,16 +172,47 @@ class TestAnswers:
         assert log.status == "error"
         assert "logprobs" in log.error.message
 
-    def test_settings_of_stepflow(self, tmp_path: Path) -> None:
-        config = StepFlowConfig(tau_max=0.4, smi_layers=None)
+    @pytest.mark.parametrize(
+        ("arguments", "settings"),
+        [
+            ({}, None),
+            ({"stepflow": True}, {}),
+            ({"alpha": 0.1, "stepflow": False}, None),
+            ({"smi_layers": "none"}, {"smi_layers": ()}),
+            ({"oeb_layers": "()"}, {"oeb_layers": ()}),
+            ({"oeb_layers": "0,1", "smi_layers": "middle"}, {"oeb_layers": (0, 1), "smi_layers": "middle"}),
+            ({"oeb_layers": ["0", "1"], "tau_max": "1e-1"}, {"oeb_layers": (0, 1), "tau_max": 0.1}),
+            ({"smi_layers": ["0.25", "0.5"], "window": "4"}, {"smi_layers": (0.25, 0.5), "window": 4}),
+            ({"oeb_layers": 3, "window": "none"}, {"oeb_layers": (3,)}),
+            ({"preset": "authors-code", "alpha": 0.2}, {"window": 4, "bridge": "prompt", "alpha": 0.2}),
+        ],
+        ids=str,
+    )
+    def test_settings_of_stepflow(self, arguments: dict[str, Any], settings: dict[str, Any] | None) -> None:
+        expected = None if settings is None else StepFlowConfig(**settings)
+        assert get_model("stepsal/mini", **arguments).api.stepflow == expected
+
+    def test_settings_of_stepflow_from_a_file(self, tmp_path: Path) -> None:
+        config = StepFlowConfig(tau_max=0.4, smi_layers=())
         path = str(config.save(tmp_path / "preset.json"))
-        for args, wanted in (
-            ({}, None), ({"stepflow": True}, StepFlowConfig()), ({"alpha": 0.1, "stepflow": False}, None),
-            ({"preset": path}, config), ({"preset": path, "alpha": 0.2}, config.but(alpha=0.2)),
-            ({"smi_layers": "none"}, StepFlowConfig(smi_layers=None)),
-            ({"oeb_layers": ["0", "1"], "tau_max": "1e-1"}, StepFlowConfig(oeb_layers=(0, 1), tau_max=0.1)),
-        ):  # fmt: skip
-            assert get_model("stepsal/mini", **args).api.stepflow == wanted
+        assert get_model("stepsal/mini", preset=path).api.stepflow == config
+        assert get_model("stepsal/mini", preset=path, alpha=0.2).api.stepflow == config.but(alpha=0.2)
+
+    def test_steps_are_found_as_asked_for_in_stepflow_and_in_traces(
+        self, mini: TransformerBridge, tmp_path: Path
+    ) -> None:
+        flow, segmentation = StepFlowConfig(tau_max=0.4, alpha=0.5), Segmentation(split="line", min_chars=3)
+        args = {"tau_max": 0.4, "alpha": 0.5, "split": "line", "min_chars": "3"}
+        task = chains(generate(), capture_step_saliency(str(tmp_path / "maps"), layers="deep"))
+        for problem, sample in zip(PROBLEMS, samples_of(run(task, tmp_path, args=args)), strict=True):
+            trace = stepsal.generate(
+                mini, problem.question, stepflow=flow, segmentation=segmentation, max_new_tokens=120
+            )
+            assert said(sample) == (trace.thinking, trace.summary or "")
+            summary = sample.store["step_saliency"]
+            assert summary["segmentation"] == {"format": "think", "split": "line", "min_chars": 3}
+            assert StepSaliency.load(summary["path"]).step_texts == tuple(map(trace.step_text, range(len(trace.steps))))
+            assert summary["layers"] == [6, 7]
 
 
 class TestRuns:
@@ -217,24 +256,24 @@ class TestRuns:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("INSPECT_CACHE_DIR", str(tmp_path / "cache"))
             strong = {"tau_max": 0.9, "alpha": 3.0, "oeb_layers": "all", "smi_layers": "all"}
-            found = [samples_of(run(chains(), tmp_path, args=args, cache=True)) for args in ({}, strong, {}, strong)]
-        plain, edited, plain_again, edited_again = ([said(s) for s in samples] for samples in found)
+            runs = [samples_of(run(chains(), tmp_path, args=args, cache=True)) for args in ({}, strong, {}, strong)]
+        plain, edited, plain_again, edited_again = ([said(s) for s in samples] for samples in runs)
         assert plain == plain_again != edited == edited_again
-        assert all("batch" in s.output.metadata for s in found[1])
+        assert all("batch" in s.output.metadata for s in runs[1])
 
     def test_cancelled_answers_stop(self) -> None:
         engine, ids = get_model("stepsal/mini").api.engine, [1, 2, 3]
-        sharing = Sharing(50.0, 1.0, (), None)  # so hot that it does not end by itself
+        decoding = Decoding(max_new_tokens=400, temperature=50.0)  # so hot that it does not end by itself
         passes = []
         handle = engine.model.original_model.register_forward_hook(lambda *_: passes.append(len(passes)))
         try:
-            whole = engine.ask(Request(ids, 400, 3, sharing)).result(60)  # the same answer, wanted to its end
+            whole = engine.ask(Request(ids, decoding, 3)).result(60)  # the same answer, written to its end
             passes.clear()
-            request = Request(ids, 400, 3, sharing)
+            request = Request(ids, decoding, 3)
             reply = engine.ask(request)
             while len(passes) < 5:
                 time.sleep(0.001)
-            request.unwanted.set()
+            request.cancel()
             n = len(reply.result(60).tokens)
         finally:
             handle.remove()
@@ -242,20 +281,82 @@ class TestRuns:
         assert 5 <= n < len(whole.tokens) - 100
         assert len(passes) == n
 
+    @pytest.mark.parametrize("backend", ["asyncio", "trio"])
+    def test_a_call_that_is_cancelled_costs_no_token_more(self, backend: str) -> None:
+        pytest.importorskip(backend)
+        api, passes = get_model("stepsal/mini").api, []
+        handle = api.model.original_model.register_forward_hook(lambda *_: passes.append(len(passes)))
+        config = GenerateConfig(max_tokens=1000, temperature=50.0, seed=3)
+
+        async def call() -> None:
+            await api.generate([ChatMessageUser(content="Why?")], [], "auto", config)
+
+        async def cancelled_after(n_passes: int) -> int:
+            async with anyio.create_task_group() as group:
+                group.start_soon(call)
+                while len(passes) < n_passes:
+                    await anyio.sleep(0.001)
+                group.cancel_scope.cancel()
+            return len(passes)
+
+        try:
+            before = anyio.run(cancelled_after, 5, backend=backend)
+            api.engine.run(lambda model: None).result(30)  # the engine is idle again
+        finally:
+            handle.remove()
+        assert 5 <= before <= len(passes) <= before + 3
+
+    def test_a_request_that_is_cancelled_before_its_turn_is_dropped(self) -> None:
+        engine, hold = get_model("stepsal/mini").api.engine, threading.Event()
+        busy = engine.run(lambda model: hold.wait(30))
+        request = Request([1, 2, 3], Decoding(), 0)
+        reply = engine.ask(request)
+        request.cancel()
+        hold.set()
+        assert busy.result(30)
+        assert reply.cancelled()
+        assert len(engine.ask(Request([1, 2, 3], Decoding(max_new_tokens=2), 0)).result(30).tokens) == 2
+
+    def test_many_calls_wait_at_once(self) -> None:
+        """More than a program's shared threads, which Inspect needs for its files."""
+        api, n = get_model("stepsal/mini").api, 60
+        config, hold = GenerateConfig(max_tokens=1), threading.Event()
+        busy = api.engine.run(lambda model: hold.wait(30))
+        replies: list[str] = []
+
+        async def call(i: int) -> None:
+            replies.append((await api.generate([ChatMessageUser(content=f"{i}?")], [], "auto", config)).completion)
+
+        async def all_of_them() -> None:
+            async with anyio.create_task_group() as group:
+                for i in range(n):
+                    group.start_soon(call, i)
+                await anyio.sleep(0.5)
+                with anyio.fail_after(10):
+                    assert await anyio.to_thread.run_sync(lambda: "a file is written") == "a file is written"
+                hold.set()
+
+        anyio.run(all_of_them)
+        assert busy.result(30)
+        assert len(replies) == n
+
     def test_an_error_is_that_of_its_request_and_the_engine_goes_on(self) -> None:
-        engine, sharing = get_model("stepsal/mini").api.engine, Sharing(0.0, 1.0, (), None)
-        replies = [engine.ask(Request(ids, 3, 0, sharing)) for ids in ([1, 2], [10**9], [3, 4, 5])]
+        engine, decoding = get_model("stepsal/mini").api.engine, Decoding(max_new_tokens=3)
+        replies = [engine.ask(Request(ids, decoding, 0)) for ids in ([1, 2], [10**9], [3, 4, 5])]
         with pytest.raises(IndexError):
             replies[1].result(30)
         assert all(len(replies[i].result(30).tokens) == 3 for i in (0, 2))
 
     def test_settings_without_a_hash(self) -> None:
-        marked = StepFlowConfig(format=Format.with_marker("Answer:"))
-        engine = get_model("stepsal/mini").api.engine
-        requests = [Request([1, 2, 3], 2, 0, Sharing(0.0, 1.0, (), config)) for config in (marked, None, marked)]
+        marked, engine = Segmentation(Format.with_marker("Answer:")), get_model("stepsal/mini").api.engine
+        requests = [
+            Request([1, 2, 3], Decoding(max_new_tokens=2), 0, config, segmentation)
+            for config, segmentation in ((StepFlowConfig(), marked), (None, Segmentation()), (StepFlowConfig(), marked))
+        ]
         with pytest.warns(UserWarning, match="found no question"):
             replies = [reply.result(30) for reply in [engine.ask(request) for request in requests]]
         assert [reply.log is None for reply in replies] == [False, True, False]
+        assert [reply.n_together for reply in replies] == [2, 1, 2]
         assert replies[0].log["without_question"] == 1
 
     def test_a_closed_model_says_so(self) -> None:
@@ -285,12 +386,12 @@ class TestRuns:
             short = config.merge(GenerateConfig(max_tokens=1))
             return [(await api.generate(chat, [], "auto", short)).metadata["seed"] for _ in range(2)]
 
-        before = len(api._asked)
+        before = len(api._counts)
         anyio.run(cut_off)
-        assert len(api._asked) == before + 1
+        assert len(api._counts) == before + 1
         first, second = anyio.run(twice)
         assert first != second  # equal calls of a sample differ
-        assert list(api._asked.values())[-1] == 2  # and the one that was cut off does not count
+        assert list(api._counts.values())[-1] == 2  # and the one that was cut off does not count
 
 
 def run_file(folder: Path) -> dict[tuple[Any, int], tuple[str, str]]:
@@ -308,9 +409,9 @@ def test_step_maps_are_kept_beside_the_scores(mini: TransformerBridge, tmp_path:
         kept = sample.store["step_saliency"]
         trace = stepsal.generate(mini, problem.question, stepflow=flow, max_new_tokens=120)
         expected = stepsal.step_saliency(mini, trace, stepflow=flow, layers=[0, 7])
-        found = StepSaliency.load(kept["path"])
-        assert found.step_texts == expected.step_texts
-        assert (found.values - expected.values).abs().max() <= 1e-4 * expected.values.max()
+        saved = StepSaliency.load(kept["path"])
+        assert saved.step_texts == expected.step_texts
+        assert (saved.values - expected.values).abs().max() <= 1e-4 * expected.values.max()
         assert kept["layers"] == [0, 7]
         assert kept["tokens"] == len(trace)
         assert kept["stepflow"]["tau_max"] == 0.3
@@ -379,9 +480,9 @@ def test_a_tool_is_called(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_a_tool_call(text: str, rest: str, calls: list[tuple[str, dict]]) -> None:
-    said, found = tool_calls(text)
-    assert said == rest
-    assert [(call.function, call.arguments, call.parse_error) for call in found] == [(*call, None) for call in calls]
+    words, parsed = tool_calls(text)
+    assert words == rest
+    assert [(call.function, call.arguments, call.parse_error) for call in parsed] == [(*call, None) for call in calls]
 
 
 def test_a_call_that_cannot_be_read_is_told_to_the_model() -> None:
@@ -508,3 +609,26 @@ def test_the_solver_can_be_named_on_the_command_line() -> None:
     from inspect_ai._util.registry import registry_create
 
     assert registry_create("solver", "stepsal/capture_step_saliency", folder="maps")
+
+
+def test_the_harness_is_there_without_inspect() -> None:
+    """In a fresh session, and without the package; only using it says what is missing."""
+    code = """
+import sys
+sys.modules["inspect_ai"] = None
+import stepsal
+assert "hub" in dir(stepsal.harness)
+try:
+    stepsal.harness.hub
+except ImportError as error:
+    print(error)
+"""
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output == "stepsal.harness.hub needs Inspect: pip install 'stepsal[inspect]'\n"
+
+
+def test_internals_of_inspect_that_have_moved_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "inspect_ai.log._samples", None)
+    monkeypatch.delitem(sys.modules, "stepsal.harness.inspect_private")
+    with pytest.raises(ImportError, match=r"not where they were .* tested with 0\.3\.\d+ to (\S+); .*inspect-ai==\1"):
+        importlib.import_module("stepsal.harness.inspect_private")

@@ -1,0 +1,171 @@
+"""Model arguments of Inspect (`-M name=value`, or keywords of `get_model`) as settings.
+
+Values from the command line come as text, or as lists of texts, and are read here: "0.15" as a number, "0,1" as layers,
+"none" and "()" as no layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stepsal.intervention import StepFlowConfig
+from stepsal.trace import Segmentation
+
+LOADING = ("device", "device_map", "dtype", "revision", "trust_remote_code")
+STEPFLOW = tuple(field.name for field in fields(StepFlowConfig))
+SEGMENTATION = tuple(field.name for field in fields(Segmentation))
+KNOWN = ("batch_size", "preset", "stepflow", *LOADING, *STEPFLOW, *SEGMENTATION)
+
+
+@dataclass(frozen=True)
+class ModelArguments:
+    """Settings of a model in Inspect.
+
+    Attributes:
+        loading: keywords of `stepsal.load`, as they were given.
+        batch_size: most answers that are written together.
+        stepflow: settings of StepFlow; None leaves the model as it is.
+        segmentation: how sections and steps are found, by StepFlow and in traces.
+    """
+
+    loading: Mapping[str, Any]
+    batch_size: int
+    stepflow: StepFlowConfig | None
+    segmentation: Segmentation
+
+    @classmethod
+    def read(cls, arguments: Mapping[str, Any]) -> ModelArguments:
+        """Read model arguments.
+
+        Args:
+            arguments: names are those of `KNOWN`.
+
+        Raises:
+            ValueError: an unknown name, or a value out of range, naming it.
+            FileNotFoundError: a preset that is no file.
+
+        Example:
+            >>> ModelArguments.read({"oeb_layers": "0,1", "tau_max": "0.3", "split": "paragraph"}).stepflow.oeb_layers
+            (0, 1)
+        """
+        if unknown := sorted(set(arguments) - set(KNOWN)):
+            raise ValueError(f"unknown model arguments {unknown}; there are {', '.join(KNOWN)}")
+        batch_size = arguments.get("batch_size", 16)
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r} must be a whole number >= 1")
+        loading = {name: arguments[name] for name in LOADING if name in arguments}
+        read_dtype(loading.get("dtype"))
+        segmentation = {name: arguments[name] for name in SEGMENTATION if name in arguments}
+        if "min_chars" in segmentation:
+            segmentation["min_chars"] = read_number(segmentation["min_chars"])
+            if not isinstance(segmentation["min_chars"], int):
+                raise ValueError(f"min_chars={arguments['min_chars']!r} must be a whole number >= 0")
+        return cls(loading, batch_size, read_stepflow(arguments), Segmentation(**segmentation))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what answers depend on, JSON-ready but for objects among the loading options."""
+        stepflow = None if self.stepflow is None else self.stepflow.to_dict()
+        return {**self.loading, "stepflow": stepflow, "segmentation": self.segmentation.to_dict()}
+
+
+def read_stepflow(arguments: Mapping[str, Any]) -> StepFlowConfig | None:
+    """Read the settings of StepFlow among model arguments.
+
+    Args:
+        arguments: any field of `StepFlowConfig` switches StepFlow on, and so does `preset` (the name of published
+            settings, or a file of `StepFlowConfig.save` or `Calibration.save`), which the fields change, or
+            `stepflow=true` (the paper's settings); `stepflow=false` overrules them all.
+
+    Raises:
+        ValueError: a bad value, or a preset that can't be read.
+        FileNotFoundError: a preset that is no file.
+
+    Example:
+        >>> read_stepflow({"smi_layers": "none"}).smi_layers, read_stepflow({"device": "cpu"})
+        ((), None)
+    """
+    changes: dict[str, Any] = {
+        name: read_layers(arguments[name]) if name.endswith("layers") else read_number(arguments[name])
+        for name in STEPFLOW
+        if name in arguments
+    }
+    preset, switch = arguments.get("preset"), arguments.get("stepflow")
+    if switch not in (None, True, False):
+        raise ValueError(f"stepflow={switch!r} must be true or false; published or saved settings go by preset=")
+    if switch is False or (switch is None and preset is None and not changes):
+        return None
+    if preset is None:
+        return StepFlowConfig(**changes)
+    if Path(preset).suffix or Path(preset).exists():
+        return StepFlowConfig.load(preset).but(**changes)
+    return StepFlowConfig.preset(str(preset)).but(**changes)
+
+
+def read_layers(value: Any) -> Any:
+    """Read a choice of layers from the command line.
+
+    Args:
+        value: a band such as "shallow"; indices or fractions, as a list or with commas between them; "none" or "()" for
+            no layers. What it can't read is returned as it is, for the check of the settings.
+
+    Example:
+        >>> read_layers("deep"), read_layers(["0", "-1"]), read_layers("0.25,0.5"), read_layers("none")
+        ('deep', (0, -1), (0.25, 0.5), ())
+    """
+    if isinstance(value, str):
+        text = value.strip().strip("()[]")
+        if text.lower() in ("", "none"):
+            return ()
+        members = [read_number(part) for part in text.split(",") if part.strip()]
+        return text if any(isinstance(member, str) for member in members) else tuple(members)
+    if isinstance(value, list | tuple):
+        return tuple(read_number(member) for member in value)
+    return value
+
+
+def read_number(value: Any) -> Any:
+    """Read a number from the command line, and "none" as None; return what is neither as it is.
+
+    Args:
+        value: often a text.
+
+    Example:
+        >>> read_number("4"), read_number("1e-1"), read_number("none"), read_number("prompt")
+        (4, 0.1, None, 'prompt')
+    """
+    if not isinstance(value, str):
+        return value
+    if value.strip().lower() == "none":
+        return None
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return value
+
+
+def read_dtype(value: Any) -> Any:
+    """Read a dtype by its name; return what is no text as it is.
+
+    Args:
+        value: such as "bfloat16".
+
+    Raises:
+        ValueError: an unknown name.
+
+    Example:
+        >>> read_dtype("bfloat16")
+        torch.bfloat16
+    """
+    if not isinstance(value, str):
+        return value
+    dtype = getattr(torch, value, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype={value!r} is unknown; use float32, bfloat16 or float16")
+    return dtype
