@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import matplotlib
 import pytest
 
 import stepsal
+
+matplotlib.use("Agg")  # no window; not through MPLBACKEND, which the kernels of notebooks would inherit
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

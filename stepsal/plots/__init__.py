@@ -1,5 +1,84 @@
-"""Axes-level plots: step maps, token maps, flow arcs, layer profiles, estimates with intervals."""
+"""Draw step maps, token maps, flow arcs, layer profiles and estimates, and save figures with their data.
 
-from stepsal.plots.maps import *  # noqa: F403
-from stepsal.plots.maps import LINE_COLORS, ROLE_COLORS, step_labels, style
+Every plot takes `ax=None` and returns the Axes it drew on. What is to be shown is settled first, by pure functions
+(`map_view`, `flow_view`, `profile_view`, `forest_view`, `shared_norm`), and only then drawn, so that tests and figure
+data can look at the state instead of the pixels. Nothing here changes matplotlib's settings on import; wrap figures in
+`style()`.
+
+    with plots.style():
+        fig, (left, right) = plt.subplots(1, 2, figsize=(plots.DOUBLE_COLUMN, 3.2), layout="constrained")
+        norm = plots.shared_norm([wrong.mean_over("shallow"), correct.mean_over("shallow")])
+        plots.step_map(wrong, "shallow", ax=left, norm=norm, colorbar=False)
+        plots.step_map(correct, "shallow", ax=right, norm=norm)
+"""
+
+from stepsal.plots.arcs import flow_arcs
+from stepsal.plots.estimates import (
+    ForestSeries,
+    ForestView,
+    ProfileLine,
+    ProfileView,
+    forest,
+    forest_view,
+    layer_profile,
+    profile_view,
+)
+from stepsal.plots.maps import step_map, token_map
 from stepsal.plots.save import save_figure
+from stepsal.plots.theme import (
+    CMAP,
+    DOUBLE_COLUMN,
+    EMPTY,
+    GROUP_COLORS,
+    INK,
+    LINE_COLORS,
+    ROLE_COLORS,
+    SINGLE_COLUMN,
+    hue_colors,
+    style,
+)
+from stepsal.plots.views import (
+    FlowView,
+    MapView,
+    RoleSpan,
+    flow_view,
+    map_view,
+    role_labels,
+    role_spans,
+    shared_norm,
+    step_labels,
+)
+
+__all__ = [
+    "CMAP",
+    "DOUBLE_COLUMN",
+    "EMPTY",
+    "GROUP_COLORS",
+    "INK",
+    "LINE_COLORS",
+    "ROLE_COLORS",
+    "SINGLE_COLUMN",
+    "FlowView",
+    "ForestSeries",
+    "ForestView",
+    "MapView",
+    "ProfileLine",
+    "ProfileView",
+    "RoleSpan",
+    "flow_arcs",
+    "flow_view",
+    "forest",
+    "forest_view",
+    "hue_colors",
+    "layer_profile",
+    "map_view",
+    "profile_view",
+    "role_labels",
+    "role_spans",
+    "save_figure",
+    "shared_norm",
+    "step_labels",
+    "step_map",
+    "style",
+    "token_map",
+]

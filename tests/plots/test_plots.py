@@ -5,9 +5,6 @@ import sys
 from dataclasses import replace
 
 import matplotlib as mpl
-
-mpl.use("Agg")
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -21,7 +18,7 @@ from matplotlib.patches import PathPatch
 from stepsal import plots
 from stepsal.maps import StepSaliency
 from stepsal.maps.pooling import pair_counts, pool_steps, reduce_blocks, row_counts
-from stepsal.plots.ticks import fitted_log_ticks, log_ticks, number_labels, place_labels, step_ticks, text_width
+from stepsal.plots.ticks import fitted_log_ticks, fitted_step_ticks, log_label, place_labels, step_ticks, text_width
 
 
 def make(n_thinking=14, n_summary=1, layers=(0, 3, 7), n_layers=8, keep_tokens=True) -> StepSaliency:
@@ -40,7 +37,7 @@ def make(n_thinking=14, n_summary=1, layers=(0, 3, 7), n_layers=8, keep_tokens=T
         values=reduce_blocks(pool_steps(tokens, step_ids, n_steps), pairs, rows, "density"),
         layers=layers,
         n_layers=n_layers,
-        model="random",
+        model_name="random",
         target="token",
         reduce="density",
         roles=roles,
@@ -132,15 +129,15 @@ def test_ticks_are_few_and_inside(n, at_most):
     ticks = step_ticks(n, at_most)
     assert ticks[0] == 0
     assert ticks[-1] < n
-    assert 1 <= len(ticks) <= at_most
+    assert 1 <= len(ticks) <= at_most + 1
+    assert n <= 2 or len(set(np.diff(ticks))) <= 1
 
 
-@given(st.floats(-12, 3), st.floats(0.01, 9), st.integers(2, 5))
-def test_log_ticks_lie_inside(exponent, decades, at_most):
-    low, high = 10**exponent, 10 ** (exponent + decades)
-    ticks = log_ticks(low, high, at_most)
-    assert 1 <= len(ticks) <= at_most
-    assert all(low * 0.999 <= tick <= high * 1.001 for tick in ticks)
+@given(st.integers(1, 10_000), st.floats(20, 400))
+def test_numbers_of_steps_have_room(n, length):
+    ticks = fitted_step_ticks(n, length, 7.0)
+    widest = max(text_width(str(tick), 7.0) for tick in ticks)
+    assert len(ticks) == 1 or len(ticks) == 2 or np.diff(ticks).min() / n * length > widest
 
 
 @given(st.lists(st.tuples(st.floats(0, 100), st.floats(1, 30)), min_size=1, max_size=5))
@@ -159,8 +156,9 @@ def test_colour_bar_labels_have_room(exponent, decades, length):
     low, high = 10**exponent, 10 ** (exponent + decades)
     ticks = fitted_log_ticks(low, high, length, 6.0)
     at = np.log(np.array(ticks) / low) / np.log(high / low) * length
-    assert len(ticks) <= 4
-    widths = np.array([text_width(label, 6.0) for label in number_labels(ticks)])
+    assert 1 <= len(ticks) <= 4
+    assert low * 0.999 <= ticks[0] <= ticks[-1] <= high * 1.001
+    widths = np.array([text_width(log_label(tick), 6.0) for tick in ticks])
     assert len(ticks) < 2 or np.all(np.diff(at) > (widths[1:] + widths[:-1]) / 2 + 2)
 
 
@@ -173,10 +171,12 @@ def test_role_labels_are_shortened_or_dropped_when_there_is_no_room():
 # --------------------------------------------------------------------------------------------------- step maps
 
 
-@pytest.mark.parametrize(("layer", "rows"), [(3, [1]), (-1, [2]), ([0, 7], [0, 2]), ("shallow", [0])])
-def test_step_map_shows_the_mean_of_the_layers(ax, layer, rows):
+@pytest.mark.parametrize(
+    ("layers", "rows"), [(3, [1]), (-1, [2]), ([0, 7], [0, 2]), ("shallow", [0]), ("all", [0, 1, 2])]
+)
+def test_step_map_shows_the_mean_of_the_layers(ax, layers, rows):
     saliency = make()
-    assert plots.step_map(saliency, layer, ax=ax) is ax
+    assert plots.step_map(saliency, layers, ax=ax) is ax
     (image,) = ax.images
     shown = image.get_array()
     expected = np.maximum(saliency.values[rows].mean(0).numpy(), image.norm.vmin)
@@ -194,11 +194,17 @@ def test_zero_saliency_has_the_first_colour_not_the_background(ax):
     assert ax.images[0].get_array()[2, 0] == 0.01
 
 
-def test_bare_maps_need_roles_and_saliency_needs_a_layer(ax):
+@pytest.mark.parametrize("draw", [plots.step_map, plots.token_map, plots.flow_arcs])
+def test_bare_maps_need_roles_and_saliency_has_them(ax, draw):
     with pytest.raises(ValueError, match="give roles="):
-        plots.step_map(np.eye(3), ax=ax)
-    with pytest.raises(ValueError, match="name a layer"):
-        plots.step_map(make(), ax=ax)
+        draw(np.eye(3), ax=ax)
+    with pytest.raises(ValueError, match="leave out layers="):
+        draw(np.eye(3), "deep", roles=["thinking"] * 3, ax=ax)
+    with pytest.raises(ValueError, match="leave out roles="):
+        draw(make(), roles=make().roles, ax=ax)
+
+
+def test_a_layer_that_was_not_computed_is_refused(ax):
     with pytest.raises(ValueError, match="layer 5 was not computed"):
         plots.step_map(make(), 5, ax=ax)
 
@@ -210,8 +216,8 @@ def test_role_strips_have_the_colours_and_names_of_the_roles(ax, axis):
     strip = child(ax, f"roles {axis}")
     codes = strip.images[0].get_array().ravel()
     colours = strip.images[0].cmap(strip.images[0].norm(codes))
-    wanted = ["question", *["thinking"] * 5, *["summary"] * 2]
-    np.testing.assert_allclose(colours, [to_rgba(plots.ROLE_COLORS[role]) for role in wanted])
+    roles = ["question", *["thinking"] * 5, *["summary"] * 2]
+    np.testing.assert_allclose(colours, [to_rgba(plots.ROLE_COLORS[role]) for role in roles])
     labels = strip.get_xticklabels() if axis == "x" else strip.get_yticklabels()
     assert [label.get_text() for label in labels] == ["Q", "Thinking", "Summary"]
 
@@ -319,9 +325,25 @@ def profile(**columns):
     )
 
 
-def test_layer_profile_draws_a_line_per_label(ax):
+def test_profile_view_sorts_each_line_and_shades_the_ends():
     data = profile(low=np.arange(8.0) - 1, high=np.arange(8.0) + 1).sample(frac=1, random_state=0)
-    plots.layer_profile(data, "intensity", label="group", low="low", high="high", n_layers=4, ax=ax)
+    view = plots.profile_view(data, "intensity", hue="group", low="low", high="high", n_layers=4)
+    lines = {line.name: line for line in view.lines}
+    assert lines["correct"].layers.tolist() == [0, 1, 2, 3]
+    assert lines["correct"].values.tolist() == [4, 5, 6, 7]
+    assert (lines["wrong"].low.tolist(), lines["wrong"].high.tolist()) == ([-1, 0, 1, 2], [1, 2, 3, 4])
+    assert {name: line.color for name, line in lines.items()} == plots.GROUP_COLORS
+    assert view.bands == (("shallow", 0, 0), ("deep", 3, 3))
+    assert view.has_legend
+    one = plots.profile_view(data[data["group"] == "wrong"], "intensity")
+    assert [line.name for line in one.lines] == ["intensity"]
+    assert one.lines[0].low is None
+    assert (one.bands, one.has_legend) == ((), False)
+
+
+def test_layer_profile_draws_a_line_per_hue(ax):
+    data = profile(low=np.arange(8.0) - 1, high=np.arange(8.0) + 1).sample(frac=1, random_state=0)
+    plots.layer_profile(data, "intensity", hue="group", low="low", high="high", n_layers=4, ax=ax)
     lines = {line.get_label(): line for line in ax.lines}
     assert set(lines) == {"wrong", "correct"}
     assert lines["correct"].get_xydata().tolist() == [[0, 4], [1, 5], [2, 6], [3, 7]]
@@ -332,21 +354,21 @@ def test_layer_profile_draws_a_line_per_label(ax):
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("layer", "intensity")
 
 
-def test_layer_profile_colours_are_distinct(ax):
+def test_hue_colours_are_distinct_until_they_run_out():
     names = ["correct", "before", "after", "x", "y", "z"]
-    data = pd.DataFrame([{"layer": i, "v": i, "name": name} for name in names for i in range(3)])
-    plots.layer_profile(data, "v", label="name", palette={"after": "#009E73"}, ax=ax)
-    colours = [line.get_color() for line in ax.lines]
-    assert len(set(colours)) == len(names)
-    assert colours[2] == "#009E73"
+    colours = plots.hue_colors(names, {"after": "#009E73"})
+    assert list(colours) == names
+    assert len(set(colours.values())) == len(names)
+    assert (colours["correct"], colours["after"]) == (plots.GROUP_COLORS["correct"], "#009E73")
+    assert list(plots.hue_colors([str(i) for i in range(9)]).values()) == [*plots.LINE_COLORS, plots.INK, plots.INK]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"y": "mass"}, "no column 'mass'"),
-        ({"y": "intensity"}, "several rows per layer"),
-        ({"y": "intensity", "label": "group", "low": "group"}, "two ends"),
+        ({"y": "intensity"}, "several rows for {'layer': 0}: average over traces first"),
+        ({"y": "intensity", "hue": "group", "low": "group"}, "two ends"),
     ],
 )
 def test_layer_profile_refuses_unclear_data(ax, arguments, message):
@@ -362,8 +384,22 @@ def estimates(**columns):
     return pd.DataFrame(rows).assign(**columns)
 
 
+def test_forest_view_spreads_the_estimates_of_a_category():
+    view = plots.forest_view(estimates(), "value", y="task", low="low", high="high", hue="variant")
+    assert view.categories == ("b", "a")
+    one, two = view.series
+    assert (one.name, two.name) == ("one", "two")
+    assert (one.values.tolist(), one.low.tolist(), one.high.tolist()) == ([1, 3], [0, 2], [3, 5])
+    np.testing.assert_allclose(one.positions, [-0.175, 1])  # "a" has one estimate, which leaves no gap
+    np.testing.assert_allclose(two.positions, [0.175])
+    assert one.color != two.color
+    (alone,) = plots.forest_view(estimates().iloc[[0, 2]], "value", y="task", low="low", high="high").series
+    assert alone.name is None
+    assert alone.positions.tolist() == [0, 1]
+
+
 def test_forest_draws_estimates_in_the_order_of_the_data(ax):
-    plots.forest(estimates(), "value", y="task", low="low", high="high", label="variant", reference=0.5, ax=ax)
+    plots.forest(estimates(), "value", y="task", low="low", high="high", hue="variant", reference=0.5, ax=ax)
     assert [t.get_text() for t in ax.get_yticklabels()] == ["b", "a"]
     assert ax.yaxis_inverted()
     _, one, two = ax.lines
@@ -387,7 +423,7 @@ def test_forest_draws_what_has_no_interval(ax):
     [
         (estimates().drop(columns="low"), "no column 'low'"),
         (estimates().iloc[:0], "no rows"),
-        (estimates(), "'task': 'b'} has several rows"),
+        (estimates(), "several rows for {'task': 'b'}: name the column"),
     ],
 )
 def test_forest_refuses_unclear_data(ax, data, message):
@@ -396,6 +432,11 @@ def test_forest_refuses_unclear_data(ax, data, message):
 
 
 # ----------------------------------------------------------------------------------------------------- house
+
+
+def test_the_public_names_are_listed_and_exist():
+    assert sorted(plots.__all__) == sorted(set(plots.__all__))
+    assert all(hasattr(plots, name) for name in plots.__all__)
 
 
 def test_style_is_confined_to_its_block():
@@ -407,7 +448,7 @@ def test_style_is_confined_to_its_block():
 
 def test_importing_plots_loads_no_model_and_changes_no_setting():
     code = (
-        "import sys, matplotlib as mpl; before = dict(mpl.rcParams); import stepsal.plots, stepsal.plots.save;"
+        "import sys, matplotlib as mpl; before = dict(mpl.rcParams); import stepsal.plots;"
         "assert 'transformer_lens' not in sys.modules;"
         "assert dict(mpl.rcParams) == before"
     )

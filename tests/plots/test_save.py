@@ -3,19 +3,16 @@
 import json
 
 import matplotlib as mpl
-
-mpl.use("Agg")
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 
 from stepsal import plots
-from stepsal.plots.save import save_figure
+from stepsal.plots import save_figure
 from stepsal.storage import package_versions
 
-PROVENANCE = {"model": "mini", "seed": 0, "parameters": {"tau_max": 0.15}}
+PROVENANCE = {"model_name": "mini", "seed": 0, "parameters": {"tau_max": 0.15}}
 
 
 @pytest.fixture
