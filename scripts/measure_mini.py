@@ -25,7 +25,7 @@ TRAINED_LENGTH = 8  # the longest
 
 
 def measure(cells: list[tuple[int, int | None]], n: int) -> pd.DataFrame:
-    """One row per (chain length, distractors): how many of n problems are solved greedily, and the others' errors."""
+    """Return one row per (chain length, distractors): how many of n problems are solved greedily, and other errors."""
     model = stepsal.load("mini")
     rows = []
     for length, distractors in tqdm(cells, desc="difficulty"):
@@ -47,7 +47,7 @@ def measure(cells: list[tuple[int, int | None]], n: int) -> pd.DataFrame:
                 "accuracy": correct / n,
                 "low": interval.low,
                 "high": interval.high,
-                "answer_accuracy": sum(v.answer_correct for v in verdicts) / n,
+                "final_answer_accuracy": sum(v.final_answer_correct for v in verdicts) / n,
                 "first_errors": ", ".join(f"{kind} {count}" for kind, count in errors.most_common()),
             }
         )
@@ -55,6 +55,7 @@ def measure(cells: list[tuple[int, int | None]], n: int) -> pd.DataFrame:
 
 
 def table(results: pd.DataFrame) -> str:
+    """Write results as a table in Markdown."""
     lines = [
         "| chain length | distractors | solved | accuracy [95 % interval] | answer right | first errors |",
         "|---:|---:|---:|---|---:|---|",
@@ -62,12 +63,13 @@ def table(results: pd.DataFrame) -> str:
     for r in results.itertuples():
         lines.append(
             f"| {r.length} | {r.distractors} | {r.correct}/{r.n} | {r.accuracy:.1%} [{r.low:.1%}, {r.high:.1%}] "
-            f"| {r.answer_accuracy:.1%} | {r.first_errors or 'none'} |"
+            f"| {r.final_answer_accuracy:.1%} | {r.first_errors or 'none'} |"
         )
     return "\n".join(lines)
 
 
 def main() -> None:
+    """Measure, and write accuracy.csv and the tables of README.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-n", type=int, default=300, help="problems per cell")
     args = parser.parse_args()

@@ -1,8 +1,8 @@
-"""Problems that can be graded.
+"""Tasks: problems that can be graded.
 
-A *task* has a `name`, which says all that makes its problems what they are, and gives the problem of a seed by
-`sample(seed)`. A *problem* has a `question`, a `reference` answer, and grades traces. Any object that does so can be
-collected and evaluated.
+A *task* gives the problem of a seed by `sample(seed)`, and has a `name` that states everything which its problems
+depend on. A *problem* has a `question` and a `reference`, the right final answer, and it grades traces. Any object with
+these attributes can be collected and evaluated.
 """
 
 from __future__ import annotations
@@ -20,30 +20,56 @@ __all__ = ["Problem", "Task", "Verdict", "answers", "chain", "gym", "hub", "json
 
 
 class Verdict(Protocol):
-    """What grading found; a task that knows more may have more, such as the kind of the first `error`."""
+    """The result of grading an answer.
+
+    A verdict may also have:
+
+        final_answer           the value that the text states, which variants vote on
+        final_answer_correct   that value is right, however it was reached
+        error                  kind of the first error, as text
+    """
 
     @property
-    def correct(self) -> bool: ...
+    def correct(self) -> bool:
+        """Tell whether the answer counts as a success."""
+
     @property
-    def reason(self) -> str: ...
+    def reason(self) -> str:
+        """Say in words why it is correct or not."""
 
 
 class Problem(Protocol):
-    """A question with its answer, and the judge of answers."""
+    """A question with its reference, which grades answers."""
 
     @property
-    def question(self) -> str: ...
+    def question(self) -> str:
+        """Return what the model is asked."""
+
     @property
-    def reference(self) -> str: ...
-    def grade(self, trace: Trace) -> Verdict: ...
+    def reference(self) -> str:
+        """Return the right final answer, as text."""
+
+    def grade(self, trace: Trace) -> Verdict:
+        """Grade an answer.
+
+        Args:
+            trace: the answer.
+        """
 
 
 class Task(Protocol):
-    """Where problems come from."""
+    """A source of problems."""
 
     @property
-    def name(self) -> str: ...
-    def sample(self, seed: int) -> Problem: ...
+    def name(self) -> str:
+        """Return a text that differs between tasks with different problems."""
+
+    def sample(self, seed: int) -> Problem:
+        """Return the problem of a seed, the same one at every call.
+
+        Args:
+            seed: number of the problem.
+        """
 
 
 def __getattr__(name: str) -> Any:

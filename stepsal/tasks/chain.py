@@ -1,6 +1,6 @@
 """The chain task: look premises up, carry values, and be checked at every step.
 
-A question is a shuffled list of definitions, some of which are not needed:
+A question is a list of definitions in random order, some of which are not needed:
 
     Vera is Hugo minus 2. Hugo is 4 plus 3. Anna is Hugo plus 9. What is Anna?
 
@@ -44,7 +44,14 @@ ErrorKind = Literal[
 
 @dataclass(frozen=True)
 class Definition:
-    """`name` is `left` `op` `right`; an operand is a number or another name."""
+    """A definition: `name` is `left` `op` `right`.
+
+    Attributes:
+        name: what is defined.
+        left: a number, or another name.
+        op: "plus" or "minus".
+        right: a number, or another name.
+    """
 
     name: str
     left: Operand
@@ -53,7 +60,7 @@ class Definition:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The names this definition refers to, in order."""
+        """Return the names that this definition refers to, in order."""
         return tuple(x for x in (self.left, self.right) if isinstance(x, str))
 
     def __str__(self) -> str:
@@ -62,12 +69,12 @@ class Definition:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What grading found.
+    """The verdict on a response, step by step.
 
     Attributes:
         correct: the final answer is right *and* so is every step: the verdict that counts as success.
-        answer_correct: the summary states the right value, however it was reached.
-        answer: the value that the summary states; None without one.
+        final_answer_correct: the summary states the right value, however it was reached.
+        final_answer: the value that the summary states; None if it states none.
         error: kind of the first error; None when `correct`.
         error_sentence: index of the first wrong thinking sentence; equal to the number of thinking sentences when
             the error lies in the summary or in something left out at the end; None when `correct`.
@@ -75,8 +82,8 @@ class Verdict:
     """
 
     correct: bool
-    answer_correct: bool
-    answer: int | None
+    final_answer_correct: bool
+    final_answer: int | None
     error: ErrorKind | None = None
     error_sentence: int | None = None
     reason: str = "every step and the answer are right"
@@ -84,24 +91,39 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Problem:
-    """One chain problem; see the module docstring for its shape."""
+    """One chain problem; the module docstring shows its shape.
 
-    definitions: tuple[Definition, ...]  # in the order of the question
+    Attributes:
+        definitions: in the order of the question.
+        goal: the name that is asked for.
+        length: number of definitions that the goal needs, its own included.
+        seed: by which the problem was drawn.
+
+    Example:
+        >>> problem = stepsal.tasks.chain.sample(seed=3, length=2)
+        >>> verdict = problem.grade(problem.solution())
+        >>> verdict.correct, str(verdict.final_answer) == problem.reference
+        (True, True)
+    """
+
+    definitions: tuple[Definition, ...]
     goal: str
-    length: int  # number of definitions that the goal needs, itself included
+    length: int
     seed: int
 
     @property
     def question(self) -> str:
+        """Return the definitions and what is asked, as text."""
         return " ".join(f"{d}." for d in self.definitions) + f" What is {self.goal}?"
 
     @cached_property
     def by_name(self) -> dict[str, Definition]:
+        """Return the definition of each name."""
         return {d.name: d for d in self.definitions}
 
     @cached_property
     def values(self) -> dict[str, int]:
-        """The value of every defined name, distractors included."""
+        """Return the value of every defined name, distractors included."""
         known: dict[str, int] = {}
 
         def value(x: Operand) -> int:
@@ -118,13 +140,14 @@ class Problem:
 
     @property
     def reference(self) -> str:
-        """The right answer, as text."""
+        """Return the right final answer, as text."""
         return str(self.values[self.goal])
 
     def solution(self, seed: int = 0) -> str:
-        """A right response, thinking and summary, in the embedded model's format.
+        """Return a right response, thinking and summary, in the embedded model's format.
 
-        Where several definitions are pending, `seed` decides which is expanded first.
+        Args:
+            seed: decides which definition is expanded first where several are pending.
         """
         rng = random.Random(seed)
         order: list[str] = []
@@ -152,7 +175,7 @@ class Problem:
 
 
 def sample(seed: int, length: int | None = None, distractors: int | None = None) -> Problem:
-    """Draw a problem; the same arguments give the same problem.
+    """Draw a problem, the same one for the same arguments.
 
     Args:
         seed: any integer.
@@ -161,6 +184,10 @@ def sample(seed: int, length: int | None = None, distractors: int | None = None)
 
     Raises:
         ValueError: `length` or `distractors` out of range.
+
+    Example:
+        >>> stepsal.tasks.chain.sample(seed=5, length=1, distractors=1).question
+        'Iris is Tina plus 1. Tina is 6 plus 9. What is Tina?'
     """
     rng = random.Random(seed)
     if length is None:
@@ -187,14 +214,19 @@ def sample(seed: int, length: int | None = None, distractors: int | None = None)
 
 @dataclass(frozen=True)
 class ChainTask:
-    """Chain problems of some lengths, as a task (`stepsal.tasks.Task`).
+    """Chain problems of chosen lengths, as a task (`stepsal.tasks.Task`).
 
     Attributes:
         length: number of needed definitions: one, or a range (lowest, highest) to draw from; None as for `sample`.
         distractors: as for `sample`.
 
     Raises:
-        ValueError: what `sample` refuses, or an empty range.
+        ValueError: a number that `sample` refuses, or an empty range.
+
+    Example:
+        >>> task = stepsal.tasks.chain.ChainTask(length=(7, 9), distractors=2)
+        >>> task.name, task.sample(0).length
+        ('chain(length=7..9, distractors=2)', 7)
     """
 
     length: int | tuple[int, int] | None = None
@@ -209,10 +241,16 @@ class ChainTask:
 
     @property
     def name(self) -> str:
+        """Return a text that names lengths and distractors."""
         length = "{}..{}".format(*self.length) if isinstance(self.length, tuple) else self.length
         return f"chain(length={length}, distractors={self.distractors})"
 
     def sample(self, seed: int) -> Problem:
+        """Return the problem of a seed.
+
+        Args:
+            seed: any integer.
+        """
         length = self.length
         if isinstance(length, tuple):
             length = random.Random(f"length {seed}").randint(*length)
@@ -220,7 +258,7 @@ class ChainTask:
 
 
 def _random_tree(rng: random.Random, n: int) -> list[list[int]]:
-    """Children of each of n nodes: a random tree with at most two children a node, tending to depth."""
+    """Draw a tree of n nodes, at most two children each and deep rather than wide; return the children of each."""
     children: list[list[int]] = [[] for _ in range(n)]
     for i in range(1, n):
         free = [j for j in range(i) if len(children[j]) < 2]
@@ -230,7 +268,7 @@ def _random_tree(rng: random.Random, n: int) -> list[list[int]]:
 
 
 def _define(rng: random.Random, name: str, needs: list[str], values: dict[str, int]) -> Definition:
-    """Define `name` over `needs` such that its value lies in 0..MAX_VALUE; records the value."""
+    """Define `name` over `needs` such that its value lies in 0..MAX_VALUE, and enter it in `values`."""
     left: Operand
     right: Operand
     if len(needs) == 2:
@@ -266,7 +304,10 @@ class _StepError(Exception):
 
 
 class _Checker:
-    """Walks the thinking sentence by sentence; raises at the first one that does not follow."""
+    """Walk the thinking sentence by sentence, up to the first one that does not follow.
+
+    Its methods raise `_StepError` there.
+    """
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -326,10 +367,11 @@ class _Checker:
 
 
 def _grade(problem: Problem, response: str) -> Verdict:
+    """Check a response sentence by sentence, and then its summary."""
     thinking, end_mark, rest = response.partition("</think>")
     summary = _SUMMARY.fullmatch(rest)
-    answer = int(summary[2]) if summary else None
-    answer_correct = summary is not None and summary[1] == problem.goal and summary[2] == problem.reference
+    final_answer = int(summary[2]) if summary else None
+    final_answer_correct = summary is not None and summary[1] == problem.goal and summary[2] == problem.reference
 
     pieces = thinking.replace("<think>", "").split(".")
     sentences = [s.strip() for s in pieces[:-1]]
@@ -343,8 +385,8 @@ def _grade(problem: Problem, response: str) -> Verdict:
         if pieces[-1].strip():
             raise _StepError("malformed", f"{pieces[-1].strip()!r} is no step of this task")
         checker.finish()
-        if summary is None or summary[1] != problem.goal or answer != checker.stated[problem.goal]:
+        if summary is None or summary[1] != problem.goal or final_answer != checker.stated[problem.goal]:
             raise _StepError("wrong summary", f"the steps give {problem.goal} = {checker.stated[problem.goal]}")
     except _StepError as error:
-        return Verdict(False, answer_correct, answer, error.kind, i, error.reason)
-    return Verdict(True, answer_correct, answer)
+        return Verdict(False, final_answer_correct, final_answer, error.kind, i, error.reason)
+    return Verdict(True, final_answer_correct, final_answer)

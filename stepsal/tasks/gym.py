@@ -1,6 +1,7 @@
-"""Procedural arithmetic of the package reasoning-gym, graded by the last number of an answer.
+"""Arithmetic problems drawn by the package reasoning-gym, graded by the last number of an answer.
 
-Only datasets whose answers are exact numbers. Its own graders are not used: some hand what a model wrote to `eval`.
+Only its datasets with exact numbers as answers can be used. Its own graders are not used, since some of them pass what
+a model wrote to `eval`.
 """
 
 from __future__ import annotations
@@ -21,13 +22,17 @@ class GymTask:
     """A dataset of reasoning-gym as a task (`stepsal.tasks.Task`).
 
     Attributes:
-        dataset: its name there, one of `DATASETS`.
-        config: its settings, e.g. {"max_terms": 3, "max_digits": 1}.
+        dataset: one of `DATASETS`, by its name in reasoning-gym.
+        config: settings of the dataset, such as {"max_terms": 3, "max_digits": 1}.
         instruction: put after every question.
 
     Raises:
         ImportError: reasoning-gym is not installed.
         ValueError: another dataset, or settings that it refuses.
+
+    Example:
+        >>> stepsal.tasks.gym.GymTask("chain_sum", {"max_terms": 2}).sample(0).grader
+        'number'
     """
 
     dataset: str
@@ -46,9 +51,15 @@ class GymTask:
 
     @property
     def name(self) -> str:
+        """Return a text that names dataset, settings and instruction."""
         return f"reasoning-gym {self.dataset} {json.dumps(self.config, sort_keys=True)} {self.instruction.strip()!r}"
 
     def sample(self, seed: int) -> Problem:
+        """Return the problem of a seed.
+
+        Args:
+            seed: of the dataset.
+        """
         import reasoning_gym
 
         entry = reasoning_gym.create_dataset(self.dataset, seed=seed, size=1, **self.config)[0]

@@ -3,7 +3,7 @@
     stepsal.tasks.hub.HubTask("aime25")
     stepsal.tasks.hub.HubTask("aime25", file="aime25.jsonl")      # the same records, from a file
 
-LiveCodeBench, whose answers are programs, is left to Inspect, which runs them in a sandbox.
+LiveCodeBench, whose answers are programs, is not among them: Inspect can run it in a sandbox.
 """
 
 from __future__ import annotations
@@ -22,14 +22,19 @@ from stepsal.tasks.jsonl import Fields, problems_of, read_jsonl
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Where a benchmark is, and how its records are read.
+    """The place of a benchmark on the hub, and the shape of its records.
 
     Attributes:
-        path, config, split: of the data set on the hub.
-        revision: pinned commit; None where none is known here: the newest then, whose commit becomes part of the name.
-        question, answer, wrong: names of the fields; wrong options make it a choice.
-        n_problems: that it has.
-        n_samples: per problem, in the paper.
+        path: name of the data set on the hub.
+        split: of the data set.
+        revision: pinned commit; None takes the newest, whose commit becomes part of the task's name.
+        question: name of the field with the question.
+        answer: name of the field with the right final answer.
+        n_problems: number of problems.
+        n_samples: samples of each problem in the paper.
+        wrong: names of the fields with wrong options; if there are any, the problem is a choice.
+        config: of the data set; None for the only one.
+        grader: of problems that are no choice.
     """
 
     path: str
@@ -44,7 +49,11 @@ class Benchmark:
     grader: Grader = "math"
 
     def fields(self, record: Mapping[str, Any]) -> Fields:
-        """Of a problem."""
+        """Return the fields of a problem.
+
+        Args:
+            record: one of the data set.
+        """
         answer = record[self.answer]
         options = [answer, *(record[name] for name in self.wrong)] if self.wrong else None
         return Fields(record[self.question], answer, options)
@@ -76,11 +85,11 @@ class HubTask:
     Attributes:
         benchmark: a name in `BENCHMARKS`.
         file: take the records from this JSONL file instead of the hub, with the same fields; it may hold fewer.
-        revision: another commit than the pinned one.
+        revision: use this commit in place of the pinned one.
         shuffle_seed: of the order of options.
 
     Raises:
-        ValueError: an unknown benchmark, a record that can't be read, or another number of them than there should be.
+        ValueError: an unknown benchmark, a record that can't be read, or another number of records than it should have.
         ImportError: `datasets` is not installed.
         OSError: the hub can't be reached, or refuses; names the format of the file that is taken instead.
     """
@@ -93,12 +102,14 @@ class HubTask:
     def __post_init__(self) -> None:
         if self.benchmark not in BENCHMARKS:
             raise ValueError(f"benchmark={self.benchmark!r} is unknown; use one of {', '.join(BENCHMARKS)}")
-        n, wanted = len(self.problems), self.about.n_problems
-        if n == 0 or (self.file is None and n != wanted):
-            raise ValueError(f"{self.benchmark} has {wanted} problems, but {n} were found in {self.file or self.name}")
+        n, expected = len(self.problems), self.about.n_problems
+        if n == 0 or (self.file is None and n != expected):
+            source = self.file or self.name
+            raise ValueError(f"{self.benchmark} has {expected} problems, but {n} were found in {source}")
 
     @property
     def about(self) -> Benchmark:
+        """Return where the benchmark is and how its records look."""
         return BENCHMARKS[self.benchmark]
 
     def __len__(self) -> int:
@@ -106,13 +117,17 @@ class HubTask:
 
     @property
     def name(self) -> str:
+        """Return a text that names the benchmark, its source, and the order of options."""
         if self.file is not None:
             digest = hashlib.sha256(Path(self.file).read_bytes()).hexdigest()[:12]
             return f"{self.benchmark} {Path(self.file).name} {digest} options {self.shuffle_seed}"
         return f"{self.benchmark} {self.about.path} {self._commit} options {self.shuffle_seed}"
 
     def sample(self, seed: int) -> Problem:
-        """The problem of a record.
+        """Return the problem of a record.
+
+        Args:
+            seed: number of the record, counted from 0.
 
         Raises:
             IndexError: there is no such record.
@@ -123,12 +138,13 @@ class HubTask:
 
     @cached_property
     def problems(self) -> tuple[Problem, ...]:
-        found = read_jsonl(self.file, self.about.fields) if self.file is not None else self._records()
-        return problems_of(found, self.about.grader, self.shuffle_seed)
+        """Return all problems, in the order of the records."""
+        records = read_jsonl(self.file, self.about.fields) if self.file is not None else self._records()
+        return problems_of(records, self.about.grader, self.shuffle_seed)
 
     @cached_property
     def _commit(self) -> str:
-        """The pinned or given revision; the newest commit where there is none."""
+        """Return the pinned revision, or the one asked for; the newest commit if there is neither."""
         pinned = self.revision or self.about.revision
         if pinned is not None:
             return pinned
@@ -137,6 +153,7 @@ class HubTask:
         return str(HfApi().dataset_info(self.about.path, timeout=10).sha)
 
     def _records(self) -> Iterator[tuple[str, Fields]]:
+        """Yield the records of the hub, each with its place in words."""
         try:
             from datasets import load_dataset
         except ImportError as error:

@@ -1,7 +1,9 @@
-"""Problems from a JSONL file: one object a line, with a question, an answer, and options where there is a choice.
+"""Problems from a JSONL file: one object per line, with a question, the right answer, and options to choose from.
 
-{"question": "What is 3/4 + 1/4?", "answer": "1"}
-{"question": "Which of these is prime?", "options": ["4", "7", "9"], "answer": "7"}
+For example::
+
+    {"question": "What is 3/4 + 1/4?", "answer": "1"}
+    {"question": "Which of these is prime?", "options": ["4", "7", "9"], "answer": "7"}
 """
 
 from __future__ import annotations
@@ -27,20 +29,30 @@ INSTRUCTIONS: dict[Grader, str] = {
 
 @dataclass(frozen=True)
 class JsonlTask:
-    r"""The lines of a file as a task (`stepsal.tasks.Task`): problem i is line i, counted from 0, empty lines left out.
+    """The lines of a file as a task (`stepsal.tasks.Task`).
 
-    A line with options is graded by letter; the options are shuffled, each line in its own way, and their letters are
-    the same in every run. Other lines are graded by `grader`.
+    Problem i is line i, counted from 0 without empty lines. A line with options is graded by the letter of the right
+    one; options are shuffled, in an order of its own for each line that is the same in every run. Other lines are
+    graded by `grader`.
 
     Attributes:
         path: the file.
-        question, answer, options: names of the fields. With options, the answer is the text of one of them.
+        question: name of the field with the question.
+        answer: name of the field with the right final answer; where there are options, the text of one of them.
+        options: name of the field with a list of options.
         grader: of lines without options.
-        shuffle_seed: for other orders of the options; None keeps that of the file.
+        shuffle_seed: another one gives other orders of the options; None keeps that of the file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line that can't be read; names the line, and what is wrong.
+        ValueError: a line that can't be read; the message names the line, and what is wrong.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "sums.jsonl")
+        >>> _ = path.write_text('{"question": "1 + 1 = ?", "answer": 2}')
+        >>> stepsal.tasks.jsonl.JsonlTask(path, grader="number").sample(0).reference
+        '2'
     """
 
     path: str | Path
@@ -59,12 +71,16 @@ class JsonlTask:
 
     @property
     def name(self) -> str:
+        """Return a text that names the file, its contents (by a digest), the fields and the grader."""
         digest = hashlib.sha256(Path(self.path).read_bytes()).hexdigest()[:12]
         fields = [self.question, self.answer, self.options]
         return f"jsonl {Path(self.path).name} {digest} {fields} {self.grader} options {self.shuffle_seed}"
 
     def sample(self, seed: int) -> Problem:
-        """The problem of a line.
+        """Return the problem of a line.
+
+        Args:
+            seed: number of the line, counted from 0.
 
         Raises:
             IndexError: there is no such line.
@@ -77,6 +93,7 @@ class JsonlTask:
 
     @cached_property
     def problems(self) -> tuple[Problem, ...]:
+        """Return all problems, in the order of the lines."""
         return problems_of(read_jsonl(self.path, self._fields), self.grader, self.shuffle_seed)
 
     def _fields(self, line: dict[str, object]) -> Fields:
@@ -84,7 +101,7 @@ class JsonlTask:
 
 
 class Fields(NamedTuple):
-    """What makes a problem, as found in a file; not checked yet."""
+    """What a file says of a problem, before any check."""
 
     question: object
     answer: object
@@ -92,7 +109,11 @@ class Fields(NamedTuple):
 
 
 def read_jsonl(path: str | Path, fields_of: Callable[[dict[str, object]], Fields]) -> Iterator[tuple[str, Fields]]:
-    """The lines of a file that are not empty, each with its place in words.
+    """Yield the fields of every line of a file that is not empty, with the place of the line in words.
+
+    Args:
+        path: the file.
+        fields_of: takes the fields from the object of a line.
 
     Raises:
         ValueError: a line that is no JSON object, or lacks a field.
@@ -109,15 +130,20 @@ def read_jsonl(path: str | Path, fields_of: Callable[[dict[str, object]], Fields
 
 
 def problems_of(
-    found: Iterable[tuple[str, Fields]], grader: Grader, shuffle_seed: int | None = None
+    records: Iterable[tuple[str, Fields]], grader: Grader, shuffle_seed: int | None = None
 ) -> tuple[Problem, ...]:
-    """Problems of fields, each with its place in words; where there are options, a choice among them.
+    """Make problems of fields; where there are options, a choice among them.
+
+    Args:
+        records: the fields of each problem, with their place in words.
+        grader: of problems without options.
+        shuffle_seed: of the order of options; None keeps it.
 
     Raises:
-        ValueError: fields that make no problem; names the place, and what is wrong.
+        ValueError: fields that make no problem; the message names the place, and what is wrong.
     """
     problems: list[Problem] = []
-    for place, fields in found:
+    for place, fields in records:
         try:
             problems.append(_problem(fields, len(problems), grader, shuffle_seed))
         except ValueError as error:
@@ -126,6 +152,7 @@ def problems_of(
 
 
 def _problem(fields: Fields, number: int, grader: Grader, shuffle_seed: int | None) -> Problem:
+    """Make a problem of fields; its number makes the order of its options its own."""
     for name, value in (("question", fields.question), ("answer", fields.answer)):
         if isinstance(value, bool) or not isinstance(value, (str, int, float)):
             raise ValueError(f"{name}={value!r} is no text or number")

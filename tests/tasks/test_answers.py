@@ -85,7 +85,7 @@ def test_mathematics(text: str, reference: str, correct: bool) -> None:
 )
 def test_choices(text: str, answer: str | None) -> None:
     verdict = grade(text, "C", "choice")
-    assert verdict.answer == answer
+    assert verdict.final_answer == answer
     assert verdict.correct is (answer == "C")
 
 
@@ -114,7 +114,7 @@ def test_choices(text: str, answer: str | None) -> None:
 )
 def test_numbers(text: str, answer: str | None) -> None:
     verdict = grade(text, "12", "number")
-    assert verdict.answer == answer
+    assert verdict.final_answer == answer
     assert verdict.correct is (answer == "12")
 
 

@@ -21,8 +21,8 @@ def test_problems_are_sound_and_their_solutions_right(seed: int, length: int, or
     assert solution.count(" needs ") == solution.count(", so ") == problem.length == length
     verdict = problem.grade(solution)
     assert verdict.correct
-    assert verdict.answer_correct
-    assert str(verdict.answer) == problem.reference
+    assert verdict.final_answer_correct
+    assert str(verdict.final_answer) == problem.reference
 
 
 @given(st.integers(0, 10**6), st.integers(2, 6), st.data())
@@ -95,7 +95,7 @@ def test_every_kind_of_error_is_found(old: str, new: str, error: str, sentence: 
 
 def test_a_right_answer_over_a_wrong_chain_is_not_correct() -> None:
     verdict = PROBLEM.grade(RIGHT.replace("so Hugo = 7", "so Hugo = 8"))
-    assert verdict.answer_correct
+    assert verdict.final_answer_correct
     assert not verdict.correct
 
 
@@ -119,4 +119,4 @@ def test_length_out_of_range(length: int) -> None:
 )
 def test_the_summary_counts_whole(ending: str, correct: bool) -> None:
     verdict = PROBLEM.grade(RIGHT.partition("</think>")[0] + "</think> " + ending)
-    assert verdict.correct == verdict.answer_correct == correct
+    assert verdict.correct == verdict.final_answer_correct == correct
