@@ -1,113 +1,42 @@
-"""Variants of a model on the same problems: sampled, graded, kept in a folder, and compared in pairs.
+"""Answer the same problems under several variants, graded, and kept in a folder.
 
-    folder/
-      manifest.json            model, task, parameters, versions
-      answers/<uuid>.parquet   one row per answer: way, problem, draw, verdict, length, FLOPs, text
+Draw d of problem i has the same seed under every variant, so that variants are paired. What is missing is known from
+the rows in the folder (`stepsal.experiments.results`): an interrupted run goes on when it is called again, and so does
+one that asks for more problems, samples or variants. Every batch of one variant is a part; at the end of a run all
+parts become one.
 
-A *way* is how an answer is written: StepFlow, prompt, budget. A *variant* is a way and a number of votes; variants of
-the same way share its answers. Draw d of problem i has the same seed under every way, so that variants are paired. What
-is missing is known from the rows that are there: an interrupted run goes on when it is called again, with more
-problems, samples or variants too. Files appear whole or not at all; those of a finished run become one.
-
-Ways take each batch of problems in turn, in an order that rotates, so that their times can be compared.
+Variants take each batch of problems in turn, in an order that rotates, so that their times can be compared.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import time
 import uuid
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 from tqdm.auto import tqdm
 
-from stepsal.experiments.collect import fingerprint
-from stepsal.generation.answers import check_generation, generate, generate_batch
+from stepsal.experiments.answer_rows import ANSWER_KEY, answer_schema, keep_answers, merge_parts, read_answers
+from stepsal.experiments.checks import check_counts, check_no_open_stepflow, segmentation_for_manifest
+from stepsal.experiments.request import note_request
+from stepsal.experiments.results import KIND, VERSION, Evaluation
+from stepsal.experiments.store import Store, identity_of
+from stepsal.experiments.variants import Variant, check_names, draws_needed
+from stepsal.generation.answers import answer_batch, check_questions
+from stepsal.generation.decoding import Decoding
 from stepsal.generation.flops import decoding_flops
-from stepsal.intervention import StepFlowConfig, active_flow
-from stepsal.stats.paired import Groups, PairedDifference, Verdicts, accuracy, paired_difference, pass_at_k
-from stepsal.storage import (
-    alone_in,
-    begin_manifest,
-    check_manifest,
-    digest,
-    package_versions,
-    read_manifest,
-    write_atomic,
-)
+from stepsal.storage import digest
+from stepsal.trace.segment import Segmentation
 
 if TYPE_CHECKING:
     import pandas as pd
-    import pyarrow as pa
     from transformer_lens.model_bridge import TransformerBridge
 
-    from stepsal.tasks import Problem, Task
-
-What = Literal["correct", "answer_correct"]
-FORMAT, FORMAT_VERSION = "stepsal.Evaluation", 1
-PACKAGES = ("stepsal", "torch", "transformer-lens", "transformers", "tokenizers", "math-verify", "reasoning-gym")
-
-PLAN_AND_SOLVE = (  # PS+ of Wang et al. 2023 (arXiv 2305.04091), Table 5
-    "Let's first understand the problem, extract relevant variables and their corresponding numerals, and devise a "
-    "complete plan. Then, let's carry out the plan, calculate intermediate variables (pay attention to correct "
-    "numerical calculation and commonsense), solve the problem step by step, and show the answer."
-)
-HINT = "Before each step, look again at what the question says and at the results of your earlier steps."
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A way to answer, and how many answers vote.
-
-    Attributes:
-        name: how tables call it.
-        stepflow: decode under StepFlow with these settings.
-        instruction: put after every question (`PLAN_AND_SOLVE`, `HINT`).
-        edit: another intervention. Called with the model and a problem, it gives a context in which that problem is
-            answered, alone. A folder knows it by the variant's name: call a changed edit by another.
-        budget: limit of new tokens; None for that of the run.
-        wait: how many times the end of the thinking is put off by "Wait" (budget forcing, s1).
-        votes: self-consistency: of so many draws, the first with the most frequent answer is given. Sample j has draws
-            j * votes, ..., (j + 1) * votes - 1.
-
-    Raises:
-        ValueError: numbers out of range.
-    """
-
-    name: str
-    stepflow: StepFlowConfig | None = None
-    instruction: str | None = None
-    edit: Callable[[TransformerBridge, Problem], AbstractContextManager[object]] | None = None
-    budget: int | None = None
-    wait: int = 0
-    votes: int = 1
-
-    def __post_init__(self) -> None:
-        if self.votes < 1 or self.wait < 0 or (self.budget is not None and self.budget < 1):
-            raise ValueError(
-                f"{self.name!r}: votes={self.votes} and budget={self.budget} must be >= 1, wait={self.wait} >= 0"
-            )
-
-    def ask(self, problem: Problem) -> str:
-        """The question with the instruction."""
-        return problem.question + ("" if self.instruction is None else f"\n\n{self.instruction}")
-
-    @property
-    def way(self) -> str:
-        """What tells one way to answer from another, as JSON."""
-        config = None if self.stepflow is None else self.stepflow.to_dict()
-        fields = {"stepflow": config, "instruction": self.instruction, "budget": self.budget, "wait": self.wait}
-        if self.edit is not None:
-            fields["edit"] = self.name  # functions may share a name of theirs, or have none
-        return json.dumps(fields, sort_keys=True)
+    from stepsal.tasks import Problem, Task, Verdict
+    from stepsal.trace import Trace
 
 
 def evaluate(
@@ -118,429 +47,266 @@ def evaluate(
     n_samples: int = 1,
     *,
     folder: str | Path,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    max_new_tokens: int = 512,
+    decoding: Decoding = Decoding(temperature=1.0),
     seed: int = 0,
     system: str | None = None,
+    segmentation: Segmentation | None = None,
     batch_size: int = 32,
     progress: bool = True,
 ) -> Evaluation:
-    """Answer `n_problems` problems of a task `n_samples` times under each variant, or go on with what is there.
+    """Answer problems of a task under each variant, or go on with the answers that a folder has.
 
     Args:
         model: from `stepsal.load`.
         task: gives the problem of a seed; problem i is `task.sample(seed + i)`.
         variants: with names that differ. The first is what the others are compared with, unless told otherwise.
-        n_problems, n_samples: under each variant; one with k votes draws k times as many answers.
-        folder: made if it is not there.
-        temperature, top_p, max_new_tokens, system: see `stepsal.generate`.
+        n_problems: number of problems.
+        n_samples: samples of each problem under each variant; a variant with k votes draws k times as many answers.
+        folder: made if it does not exist.
+        decoding: how answers are written; variants may change the limits.
         seed: of problems and draws.
+        system: a system prompt; None keeps what the chat template does by itself.
+        segmentation: how sections and steps are found, by StepFlow and in the traces; None is `Segmentation()`.
         batch_size: answers decoded together.
         progress: show a bar over answers.
 
     Raises:
-        ValueError: numbers out of range, variants of the same name, several greedy draws, an open `stepsal.stepflow`
-            context, a prompt that fills the model's context, or a folder that is foreign, damaged, of other parameters
-            or problems, or in the hands of another process; before any work. After the first batch: votes of a task
-            whose verdicts have no `answer`.
-    """
-    import pyarrow as pa
+        ValueError: before any work, numbers out of range, variants of the same name, several greedy draws, an open
+            `stepsal.stepflow` context, a prompt that fills the model's context, or a folder that is foreign, damaged,
+            of other parameters or problems, or in the hands of another process. After the first batch, votes on a task
+            whose verdicts have no `final_answer`.
 
-    names = [variant.name for variant in variants]
-    if not variants or len(set(names)) < len(names):
-        raise ValueError(f"variants={names} must be at least one, and have names that differ")
-    if min(n_problems, n_samples, batch_size) < 1:
-        raise ValueError(f"n_problems={n_problems}, n_samples={n_samples}, batch_size={batch_size} must be at least 1")
-    n_draws, way_of = _draws(variants, n_samples), {v.way: v for v in variants}
-    if temperature == 0 and max(n_draws.values()) > 1:
-        raise ValueError("temperature=0 gives the same answer again: use one sample and no votes, or a temperature")
-    if active_flow(model) is not None:
-        raise ValueError("a stepflow context is open, of which the folder would not know; use Variant(stepflow=...)")
-    folder = Path(folder)
-    wanted = {
-        "format": FORMAT, "version": FORMAT_VERSION, "model": model.cfg.model_name, "weights": fingerprint(model),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "task": task.name, "seed": seed,
-        "decoding": {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "system": system},
-        "chat_template": digest(str(getattr(model.tokenizer, "chat_template", None)).encode()),
-    }  # fmt: skip
+    Example:
+        >>> import tempfile
+        >>> task, model = stepsal.tasks.chain.ChainTask(length=1), stepsal.load("mini")
+        >>> variants = [stepsal.Variant("plain"), stepsal.Variant("StepFlow", stepflow=stepsal.StepFlowConfig())]
+        >>> decoding = stepsal.Decoding(max_new_tokens=40)  # greedy
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     evaluation = stepsal.evaluate(model, task, variants, 3, folder=folder, decoding=decoding)
+        ...     evaluation.accuracy()["accuracy"].tolist()
+        [1.0, 1.0]
+    """
+    check_names(variants)
+    check_counts(n_problems=n_problems, n_samples=n_samples, batch_size=batch_size)
+    _check_greedy(variants, n_samples, decoding)
+    check_no_open_stepflow(model, "Variant(stepflow=...)")
     problems = [task.sample(seed + i) for i in range(n_problems)]
-    for variant in {(v.instruction, v.budget, v.wait): v for v in variants}.values():
-        questions = [variant.ask(problem) for problem in problems]
-        check_generation(
-            model, questions, temperature=temperature, top_p=top_p, max_new_tokens=variant.budget or max_new_tokens,
-            system=system, put_off=variant.wait,
-        )  # fmt: skip
-    with alone_in(folder):
-        _begin(folder, wanted)
-        there = _check_problems(folder, problems)
-        pairs = [(draw, i) for draw in range(max(n_draws.values())) for i in range(n_problems)]
-        missing = {
-            way: {p for p in pairs if p[0] < n and (way, *p) not in there} for way, n in n_draws.items()
-        }  # fmt: skip
-        total = sum(n * n_problems for n in n_draws.values())
-        run = uuid.uuid4().hex
-        left = sum(map(len, missing.values()))
-        flops = decoding_flops(model) if left else None
-        with tqdm(total=total, initial=total - left, desc=f"answers to {task.name}", disable=not progress) as bar:
-            for number, batch in enumerate(_batches(pairs, batch_size)):
-                ways = list(n_draws)
-                for way in ways[number % len(ways) :] + ways[: number % len(ways)]:
-                    if not (now := [pair for pair in batch if pair in missing[way]]):
-                        continue
-                    rows = _answer(
-                        model, way_of[way], [problems[i] for _, i in now], seed=[_seed(seed, i, d) for d, i in now],
-                        temperature=temperature, top_p=top_p, system=system,
-                        max_new_tokens=way_of[way].budget or max_new_tokens,
-                    )  # fmt: skip
-                    if n_draws[way] > n_samples and not all(row["can_vote"] for row in rows):
-                        raise ValueError(f"verdicts of {task.name} have no `answer` to vote with: use votes=1")
-                    for row, (draw, i) in zip(rows, now, strict=True):
-                        row |= {"way": way, "problem": i, "draw": draw, "batch": number, "run": run}
-                        row["flops"] = flops.of(row["n_prompt"], row["n_new_tokens"])  # type: ignore[union-attr]
-                    _write(folder, pa.Table.from_pylist(rows, schema=_schema()))
-                    bar.update(len(rows))
-        _merge(folder)
-    return Evaluation(folder, tuple(variants), n_problems, n_samples)
+    _check_prompts(model, variants, problems, decoding, system)
+    segmentation = segmentation or Segmentation()
+    parameters = {
+        **identity_of(model), "task": task.name, "seed": seed, "decoding": decoding.to_dict(), "system": system,
+        "segmentation": segmentation_for_manifest(segmentation),
+    }  # fmt: skip
+    evaluation = Evaluation(Path(folder), tuple(variants), n_problems, n_samples)
+    with Store.opened(folder, KIND, VERSION, parameters) as store:
+        answers = read_answers(store)
+        _check_questions_unchanged(store.folder, answers, problems)
+        needed = draws_needed(variants, n_samples)
+        missing = missing_answers(needed, n_problems, answers)
+        writer = _Writer(model, task.name, problems, decoding, system, segmentation, seed)
+        n_missing, n_needed = sum(map(len, missing.values())), sum(needed.values()) * n_problems
+        bar = tqdm(total=n_needed, initial=n_needed - n_missing, desc=f"answers to {task.name}", disable=not progress)
+        with bar:
+            if n_missing:
+                _answer_missing(store, writer, variants, missing, batch_size, bar)
+        merge_parts(store)
+        note_request(store, evaluation.to_request())
+    return evaluation
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Answers of several variants to the same problems, and what they say.
+class Draw(NamedTuple):
+    """Which sample of which problem an answer is."""
 
-    Attributes:
-        folder: where they lie.
-        variants: compared ones; the first is the baseline of comparisons.
-        n_problems, n_samples: that every variant has answered.
+    draw: int
+    problem: int
+
+
+class Turn(NamedTuple):
+    """Answers that one variant writes together."""
+
+    variant: str
+    batch: int
+    draws: list[Draw]
+
+
+def missing_answers(needed: Mapping[str, int], n_problems: int, answers: pd.DataFrame) -> dict[str, set[Draw]]:
+    """Return the answers that each variant still has to write.
+
+    Args:
+        needed: number of draws of each problem, by `Variant.key`.
+        n_problems: number of problems.
+        answers: those that are kept, with the columns variant, draw and problem.
     """
-
-    folder: Path
-    variants: tuple[Variant, ...]
-    n_problems: int
-    n_samples: int
-
-    @property
-    def manifest(self) -> dict[str, Any]:
-        """Model, task, parameters and versions."""
-        return read_manifest(self.folder, FORMAT, FORMAT_VERSION)
-
-    @cached_property
-    def answers(self) -> pd.DataFrame:
-        """One row per answer that the variants need: way, problem, draw, correct, answer, error, n_new_tokens, ...
-
-        `question` tells different questions apart (a digest); `response` is what the model wrote.
-
-        Raises:
-            ValueError: the folder lacks some.
-        """
-        frame = _rows(self.folder)
-        needed = _draws(self.variants, self.n_samples)
-        wanted = frame["problem"].lt(self.n_problems) & frame["draw"].lt(frame["way"].map(needed))
-        frame = frame[wanted].sort_values(["way", "draw", "problem"], ignore_index=True)
-        for way, n in needed.items():
-            if (found := int((frame["way"] == way).sum())) != n * self.n_problems:
-                raise ValueError(f"{self.folder} has {found} of {n * self.n_problems} answers of {way}: evaluate again")
-        return frame
-
-    def given(self, name: str) -> pd.DataFrame:
-        """The answers that a variant gives, one row per problem and sample: its draws, or what they voted for."""
-        variant = self._variant(name)
-        frame = self.answers[self.answers["way"] == variant.way]
-        frame = frame[frame["draw"] < self.n_samples * variant.votes]
-        frame = frame.assign(sample=frame["draw"] // variant.votes)
-        if variant.votes > 1:
-            groups = frame.sort_values("draw").groupby(["problem", "sample"], sort=True)
-            costs = groups[_COSTS].sum()
-            frame = frame.loc[[_voted(group["answer"]) for _, group in groups]].reset_index(drop=True)
-            frame[_COSTS] = costs.to_numpy()
-            frame["n_new_tokens"] = frame["n_new_tokens"].astype(int)
-        return frame.sort_values(["problem", "sample"], ignore_index=True)
-
-    def verdicts(self, name: str, what: What = "correct") -> Verdicts:
-        """[problem, sample]: correct, or answer_correct where a task tells these apart."""
-        if what not in get_args(What):
-            raise ValueError(f"what={what!r} is no verdict; use one of {', '.join(map(repr, get_args(What)))}")
-        return self.given(name)[what].to_numpy(dtype=bool).reshape(self.n_problems, self.n_samples)
-
-    @cached_property
-    def groups(self) -> Groups:
-        """A number for each problem, the same for problems with the same question."""
-        import pandas as pd
-
-        questions = self.answers.drop_duplicates("problem").set_index("problem")["question"].sort_index()
-        return np.asarray(pd.factorize(questions)[0])
-
-    def accuracy(self, what: What = "correct", k: Sequence[int] = ()) -> pd.DataFrame:
-        """Accuracy of each variant with its interval, pass@k, and the share of answers that were cut off."""
-        import pandas as pd
-
-        rows = []
-        for variant in self.variants:
-            correct = self.verdicts(variant.name, what)
-            share = accuracy(correct, groups=self.groups)
-            rows.append(
-                {"variant": variant.name, "n_problems": self.n_problems, "n_different": len(set(self.groups)),
-                 "n_samples": self.n_samples, "accuracy": share.value, "low": share.low, "high": share.high}
-                | {f"pass@{n}": pass_at_k(correct, n) for n in k}
-                | {"truncated": self.given(variant.name)["truncated"].mean()}
-            )  # fmt: skip
-        return pd.DataFrame(rows)
-
-    def paired(self, baseline: str | None = None, what: What = "correct") -> pd.DataFrame:
-        """Each variant against the baseline: difference, what is fixed and broken, p-values (`PairedDifference`).
-
-        Sample j of a variant that votes has other draws than sample j of one that does not, from j = 1 on.
-        """
-        import pandas as pd
-
-        base = self._variant(baseline).name
-        rows = [
-            {"variant": v.name, "baseline": base} | asdict(self.difference(base, v.name, what))
-            for v in self.variants
-            if v.name != base
-        ]
-        return pd.DataFrame(rows, columns=["variant", "baseline", *(f.name for f in fields(PairedDifference))])
-
-    def difference(self, before: str, after: str, what: What = "correct") -> PairedDifference:
-        """How accuracy changes from one variant to another."""
-        return paired_difference(self.verdicts(before, what), self.verdicts(after, what), groups=self.groups)
-
-    def errors(self, name: str, baseline: str | None = None) -> pd.DataFrame:
-        """Kinds of first errors before (rows) and after (columns), "none" for correct answers; counts of answers."""
-        import pandas as pd
-
-        before, after = (self.given(n)["error"].fillna("none") for n in (self._variant(baseline).name, name))
-        return pd.crosstab(before.rename("before"), after.rename("after"))
-
-    def repairs(self, name: str, baseline: str | None = None) -> pd.DataFrame:
-        """What a variant fixes and breaks, by kind of the first error; counts of answers.
-
-        Columns: error; before (baseline answers with it), fixed (of those, the ones that become correct), changed (that
-        get another first error), broken (correct baseline answers that get it), after (answers of the variant with it).
-        """
-        import pandas as pd
-
-        table = self.errors(name, baseline)
-        kinds = sorted((set(table.index) | set(table.columns)) - {"none"})
-        table = table.reindex(index=["none", *kinds], columns=["none", *kinds], fill_value=0)
-        before, after = table.sum(axis=1)[kinds], table.sum(axis=0)[kinds]
-        fixed, same = table.loc[kinds, "none"], [table.loc[kind, kind] for kind in kinds]
-        columns = {
-            "before": before,
-            "fixed": fixed,
-            "changed": before - fixed - same,
-            "broken": table.loc["none", kinds],
-        }
-        found = pd.DataFrame({**columns, "after": after}, index=kinds)
-        return found.rename_axis("error").sort_values("before", ascending=False, kind="stable").reset_index()
-
-    def costs(self, baseline: str | None = None) -> pd.DataFrame:
-        """What an answer of each variant costs: mean new tokens and FLOPs of decoding, and time next to the baseline's.
-
-        FLOPs are those of all draws that vote, prompt included (`stepsal.generation.flops`); what an `edit` computes is not in
-        them. The time ratio is the median over batches of the same answers that one run did in turn, with quartiles,
-        times the number of votes over the baseline's; NaN where there is no such batch.
-        """
-        import pandas as pd
-
-        self.answers  # noqa: B018  all are there
-        frame = _rows(self.folder).sort_values(["draw", "problem"])
-        frame["member"] = list(zip(frame["draw"], frame["problem"], strict=True))
-        batches = frame.groupby(["way", "run", "batch"])
-        seconds, members = batches["seconds"].sum(), batches["member"].agg(tuple)
-        base = self._variant(baseline)
-        rows = []
-        for variant in self.variants:
-            given = self.given(variant.name)
-            both = pd.concat([members[variant.way], members[base.way]], axis=1, join="inner", keys=["this", "base"])
-            alike = both.index[both["this"] == both["base"]]
-            ratio = seconds[variant.way][alike] / seconds[base.way][alike] * variant.votes / base.votes
-            low, median, high = ratio.quantile([0.25, 0.5, 0.75])
-            rows.append(
-                {"variant": variant.name, "new_tokens": given["n_new_tokens"].mean(), "flops": given["flops"].mean(),
-                 "flops_ratio": given["flops"].mean() / self.given(base.name)["flops"].mean(),
-                 "time_ratio": median, "time_low": low, "time_high": high, "batches": len(ratio)}
-            )  # fmt: skip
-        return pd.DataFrame(rows)
-
-    def _variant(self, name: str | None) -> Variant:
-        named = {v.name: v for v in self.variants}
-        if name is not None and name not in named:
-            raise ValueError(f"there is no variant {name!r}; there is {', '.join(map(repr, named))}")
-        return self.variants[0] if name is None else named[name]
+    kept = set(answers[ANSWER_KEY].itertuples(index=False, name=None))
+    return {
+        key: {Draw(d, i) for d in range(n_draws) for i in range(n_problems) if (key, d, i) not in kept}
+        for key, n_draws in needed.items()
+    }
 
 
-def _answer(
-    model: TransformerBridge, variant: Variant, problems: list[Problem], *, seed: list[int], **decoding: Any
-) -> list[dict[str, Any]]:
-    """One row per problem."""
-    options = {"stepflow": variant.stepflow, "put_off": variant.wait, **decoding}
-    questions = [variant.ask(problem) for problem in problems]
-    start = time.perf_counter()
-    if variant.edit is None:
-        traces = generate_batch(model, questions, seed=seed, **options)
-    else:
-        traces = []
-        for problem, question, s in zip(problems, questions, seed, strict=True):
-            with variant.edit(model, problem):
-                traces.append(generate(model, question, seed=s, **options))
-    seconds = (time.perf_counter() - start) / len(traces)
-    rows = []
-    for problem, trace in zip(problems, traces, strict=True):
-        verdict = problem.grade(trace)
-        answer = getattr(verdict, "answer", None)
-        rows.append(
-            {
-                "question": digest(problem.question.encode()),
-                "reference": str(problem.reference),
-                "correct": bool(verdict.correct),
-                "answer_correct": bool(getattr(verdict, "answer_correct", verdict.correct)),
-                "answer": None if answer is None else str(answer),
-                "error": getattr(verdict, "error", None) or (None if verdict.correct else "wrong"),
-                "can_vote": hasattr(verdict, "answer"),
-                "reason": verdict.reason,
-                "truncated": trace.truncated,
-                "n_prompt": trace.n_prompt,
-                "n_new_tokens": len(trace) - trace.n_prompt,
-                "n_steps": len(trace.steps),
-                "seconds": seconds,
-                "response": trace.response,
-            }
-        )
-    return rows
+def turns(missing: Mapping[str, set[Draw]], n_draws: int, n_problems: int, batch_size: int) -> Iterator[Turn]:
+    """Yield what is to be answered, batch by batch; within a batch, variants take turns in an order that rotates.
+
+    Batches are the same whatever is missing, so that times of an interrupted run can be compared, too.
+
+    Args:
+        missing: answers to write, by `Variant.key`.
+        n_draws: most draws that any variant needs.
+        n_problems: number of problems.
+        batch_size: most answers of a batch.
+
+    Example:
+        >>> from stepsal.experiments.evaluate import Draw, turns
+        >>> missing = {"a": {Draw(0, 0), Draw(0, 1)}, "b": {Draw(0, 1)}}
+        >>> [(turn.variant, turn.batch, len(turn.draws)) for turn in turns(missing, 1, 2, 1)]
+        [('a', 0, 1), ('b', 1, 1), ('a', 1, 1)]
+    """
+    draws = [Draw(d, i) for d in range(n_draws) for i in range(n_problems)]
+    keys = list(missing)
+    for batch, start in enumerate(range(0, len(draws), batch_size)):
+        first = batch % len(keys)
+        for key in keys[first:] + keys[:first]:
+            if to_write := [draw for draw in draws[start : start + batch_size] if draw in missing[key]]:
+                yield Turn(key, batch, to_write)
 
 
-def _voted(answers: pd.Series) -> Any:
-    """Index of the first answer that says what most say; the first of all where none says anything."""
-    counts = Counter(answers.dropna())
-    if not counts:
-        return answers.index[0]
-    most = max(counts.values())
-    return next(i for i, answer in answers.items() if counts.get(answer, 0) == most)
+def draw_seed(seed: int, problem: int, draw: int) -> int:
+    """Return the seed by which an answer is sampled; far apart, so that no two answers share random numbers.
 
-
-def _seed(seed: int, problem: int, draw: int) -> int:
-    """Of the sampling; far apart for each draw, so that no two answers share one."""
+    Args:
+        seed: of the run.
+        problem: number of the problem.
+        draw: number of the sample.
+    """
     return int(digest(f"{seed} {problem} {draw}".encode())[:12], 16)
 
 
-def _batches(pairs: list[tuple[int, int]], size: int) -> Iterable[list[tuple[int, int]]]:
-    for start in range(0, len(pairs), size):
-        yield pairs[start : start + size]
+@dataclass(frozen=True)
+class _Writer:
+    """Writes answers to the problems of a run, and grades them."""
+
+    model: TransformerBridge
+    task_name: str
+    problems: Sequence[Problem]
+    decoding: Decoding
+    system: str | None
+    segmentation: Segmentation
+    seed: int
+
+    def rows(self, variant: Variant, draws: Sequence[Draw]) -> list[dict[str, Any]]:
+        """Return one row per draw: what was written, the verdict on it, lengths and seconds.
+
+        Raises:
+            ValueError: the variant votes on verdicts that have no `final_answer`.
+        """
+        problems = [self.problems[draw.problem] for draw in draws]
+        start = time.perf_counter()
+        traces = self._traces(variant, problems, [draw_seed(self.seed, d.problem, d.draw) for d in draws])
+        seconds = (time.perf_counter() - start) / len(traces)
+        verdicts = [problem.grade(trace) for problem, trace in zip(problems, traces, strict=True)]
+        if variant.votes > 1 and not all(hasattr(verdict, "final_answer") for verdict in verdicts):
+            raise ValueError(f"verdicts of {self.task_name} have no `final_answer` to vote with: use votes=1")
+        return [
+            {"variant": variant.key, **draw._asdict(), "seconds": seconds, **_columns(problem, trace, verdict)}
+            for draw, problem, trace, verdict in zip(draws, problems, traces, verdicts, strict=True)
+        ]
+
+    def _traces(self, variant: Variant, problems: Sequence[Problem], seeds: Sequence[int]) -> list[Trace]:
+        """Return the answers of a variant to problems; under an edit, one problem at a time."""
+        questions = [variant.question_of(problem) for problem in problems]
+        if variant.edit is None:
+            return self._answers(variant, questions, seeds)
+        traces = []
+        for problem, question, seed in zip(problems, questions, seeds, strict=True):
+            with variant.edit(self.model, problem):
+                traces += self._answers(variant, [question], [seed])
+        return traces
+
+    def _answers(self, variant: Variant, questions: Sequence[str], seeds: Sequence[int]) -> list[Trace]:
+        return answer_batch(
+            self.model, questions, variant.decoding_of(self.decoding), seeds=seeds, stepflow=variant.stepflow,
+            segmentation=self.segmentation, system=self.system,
+        )  # fmt: skip
 
 
-def _begin(folder: Path, wanted: dict[str, Any]) -> None:
-    """Make a folder ready, or check that it is of the wanted parameters."""
-    if any(not path.name.startswith(".") for path in folder.iterdir()):  # dots: the lock, leftovers
-        check_manifest(folder, read_manifest(folder, FORMAT, FORMAT_VERSION), wanted)
-    else:
-        begin_manifest(folder, wanted, package_versions(PACKAGES))
-    (folder / "answers").mkdir(exist_ok=True)
-    for unfinished in (folder / "answers").glob(".*.part"):
-        unfinished.unlink()
-    _sweep(folder)  # before more is written, so that a merged file always names all that it replaces
+def _columns(problem: Problem, trace: Trace, verdict: Verdict) -> dict[str, Any]:
+    """Return what the row of an answer says of its problem, its text and the verdict on it."""
+    final_answer = getattr(verdict, "final_answer", None)
+    return {
+        "question": digest(problem.question.encode()),
+        "reference": str(problem.reference),
+        "correct": bool(verdict.correct),
+        "final_answer_correct": bool(getattr(verdict, "final_answer_correct", verdict.correct)),
+        "final_answer": None if final_answer is None else str(final_answer),
+        "error": getattr(verdict, "error", None) or (None if verdict.correct else "wrong"),
+        "reason": verdict.reason,
+        "truncated": trace.truncated,
+        "n_prompt": trace.n_prompt,
+        "n_new_tokens": len(trace) - trace.n_prompt,
+        "n_steps": len(trace.steps),
+        "response": trace.response,
+    }
 
 
-def _check_problems(folder: Path, problems: list[Problem]) -> set[tuple[str, int, int]]:
-    """(way, draw, problem) of what is there.
+def _answer_missing(
+    store: Store,
+    writer: _Writer,
+    variants: Sequence[Variant],
+    missing: Mapping[str, set[Draw]],
+    batch_size: int,
+    bar: tqdm[Any],
+) -> None:
+    """Write what is missing, each turn as a part of its own."""
+    import pyarrow as pa
+
+    by_key = {v.key: v for v in sorted(variants, key=lambda v: v.votes)}  # of one key, the one that votes
+    run, flops = uuid.uuid4().hex, decoding_flops(writer.model)
+    n_draws = 1 + max(draw.draw for draws in missing.values() for draw in draws)
+    for turn in turns(missing, n_draws, len(writer.problems), batch_size):
+        rows = writer.rows(by_key[turn.variant], turn.draws)
+        for row in rows:
+            row |= {"batch": turn.batch, "run": run, "flops": flops.of(row["n_prompt"], row["n_new_tokens"])}
+        keep_answers(store, pa.Table.from_pylist(rows, schema=answer_schema()))
+        bar.update(len(rows))
+
+
+def _check_greedy(variants: Sequence[Variant], n_samples: int, decoding: Decoding) -> None:
+    """Refuse several greedy draws of a problem, which would be the same.
 
     Raises:
-        ValueError: answers to other questions than those of today's task.
+        ValueError: there would be some.
     """
-    frame = _rows(folder)
-    asked = dict(enumerate(digest(problem.question.encode()) for problem in problems))
-    for problem, question in frame[["problem", "question"]].drop_duplicates().itertuples(index=False):
-        if question != asked.get(problem, question):
+    if decoding.temperature == 0 and max(draws_needed(variants, n_samples).values()) > 1:
+        raise ValueError("temperature=0 gives the same answer again: use one sample and no votes, or a temperature")
+
+
+def _check_prompts(
+    model: TransformerBridge,
+    variants: Sequence[Variant],
+    problems: Sequence[Problem],
+    decoding: Decoding,
+    system: str | None,
+) -> None:
+    """Refuse questions that the model can't be asked under one of the variants.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    for variant in {(v.instruction, v.decoding_of(decoding)): v for v in variants}.values():
+        questions = [variant.question_of(problem) for problem in problems]
+        check_questions(model, questions, decoding=variant.decoding_of(decoding), system=system)
+
+
+def _check_questions_unchanged(folder: Path, answers: pd.DataFrame, problems: Sequence[Problem]) -> None:
+    """Refuse a folder with answers to other questions than those that the task asks today.
+
+    Raises:
+        ValueError: naming the first such problem.
+    """
+    today = dict(enumerate(digest(problem.question.encode()) for problem in problems))
+    for problem, question in answers[["problem", "question"]].drop_duplicates().itertuples(index=False):
+        if question != today.get(problem, question):
             raise ValueError(
                 f"{folder} has answers to another question as problem {problem}: the task has changed under its name "
                 "(another version of a package, or of a file?); use another folder"
             )
-    return set(frame[_KEY].itertuples(index=False, name=None))
-
-
-def _draws(variants: Iterable[Variant], n_samples: int) -> dict[str, int]:
-    """How many draws each way needs, for the variant with the most votes."""
-    needed: dict[str, int] = {}
-    for variant in variants:
-        needed[variant.way] = max(needed.get(variant.way, 0), n_samples * variant.votes)
-    return needed
-
-
-def _write(folder: Path, table: pa.Table) -> None:
-    import pyarrow.parquet as pq
-
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
-    write_atomic(folder / "answers" / f"{uuid.uuid4().hex}.parquet", sink.getvalue(), durable=True)
-
-
-def _read(folder: Path) -> dict[Path, pa.Table]:
-    """The files of a folder that count. One that was merged into another counts no more, deleted or not.
-
-    Raises:
-        ValueError: a file that is damaged.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    tables = {}
-    for path in sorted((folder / "answers").glob("*.parquet")):
-        try:
-            tables[path] = pq.read_table(path)
-        except FileNotFoundError:  # merged into another while we read
-            return _read(folder)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise ValueError(f"{path} is damaged ({error}); delete it, and evaluate again to make it anew") from error
-    merged = {name for t in tables.values() for name in json.loads((t.schema.metadata or {}).get(_MERGED, b"[]"))}
-    return {path: table for path, table in tables.items() if path.name not in merged}
-
-
-def _merge(folder: Path) -> None:
-    """One file of many; a kill at any moment leaves each answer there once."""
-    import pyarrow as pa
-
-    if len(parts := _read(folder)) > 1:
-        whole = pa.concat_tables([table.replace_schema_metadata(None) for table in parts.values()])
-        whole = whole.sort_by([(name, "ascending") for name in _KEY])
-        _write(folder, whole.replace_schema_metadata({_MERGED: json.dumps([path.name for path in parts])}))
-    _sweep(folder)
-
-
-def _sweep(folder: Path) -> None:
-    """Delete the files that were merged into another."""
-    counting = _read(folder)
-    for path in set((folder / "answers").glob("*.parquet")) - set(counting):
-        path.unlink()
-
-
-def _rows(folder: Path) -> pd.DataFrame:
-    """All rows of a folder.
-
-    Raises:
-        ValueError: a file that is damaged, or an answer that is there twice.
-    """
-    import pyarrow as pa
-
-    tables = [table.replace_schema_metadata(None) for table in _read(folder).values()]
-    frame = pa.concat_tables([_schema().empty_table(), *tables]).to_pandas()
-    if frame.duplicated(_KEY).any():
-        raise ValueError(f"{folder} has an answer twice: {frame.loc[frame.duplicated(_KEY), _KEY].iloc[0].to_dict()}")
-    return frame
-
-
-_KEY = ["way", "draw", "problem"]
-_COSTS = ["n_new_tokens", "flops"]
-_MERGED = b"stepsal.merged"  # names of the files whose rows a merged one holds
-
-
-def _schema() -> Any:
-    import pyarrow as pa
-
-    text, number, flag = pa.string(), pa.int64(), pa.bool_()
-    return pa.schema(
-        {"way": text, "draw": number, "problem": number, "question": text, "reference": text, "correct": flag,
-         "answer_correct": flag, "answer": text, "error": text, "reason": text, "truncated": flag, "n_prompt": number,
-         "n_new_tokens": number, "n_steps": number, "seconds": pa.float64(), "batch": number, "run": text,
-         "flops": pa.float64(),
-         "response": text}
-    )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,18 +18,21 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 import stepsal
-from stepsal.experiments.evaluate import Evaluation, Variant, evaluate
+from stepsal import Decoding, Variant, evaluate
+from stepsal.experiments.evaluate import Draw, draw_seed, missing_answers, turns
+from stepsal.experiments.results import Evaluation, voted_for
 from stepsal.generation.flops import decoding_flops
 from stepsal.tasks.chain import ChainTask
 from stepsal.trace.trace import render_prompt
 
 TASK = ChainTask(length=3, distractors=2)
-OPTIONS: dict = {"temperature": 2.0, "max_new_tokens": 100, "batch_size": 4, "progress": False}
+SAMPLED = Decoding(temperature=2.0, max_new_tokens=100)
+OPTIONS: dict = {"decoding": SAMPLED, "batch_size": 4, "progress": False}
 VARIANTS = [
     Variant("baseline"),
     Variant("StepFlow", stepflow=stepsal.StepFlowConfig()),
     Variant("three votes", votes=3),
-    Variant("short", budget=12),
+    Variant("short", max_new_tokens=12),
 ]
 
 
@@ -38,25 +42,23 @@ def run(mini: TransformerBridge, tmp_path_factory: pytest.TempPathFactory) -> Ev
 
 
 def test_answers_are_those_of_generate(mini: TransformerBridge, run: Evaluation) -> None:
-    given = run.given("StepFlow")
-    row = given[(given["problem"] == 4) & (given["sample"] == 1)].iloc[0]
+    answers = run.answers_of("StepFlow")
+    row = answers[(answers["problem"] == 4) & (answers["sample"] == 1)].iloc[0]
     problem = TASK.sample(4)
-    from stepsal.experiments.evaluate import _seed
-
     trace = stepsal.generate(
         mini, problem.question, stepflow=stepsal.StepFlowConfig(), temperature=2.0, max_new_tokens=100,
-        seed=_seed(0, 4, 1),
+        seed=draw_seed(0, 4, 1),
     )  # fmt: skip
     assert row["response"] == trace.response
     assert row["correct"] == problem.grade(trace).correct
     assert row["n_new_tokens"] == len(trace) - trace.n_prompt
-    assert run.given("short")["n_new_tokens"].max() <= 12
-    assert run.given("short")["truncated"].any()
+    assert run.answers_of("short")["n_new_tokens"].max() <= 12
+    assert run.answers_of("short")["truncated"].any()
 
 
-def test_variants_of_one_way_share_its_answers(run: Evaluation) -> None:
+def test_variants_that_differ_in_votes_share_answers(run: Evaluation) -> None:
     assert len(run.answers) == 6 * (6 + 2 + 2)  # six draws for three votes, of which the first two are the baseline's
-    votes, single = run.given("three votes"), run.given("baseline")
+    votes, single = run.answers_of("three votes"), run.answers_of("baseline")
     assert len(votes) == len(single) == 12
     assert (votes["n_new_tokens"] > 2 * single["n_new_tokens"].min()).all()
 
@@ -86,7 +88,9 @@ def test_tables(run: Evaluation) -> None:
     assert (repairs["fixed"].sum(), repairs["broken"].sum()) == (fixed, broken)
     assert broken > fixed
     assert (
-        repairs.loc["truncated", "after"] == run.given("short")["truncated"].sum() > repairs.loc["truncated", "before"]
+        repairs.loc["truncated", "after"]
+        == run.answers_of("short")["truncated"].sum()
+        > repairs.loc["truncated", "before"]
     )
 
 
@@ -100,43 +104,43 @@ def test_the_order_of_variants_changes_nothing(run: Evaluation) -> None:
     other = Evaluation(run.folder, run.variants[::-1], 6, 2)
     pd.testing.assert_frame_equal(other.answers, run.answers)
     for name in ("baseline", "three votes"):
-        pd.testing.assert_frame_equal(other.given(name), run.given(name))
+        pd.testing.assert_frame_equal(other.answers_of(name), run.answers_of(name))
 
 
 def test_times_are_compared_on_the_same_answers(mini: TransformerBridge, tmp_path: Path) -> None:
-    same = [Variant("one", votes=2), Variant("other", budget=100)]  # the run's limit: the same decoding
-    found = evaluate(mini, TASK, same, 3, folder=tmp_path, **OPTIONS)
-    costs = found.costs("other").set_index("variant")  # batches of 4: two draws of three problems, and one draw
+    same = [Variant("one", votes=2), Variant("other", max_new_tokens=100)]  # the run's limit: the same decoding
+    evaluation = evaluate(mini, TASK, same, 3, folder=tmp_path, **OPTIONS)
+    costs = evaluation.costs("other").set_index("variant")  # batches of 4: two draws of three problems, and one draw
     assert costs.loc["one", "batches"] == 0
     assert pd.isna(costs.loc["one", "time_ratio"])
     single = Evaluation(tmp_path, (same[1], Variant("one")), 3, 1).costs().set_index("variant")
     assert single.loc["one", "batches"] == 0
-    assert found.costs().set_index("variant").loc["one", "time_ratio"] == 1.0
+    assert evaluation.costs().set_index("variant").loc["one", "time_ratio"] == 1.0
 
 
-def test_every_part_of_a_way_reaches_the_model(mini: TransformerBridge, tmp_path: Path) -> None:
+def test_every_attribute_of_a_variant_reaches_the_model(mini: TransformerBridge, tmp_path: Path) -> None:
     variants = [
-        Variant("baseline"), Variant("asked", instruction="What is Anna?"), Variant("wait", wait=1),
+        Variant("baseline"), Variant("asked", instruction="What is Anna?"), Variant("forced", budget_forcing=1),
         Variant("cut", edit=cut),
     ]  # fmt: skip
-    options = OPTIONS | {"temperature": 0.0}
-    found = evaluate(mini, TASK, variants, 3, folder=tmp_path, **options)
+    options = OPTIONS | {"decoding": SAMPLED.but(temperature=0.0)}
+    evaluation = evaluate(mini, TASK, variants, 3, folder=tmp_path, **options)
     for i in range(3):
         question = TASK.sample(i).question
         expected = {
             "baseline": stepsal.generate(mini, question, max_new_tokens=100),
             "asked": stepsal.generate(mini, f"{question}\n\nWhat is Anna?", max_new_tokens=100),
-            "wait": stepsal.generate(mini, question, max_new_tokens=100, put_off=1),
+            "forced": stepsal.generate(mini, question, max_new_tokens=100, budget_forcing=1),
         }
         with cut(mini, TASK.sample(i)):
             expected["cut"] = stepsal.generate(mini, question, max_new_tokens=100)
         responses = [trace.response for trace in expected.values()]
         assert len(set(responses)) == 4
-        assert [found.given(name)["response"][i] for name in expected] == responses
+        assert [evaluation.answers_of(name)["response"][i] for name in expected] == responses
 
 
 def cut(model: TransformerBridge, problem: object) -> AbstractContextManager:
-    """The first layer attends to nothing: an edit that shows."""
+    """Let the first layer attend to nothing: an edit that shows."""
     return model.hooks(fwd_hooks=[("blocks.0.attn.o.hook_in", lambda z, hook: z * 0)])
 
 
@@ -168,15 +172,15 @@ class PlainVerdict:
 
 
 def test_tasks_of_the_smallest_protocol(mini: TransformerBridge, tmp_path: Path) -> None:
-    options = OPTIONS | {"max_new_tokens": 5}
-    variants = [Variant("baseline"), Variant("short", budget=2)]
-    found = evaluate(mini, Plain(), variants, 6, folder=tmp_path, **options)
-    assert found.errors("short").to_dict() == {"none": {"none": 3, "wrong": 0}, "wrong": {"none": 0, "wrong": 3}}
-    table = found.accuracy()
+    options = OPTIONS | {"decoding": SAMPLED.but(max_new_tokens=5)}
+    variants = [Variant("baseline"), Variant("short", max_new_tokens=2)]
+    evaluation = evaluate(mini, Plain(), variants, 6, folder=tmp_path, **options)
+    assert evaluation.errors("short").to_dict() == {"none": {"none": 3, "wrong": 0}, "wrong": {"none": 0, "wrong": 3}}
+    table = evaluation.accuracy()
     assert table["n_different"].tolist() == [2, 2]  # two questions, three times each
     assert (table["high"] - table["low"] > 0.6).all()
-    assert pd.isna(found.paired()["mcnemar_p"]).all()
-    with pytest.raises(ValueError, match="no `answer` to vote with"):
+    assert pd.isna(evaluation.paired()["mcnemar_p"]).all()
+    with pytest.raises(ValueError, match="no `final_answer` to vote with"):
         evaluate(mini, Plain(), [Variant("votes", votes=2)], 6, folder=tmp_path / "votes", **options)
     with pytest.raises(ValueError, match="another question as problem 0: the task has changed under its name"):
         evaluate(mini, Plain("How much"), variants, 6, folder=tmp_path, **options)
@@ -189,7 +193,7 @@ def test_a_single_variant_has_tables_too(run: Evaluation) -> None:
     with pytest.raises(ValueError, match="what='corect'"):
         alone.accuracy("corect")
     with pytest.raises(ValueError, match="there is no variant 'x'"):
-        alone.given("x")
+        alone.answers_of("x")
 
 
 def test_more_of_everything_goes_on_with_what_is_there(mini: TransformerBridge, tmp_path: Path) -> None:
@@ -197,76 +201,81 @@ def test_more_of_everything_goes_on_with_what_is_there(mini: TransformerBridge, 
     before = few.answers
     more = evaluate(mini, TASK, VARIANTS[:2], 5, 2, folder=tmp_path / "grown", **OPTIONS)
     whole = evaluate(mini, TASK, VARIANTS[:2], 5, 2, folder=tmp_path / "whole", **OPTIONS)
-    pd.testing.assert_frame_equal(few.__class__(few.folder, few.variants, 3, 1).answers, before)
-    columns = ["way", "draw", "problem", "response", "correct"]
+    pd.testing.assert_frame_equal(Evaluation(few.folder, few.variants, 3, 1).answers, before)
+    columns = ["variant", "draw", "problem", "response", "correct"]
     pd.testing.assert_frame_equal(more.answers[columns], whole.answers[columns])
     with pytest.raises(ValueError, match="temperature"):
-        evaluate(mini, TASK, VARIANTS[:1], 3, folder=tmp_path / "grown", **OPTIONS | {"temperature": 0.5})
+        evaluate(mini, TASK, VARIANTS[:1], 3, folder=tmp_path / "grown", decoding=SAMPLED.but(temperature=0.5))
+
+
+def answer_files(folder: Path) -> list[Path]:
+    return list((folder / "parts").glob("[!.]*/answers.parquet"))
 
 
 def test_a_killed_run_goes_on(mini: TransformerBridge, tmp_path: Path) -> None:
     code = f"""
 import stepsal
-from stepsal.experiments.evaluate import Variant, evaluate
+from stepsal import Decoding, Variant, evaluate
 from stepsal.tasks.chain import ChainTask
 variants = [Variant("baseline"), Variant("StepFlow", stepflow=stepsal.StepFlowConfig())]
 evaluate(stepsal.load("mini"), ChainTask(length=3, distractors=2), variants, 8, 2,
          folder={str(tmp_path / "killed")!r}, **{OPTIONS!r})
 """
-    answers = tmp_path / "killed" / "answers"
     process = subprocess.Popen([sys.executable, "-c", code])
     try:
         deadline = time.monotonic() + 120
-        while len(list(answers.glob("*.parquet"))) < 3 and time.monotonic() < deadline:
+        while len(answer_files(tmp_path / "killed")) < 3 and time.monotonic() < deadline:
             assert process.poll() is None
             time.sleep(0.01)
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    assert 3 <= len(list(answers.glob("*.parquet"))) < 8
-    there = pd.concat([pd.read_parquet(path) for path in answers.glob("*.parquet")])
-    (answers / ".unfinished.part").write_bytes(b"half")
+    assert 3 <= len(answer_files(tmp_path / "killed")) < 8
+    kept = pd.concat([pd.read_parquet(path) for path in answer_files(tmp_path / "killed")])
+    (tmp_path / "killed" / "parts" / ".unfinished.part").mkdir()
     resumed = evaluate(mini, TASK, VARIANTS[:2], 8, 2, folder=tmp_path / "killed", **OPTIONS)
     whole = evaluate(mini, TASK, VARIANTS[:2], 8, 2, folder=tmp_path / "whole", **OPTIONS)
-    columns = ["way", "draw", "problem", "response", "correct"]
+    columns = ["variant", "draw", "problem", "response", "correct"]
     pd.testing.assert_frame_equal(resumed.answers[columns], whole.answers[columns])
-    kept = resumed.answers.merge(there)  # on all columns, times included
-    assert len(kept) == len(there)
-    assert len(list(answers.iterdir())) == 1
+    assert len(resumed.answers.merge(kept)) == len(kept)  # on all columns, times included
+    assert len(answer_files(tmp_path / "killed")) == 1
+    assert not list((tmp_path / "killed" / "parts").glob(".*.part"))
 
 
-def test_a_kill_while_files_are_merged_loses_and_doubles_nothing(
+def test_a_kill_while_parts_are_merged_loses_and_doubles_nothing(
     mini: TransformerBridge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(path: Path, missing_ok: bool = False) -> None:
-        if path.suffix == ".parquet":
-            raise KeyboardInterrupt
+    def killed(*args: object) -> None:
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(Path, "unlink", killed)
+    rename = os.rename
+
+    def killed_at_the_first_deletion(source: Path, target: Path) -> None:
+        if not Path(source).name.startswith("."):
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", killed_at_the_first_deletion)
     with pytest.raises(KeyboardInterrupt):
         evaluate(mini, TASK, VARIANTS[:2], 5, folder=tmp_path, **OPTIONS)
     monkeypatch.undo()
-    answers = tmp_path / "answers"
-    assert len(list(answers.glob("*.parquet"))) == 5  # two variants, two batches, and all of it in one
+    assert len(answer_files(tmp_path)) == 5  # two variants, two batches, and all of it in one
     before = Evaluation(tmp_path, tuple(VARIANTS[:2]), 5, 1).answers
 
-    def killed_later(folder: Path) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("stepsal.experiments.evaluate._merge", killed_later)  # a second kill, with more answers beside
+    monkeypatch.setattr("stepsal.experiments.evaluate.merge_parts", killed)  # a second kill, with more answers beside
     with pytest.raises(KeyboardInterrupt):
         evaluate(mini, TASK, VARIANTS[:2], 6, folder=tmp_path, **OPTIONS)
     monkeypatch.undo()
-    assert len(list(answers.glob("*.parquet"))) == 3  # what was merged is gone; two new ones
+    assert len(answer_files(tmp_path)) == 3  # what was merged is gone; two new ones
     pd.testing.assert_frame_equal(before, Evaluation(tmp_path, tuple(VARIANTS[:2]), 5, 1).answers)
     after = evaluate(mini, TASK, VARIANTS[:2], 6, folder=tmp_path, **OPTIONS)
     pd.testing.assert_frame_equal(before, Evaluation(tmp_path, tuple(VARIANTS[:2]), 5, 1).answers)
     assert len(after.answers) == 12
-    assert len(list(answers.glob("*.parquet"))) == 1
+    assert len(answer_files(tmp_path)) == 1
 
 
 def hidden(model: TransformerBridge, problem: object, names: set[str]) -> AbstractContextManager:
-    """No layer sees the definitions of these names."""
+    """Hide the definitions of these names from all layers."""
     question = render_prompt(model.tokenizer, problem.question).text
     offsets = model.tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     spans = [
@@ -284,7 +293,7 @@ def hidden(model: TransformerBridge, problem: object, names: set[str]) -> Abstra
 
 
 def needed_and_not(problem: object) -> tuple[str, set[str]]:
-    """A definition that the goal needs, and those that it does not."""
+    """Return a definition that the goal needs, and those that it does not."""
     needed, pending = set(), [problem.goal]
     while pending:
         needed.add(name := pending.pop())
@@ -293,18 +302,18 @@ def needed_and_not(problem: object) -> tuple[str, set[str]]:
 
 
 def forgetful(model: TransformerBridge, problem: object) -> AbstractContextManager:
-    """A premise, and a definition that is not needed, are hidden."""
+    """Hide a premise, and a definition that is not needed."""
     needed, others = needed_and_not(problem)
     return hidden(model, problem, {needed, min(others)})
 
 
 def oracle(model: TransformerBridge, problem: object) -> AbstractContextManager:
-    """Gives the attention on the premise back."""
+    """Give the attention on the premise back."""
     return hidden(model, problem, {min(needed_and_not(problem)[1])})
 
 
 def random_help(model: TransformerBridge, problem: object) -> AbstractContextManager:
-    """Gives as much attention back, on what is not needed."""
+    """Give as much attention back, on what is not needed."""
     return hidden(model, problem, {needed_and_not(problem)[0]})
 
 
@@ -314,34 +323,31 @@ def test_the_harness_can_tell_help_from_none(mini: TransformerBridge, tmp_path: 
         Variant("oracle", edit=oracle),
         Variant("random", edit=random_help),
     ]
-    options = {"temperature": 0.0, "max_new_tokens": 120, "batch_size": 10, "progress": False}
-    found = evaluate(mini, ChainTask(length=3, distractors=3), variants, 20, folder=tmp_path, **options)
-    paired = found.paired().set_index("variant")
+    options = {"decoding": Decoding(max_new_tokens=120), "batch_size": 10, "progress": False}
+    evaluation = evaluate(mini, ChainTask(length=3, distractors=3), variants, 20, folder=tmp_path, **options)
+    paired = evaluation.paired().set_index("variant")
     assert paired.loc["oracle", "low"] > 0.1
     assert paired.loc["oracle", "mcnemar_p"] < 0.01
     assert paired.loc["random", "mcnemar_p"] > 0.1
-    assert "wrong premise" in found.errors("oracle").index
+    assert "wrong premise" in evaluation.errors("oracle").index
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"variants": []}, "at least one"),
-        ({"variants": [Variant("a"), Variant("a", budget=3)]}, "names that differ"),
+        ({"variants": [Variant("a"), Variant("a", max_new_tokens=3)]}, "names that differ"),
         ({"n_problems": 0}, "n_problems=0"),
-        ({"temperature": 0.0, "n_samples": 2}, "temperature=0"),
-        ({"temperature": -1.0}, "temperature=-1"),
-        ({"temperature": float("nan")}, "temperature=nan"),
-        ({"top_p": 0.0}, "top_p=0"),
-        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"decoding": Decoding(), "n_samples": 2}, "temperature=0"),
+        ({"batch_size": 0}, "batch_size=0"),
         ({"variants": [Variant("long", instruction="what " * 2000)]}, "leaves no room in the context"),
-        ({"temperature": 0.0, "variants": [Variant("a", votes=2)]}, "temperature=0"),
+        ({"decoding": Decoding(), "variants": [Variant("a", votes=2)]}, "temperature=0"),
     ],
 )
 def test_what_makes_no_run(mini: TransformerBridge, tmp_path: Path, arguments: dict, message: str) -> None:
-    given = {"variants": VARIANTS, "n_problems": 2, "n_samples": 1, **OPTIONS, **arguments}
+    request = {"variants": VARIANTS, "n_problems": 2, "n_samples": 1, **OPTIONS, **arguments}
     with pytest.raises(ValueError, match=message):
-        evaluate(mini, TASK, folder=tmp_path / "new", **given)
+        evaluate(mini, TASK, folder=tmp_path / "new", **request)
     assert not (tmp_path / "new").exists()
 
 
@@ -351,27 +357,69 @@ def test_folders_that_are_not_what_they_should_be(mini: TransformerBridge, tmp_p
     with pytest.raises(ValueError, match="no evaluation"):
         evaluate(mini, TASK, VARIANTS[:1], 1, folder=tmp_path / "foreign", **OPTIONS)
     evaluate(mini, TASK, VARIANTS[:1], 1, folder=tmp_path / "run", **OPTIONS)
-    (file,) = (tmp_path / "run" / "answers").glob("*.parquet")
+    (file,) = answer_files(tmp_path / "run")
     content = file.read_bytes()
     file.write_bytes(content[:-20])
-    with pytest.raises(ValueError, match=r"parquet is damaged .* delete it, and evaluate again"):
+    with pytest.raises(ValueError, match=r"is damaged \(.*answers.parquet.*\); delete it, and run the same call again"):
         evaluate(mini, TASK, VARIANTS[:1], 1, folder=tmp_path / "run", **OPTIONS)
     file.write_bytes(content)
-    (file.parent / "copy.parquet").write_bytes(content)
+    shutil.copytree(file.parent, file.parents[1] / "copy")
     with pytest.raises(ValueError, match="an answer twice"):
         evaluate(mini, TASK, VARIANTS[:1], 1, folder=tmp_path / "run", **OPTIONS)
 
 
-def test_different_edits_are_different_ways() -> None:
+def test_save_and_load(run: Evaluation, tmp_path: Path) -> None:
+    loaded = Evaluation.load(run.folder)
+    assert loaded == run
+    copy = Evaluation.load(run.save(tmp_path / "copy"))
+    assert (copy.variants, copy.n_problems, copy.n_samples) == (run.variants, 6, 2)
+    pd.testing.assert_frame_equal(copy.answers, run.answers)
+    assert copy.manifest == run.manifest
+    fewer = Evaluation.load(run.folder, variants=run.variants[1:2], n_problems=3)
+    assert fewer == Evaluation(run.folder, run.variants[1:2], 3, 2)
+    with pytest.raises(ValueError, match="not empty"):
+        run.save(tmp_path / "copy")
+    for part in (tmp_path / "copy" / "parts").glob("request-*"):
+        shutil.rmtree(part)
+    with pytest.raises(ValueError, match=r"does not say what it was asked for: pass variants=, n_problems="):
+        Evaluation.load(tmp_path / "copy")
+    assert len(Evaluation.load(tmp_path / "copy", variants=run.variants, n_problems=6, n_samples=2).answers) == 60
+
+
+def test_an_edit_is_not_loaded(mini: TransformerBridge, tmp_path: Path) -> None:
+    variants = [Variant("cut", edit=cut, votes=2), Variant("StepFlow", stepflow=stepsal.StepFlowConfig(oeb_layers=()))]
+    options = OPTIONS | {"decoding": SAMPLED.but(max_new_tokens=5)}
+    evaluation = evaluate(mini, TASK, variants, 2, folder=tmp_path, **options)
+    loaded = Evaluation.load(tmp_path)
+    assert loaded.variants[1] == variants[1]
+    assert (loaded.variants[0].key, loaded.variants[0].votes) == (variants[0].key, 2)
+    pd.testing.assert_frame_equal(loaded.answers, evaluation.answers)
+    assert evaluate(mini, TASK, loaded.variants, 2, folder=tmp_path, **options).accuracy().equals(loaded.accuracy())
+    with pytest.raises(ValueError, match=r"the edit of variant 'cut' is a function, .* pass Variant\('cut', edit="):
+        evaluate(mini, TASK, loaded.variants, 3, folder=tmp_path, **options)
+
+
+def test_variants_take_turns() -> None:
+    answers = pd.DataFrame({"variant": ["a", "b"], "draw": [0, 0], "problem": [1, 2]})
+    missing = missing_answers({"a": 1, "b": 2, "c": 1}, 3, answers)
+    assert missing == {
+        "a": {(0, 0), (0, 2)}, "b": {(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)}, "c": {(0, 0), (0, 1), (0, 2)}
+    }  # fmt: skip
+    assert [(turn.variant, turn.batch, turn.draws) for turn in turns(missing, 2, 3, 2)] == [
+        ("a", 0, [Draw(0, 0)]), ("b", 0, [(0, 0), (0, 1)]), ("c", 0, [(0, 0), (0, 1)]),
+        ("b", 1, [(1, 0)]), ("c", 1, [(0, 2)]), ("a", 1, [(0, 2)]),
+        ("b", 2, [(1, 1), (1, 2)]),
+    ]  # fmt: skip
+
+
+def test_different_edits_have_different_keys() -> None:
     one, two = (Variant(name, edit=lambda model, problems: model.hooks()) for name in ("one", "two"))
-    assert one.way != two.way
+    assert one.key != two.key
 
 
 def test_votes() -> None:
-    from stepsal.experiments.evaluate import _voted
-
-    assert _voted(pd.Series(["3", "5", "5", None], index=[7, 8, 9, 10])) == 8
-    assert _voted(pd.Series(["3", "5"], index=[7, 8])) == 7
-    assert _voted(pd.Series([None, None], index=[7, 8])) == 7
+    assert voted_for(pd.Series(["3", "5", "5", None], index=[7, 8, 9, 10])) == 8
+    assert voted_for(pd.Series(["3", "5"], index=[7, 8])) == 7
+    assert voted_for(pd.Series([None, None], index=[7, 8])) == 7
     with pytest.raises(ValueError, match="votes=0"):
         Variant("none", votes=0)

@@ -1,0 +1,181 @@
+"""Variants: how an answer is written, and how many answers vote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, Any
+
+from stepsal.generation.decoding import Decoding
+from stepsal.intervention.config import StepFlowConfig
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    from stepsal.tasks import Problem
+
+PLAN_AND_SOLVE = (  # PS+ of Wang et al. 2023 (arXiv 2305.04091), Table 5
+    "Let's first understand the problem, extract relevant variables and their corresponding numerals, and devise a "
+    "complete plan. Then, let's carry out the plan, calculate intermediate variables (pay attention to correct "
+    "numerical calculation and commonsense), solve the problem step by step, and show the answer."
+)
+HINT = "Before each step, look again at what the question says and at the results of your earlier steps."
+
+Edit = Callable[["TransformerBridge", "Problem"], AbstractContextManager[object]]
+"""An intervention: given the model and a problem, it returns a context in which that problem is answered."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to write answers, to be compared with others on the same problems.
+
+    Variants that differ only in `name` and `votes` share their answers.
+
+    Attributes:
+        name: how tables call it.
+        stepflow: decode under StepFlow with these settings; None decodes without.
+        instruction: text put after every question, such as `PLAN_AND_SOLVE` or `HINT`.
+        edit: another intervention; each problem is answered alone inside its context. A folder knows an edit by the
+            variant's name: give a changed edit another name.
+        max_new_tokens: limit of an answer; None keeps that of the run.
+        budget_forcing: how many times "Wait" replaces the end of the thinking; 0 keeps the number of the run.
+        votes: number of draws that vote (self-consistency): the first draw with the most frequent final answer counts.
+            Sample j is voted for by draws j * votes, ..., (j + 1) * votes - 1.
+
+    Raises:
+        ValueError: a number out of range.
+
+    Example:
+        >>> from stepsal.experiments.variants import HINT
+        >>> variant = stepsal.Variant("hint, 3 votes", instruction=HINT, votes=3)
+        >>> variant.key == stepsal.Variant("hint", instruction=HINT).key
+        True
+    """
+
+    name: str
+    _: KW_ONLY
+    stepflow: StepFlowConfig | None = None
+    instruction: str | None = None
+    edit: Edit | None = None
+    max_new_tokens: int | None = None
+    budget_forcing: int = 0
+    votes: int = 1
+
+    def __post_init__(self) -> None:
+        if self.votes < 1:
+            raise ValueError(f"variant {self.name!r}: votes={self.votes} must be at least 1")
+        if self.budget_forcing < 0:
+            raise ValueError(f"variant {self.name!r}: budget_forcing={self.budget_forcing} must be at least 0")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ValueError(f"variant {self.name!r}: max_new_tokens={self.max_new_tokens} must be at least 1")
+
+    @property
+    def key(self) -> str:
+        """Return what tells this way of answering from others, as JSON: all attributes but `name` and `votes`."""
+        how: dict[str, Any] = {
+            "stepflow": None if self.stepflow is None else self.stepflow.to_dict(),
+            "instruction": self.instruction,
+            "max_new_tokens": self.max_new_tokens,
+            "budget_forcing": self.budget_forcing,
+        }
+        if self.edit is not None:
+            how["edit"] = self.name  # functions may share a name of theirs, or have none
+        return json.dumps(how, sort_keys=True)
+
+    def question_of(self, problem: Problem) -> str:
+        """Return the question of a problem, with the instruction after it.
+
+        Args:
+            problem: the problem to be answered.
+        """
+        return problem.question + ("" if self.instruction is None else f"\n\n{self.instruction}")
+
+    def decoding_of(self, decoding: Decoding) -> Decoding:
+        """Return how this variant's answers are written.
+
+        Args:
+            decoding: that of the run; the limits of the variant replace its own.
+        """
+        return decoding.but(
+            max_new_tokens=self.max_new_tokens or decoding.max_new_tokens,
+            budget_forcing=self.budget_forcing or decoding.budget_forcing,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the variant JSON-ready, for `from_dict`; of an edit, only that there is one."""
+        return {"name": self.name, "votes": self.votes, **json.loads(self.key)}
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> Variant:
+        """Read a variant that `to_dict` has written; in place of an edit stands a `LostEdit`.
+
+        Args:
+            settings: as `to_dict` has returned them.
+
+        Raises:
+            ValueError: settings that make no variant.
+        """
+        settings = dict(settings)
+        try:
+            if settings.get("stepflow") is not None:
+                settings["stepflow"] = StepFlowConfig(**settings["stepflow"])
+            if "edit" in settings:
+                settings["edit"] = LostEdit(settings["edit"])
+            return cls(settings.pop("name"), **settings)
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"{settings!r} is no variant: {error}") from error
+
+
+@dataclass(frozen=True)
+class LostEdit:
+    """What stands for the edit of a variant that was read from a folder, since a folder keeps no functions.
+
+    Attributes:
+        variant: name of the variant.
+    """
+
+    variant: str
+
+    def __call__(self, model: TransformerBridge, problem: Problem) -> AbstractContextManager[object]:
+        """Refuse to run.
+
+        Args:
+            model: of no use here.
+            problem: of no use here.
+
+        Raises:
+            ValueError: always, with the remedy.
+        """
+        raise ValueError(
+            f"the edit of variant {self.variant!r} is a function, which a folder does not keep: pass "
+            f"Variant({self.variant!r}, edit=...) to stepsal.evaluate to write more answers"
+        )
+
+
+def check_names(variants: Sequence[Variant]) -> None:
+    """Refuse variants that tables could not tell apart.
+
+    Args:
+        variants: those to be compared.
+
+    Raises:
+        ValueError: there is none, or two have the same name.
+    """
+    names = [variant.name for variant in variants]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"variants={names} must be at least one, and have names that differ")
+
+
+def draws_needed(variants: Iterable[Variant], n_samples: int) -> dict[str, int]:
+    """Return how many draws of each problem every way of answering needs, by `Variant.key`.
+
+    Args:
+        variants: those to be compared; of several with one key, that with the most votes decides.
+        n_samples: samples of each problem under each variant.
+    """
+    needed: dict[str, int] = {}
+    for variant in variants:
+        needed[variant.key] = max(needed.get(variant.key, 0), n_samples * variant.votes)
+    return needed
