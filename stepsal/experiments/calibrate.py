@@ -1,19 +1,17 @@
-"""Layers and strengths of StepFlow for a model and a task: proposed by the model's own maps, tried out, and held out.
+"""Choose layers and strengths of StepFlow for a model and a task, and test the choice on problems held out.
 
-    1. profile      A few answers with their maps say in which layers wrong traces lock in more than correct ones, and
-                    in which their summary leaves the thinking; that becomes a prior (`stepsal.experiments.proposals`).
+    1. profile      A few answers with their maps tell in which layers wrong traces lock in more than correct ones, and
+                    in which their summary attends less to the thinking. That becomes a prior over layers
+                    (`stepsal.experiments.proposals`).
     2. search       Settings drawn by the prior, the paper's among them, answer problems beside the baseline. The worse
                     half is dropped after each round and the rest go on, with the same number of answers in each round:
                     successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943).
-    3. held out     The best one and the baseline answer problems that nothing was chosen by. Only this comparison
+    3. held out     The best setting and the baseline answer problems that nothing was chosen by. Only this comparison
                     counts: what a setting gained in the search is what it was chosen for, and so too high, the more so
                     the more settings there were (the winner's curse).
 
-No question is in two of these. The folder keeps all answers, and a call that was interrupted goes on:
-
-    folder/profile/, search/, held_out/
-    folder/settings_16.json     settings that were drawn
-    folder/looks.json           comparisons made on the held-out problems
+No question is in two of these. The folder keeps all answers (`stepsal.experiments.calibration` shows its layout), and a
+call that was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -21,23 +19,40 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import dataclass
 from itertools import count
 from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from stepsal.experiments.calibration import (
+    HELD_OUT,
+    KIND,
+    LOOK,
+    PROFILE,
+    SEARCH,
+    VERSION,
+    Calibration,
+    evidence_of,
+    held_out_variants,
+    search_variants,
+)
+from stepsal.experiments.checks import segmentation_for_manifest
 from stepsal.experiments.collect import collect
-from stepsal.experiments.evaluate import Evaluation, Variant, evaluate
-from stepsal.experiments.proposals import SEARCHED, describe, layer_words, possible, profile_evidence, propose
+from stepsal.experiments.evaluate import evaluate
+from stepsal.experiments.proposals import SEARCHED, describe, possible, propose
+from stepsal.experiments.request import note_request
+from stepsal.experiments.results import Evaluation
+from stepsal.experiments.store import Store, identity_of
+from stepsal.experiments.variants import Variant
+from stepsal.generation.decoding import Decoding
 from stepsal.intervention import StepFlowConfig, stepflow
 from stepsal.stats import FEWEST
-from stepsal.stats.paired import PairedDifference
-from stepsal.storage import write_atomic
+from stepsal.storage import digest
 from stepsal.tasks.parts import Part
+from stepsal.trace.segment import Segmentation
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,285 +61,205 @@ if TYPE_CHECKING:
     from stepsal.tasks import Task
 
 MOST_TRACES = 64  # of the profile
-SHARES = {"profile": (0.0, 1 / 8), "search": (1 / 8, 9 / 16), "held_out": (9 / 16, 1.0)}  # of the questions
-BASELINE, CHOSEN = "baseline", "chosen"
+SHARES = {PROFILE: (0.0, 1 / 8), SEARCH: (1 / 8, 9 / 16), HELD_OUT: (9 / 16, 1.0)}  # of the questions
 NO_EDIT = StepFlowConfig(oeb_layers=(), smi_layers=())
-LEVEL = 0.05
 
 
 def calibrate(
     model: TransformerBridge,
     task: Task,
-    budget: int,
+    n_answers: int,
     *,
     folder: str | Path,
     settings: int | Sequence[StepFlowConfig] = 16,
     base: StepFlowConfig | None = None,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    max_new_tokens: int = 512,
+    decoding: Decoding = Decoding(temperature=1.0),
     system: str | None = None,
+    segmentation: Segmentation | None = None,
     seed: int = 0,
     batch_size: int = 32,
     progress: bool = True,
 ) -> Calibration:
-    """Choose layers, tau_max and alpha of StepFlow, and say on held-out problems whether they help.
+    """Choose layers, tau_max and alpha of StepFlow, and test on held-out problems whether they help.
 
-    An eighth of the budget, at most 64 answers, goes to the profile, half of the rest to the search, and the other half
-    to the held-out comparison.
+    An eighth of the answers, at most 64, goes to the profile, half of the rest to the search, and the other half to the
+    held-out comparison.
 
     Args:
         model: from `stepsal.load`.
-        task: gives the problem of a seed. One that has a length is divided whole, and its problems come again, with
-            other draws, where the budget goes beyond them; greedy decoding stops there.
-        budget: how many answers the model may write. A larger one in the same folder goes on with those that are there.
-            It looks at the held-out problems again, which is counted, and asks more of p.
-        folder: made if it is not there.
-        settings: how many to begin the search with, or which ones; then there is no profile.
-        base: what is not searched, where settings are not given: window, bridge, format, steps. None is the paper's.
-        temperature, top_p, max_new_tokens, system: see `stepsal.generate`.
-        seed: of problems and settings. Parts of another seed are others: what one has held out, another may search on.
+        task: gives the problem of a seed. A task that has a length is divided whole; where more answers are asked for,
+            its problems come again with other draws, or, under greedy decoding, fewer answers are written.
+        n_answers: how many answers the model may write. A larger number in the same folder goes on with the answers
+            there. That looks at the held-out problems again, which is counted, and asks for a smaller p.
+        folder: made if it does not exist.
+        settings: how many settings to draw and begin the search with; or the settings, and then there is no profile.
+        base: settings that are not searched (window, bridge, into_summary) where settings are drawn; None is the
+            paper's.
+        decoding: how answers are written.
+        system: a system prompt; None keeps what the chat template does by itself.
+        segmentation: how sections and steps are found, by StepFlow and in the traces; None is `Segmentation()`.
+        seed: of problems and settings. Another seed divides the questions in another way: what is held out under one
+            seed may be searched on under another.
         batch_size: answers decoded together.
         progress: show bars over answers.
 
     Raises:
-        ValueError: fewer than two settings, a budget or a task that is too small for them, or whatever
-            `stepsal.collect` and `stepsal.evaluate` refuse; before any work.
-    """
-    budget = index(budget)
-    given = tuple(settings) if isinstance(settings, Iterable) else None
-    n_settings = index(settings) if given is None else len(given)  # type: ignore[arg-type]
-    n_layers = model.cfg.n_layers
-    if given is not None and base is not None:
-        raise ValueError("base goes with settings that are drawn; change those that you give with .but(...)")
-    effects = {_effect(config, n_layers) for config in given or ()}
-    if n_settings < 2 or (given is not None and len(effects - {_effect(NO_EDIT, n_layers)}) < n_settings):
-        raise ValueError(
-            f"settings={settings} must be two or more that differ in what they edit; to try one, use stepsal.evaluate"
-        )
-    if given is None and n_settings > (there := possible(n_layers)):
-        raise ValueError(f"settings={settings} is more than the {there} that there are for {n_layers} layers")
-    base = base or StepFlowConfig()
-    for config in given or (base,):
-        with stepflow(model, config):  # complains about what the model does not have, such as a chat template
-            pass
-    parts = {name: Part(task, *shares, seed) for name, shares in SHARES.items()}
-    most = {name: part.n_problems if temperature == 0 else None for name, part in parts.items()}
-    n_profile, rounds, n_held_out = plan(budget, n_settings, given is None, most)
-    if rounds[0].n_problems < FEWEST:
-        enough = next(b for b in count(budget) if _first(b, n_settings, given is None, {}) >= FEWEST)
-        more = f"at least {enough}, or " if _first(enough, n_settings, given is None, most) >= FEWEST else ""
-        raise ValueError(
-            f"budget={budget} leaves {rounds[0].n_problems} problems of {task.name} for the first round of "
-            f"{n_settings} settings: use {more}fewer settings"
-        )
-    folder = Path(folder)
-    options: dict[str, Any] = {
-        "temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "system": system,
-        "progress": progress,
-    }  # fmt: skip
-    evidence = None
-    if given is None:
-        profile = collect(model, parts["profile"], n_profile, folder / "profile", part_size=batch_size, **options)
-        metrics = profile.metrics  # of a larger budget's traces too, if there was one
-        evidence = profile_evidence(metrics[metrics["trace"] < n_profile], n_layers)
-        given = _proposed(folder, evidence, n_settings, base, seed)
+        ValueError: before any work, fewer than two settings, too few answers or problems for so many settings, or
+            whatever `stepsal.collect` and `stepsal.evaluate` refuse.
 
-    options["batch_size"] = batch_size
-    left, runs = [Variant(describe(config), stepflow=config) for config in given], list[Evaluation]()
-    for n_left, n_problems in rounds:
-        variants = [Variant(BASELINE), *left[:n_left]]
-        runs.append(evaluate(model, parts["search"], variants, n_problems, folder=folder / "search", **options))
-        gains = {v.name: runs[-1].verdicts(v.name).mean() for v in variants}
-        left = sorted(left[:n_left], key=lambda v: -gains[v.name])  # stable: the earlier of equal ones
-    pair = [Variant(BASELINE), Variant(CHOSEN, stepflow=left[0].stepflow)]
-    held_out = evaluate(model, parts["held_out"], pair, n_held_out, folder=folder / "held_out", **options)
-    looks = _looks(folder, describe(pair[1].stepflow), n_held_out)  # type: ignore[arg-type]
-    return Calibration(
-        str(model.cfg.model_name), task.name, budget, seed, evidence, given, tuple(runs), held_out, looks
-    )  # fmt: skip
+    Example:
+        >>> import tempfile
+        >>> task, decoding = stepsal.tasks.chain.ChainTask(length=1), stepsal.Decoding(max_new_tokens=3)
+        >>> settings = [stepsal.StepFlowConfig(tau_max=tau) for tau in (0.15, 0.5)]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     calibration = stepsal.calibrate(
+        ...         stepsal.load("mini"), task, 30, folder=folder, settings=settings, decoding=decoding, progress=False
+        ...     )
+        ...     print(str(calibration).splitlines()[-1])
+        no setting beats the baseline. Of the chosen one, a gain of 40.1 points would be seen in 4 of 5 cases
+    """
+    n_answers, n_layers = index(n_answers), model.cfg.n_layers
+    tried = None if not isinstance(settings, Iterable) else tuple(settings)
+    n_settings = index(settings) if tried is None else len(tried)  # type: ignore[arg-type]
+    _check_settings(settings, tried, n_settings, base, n_layers)
+    base = base or StepFlowConfig()
+    segmentation = segmentation or Segmentation()
+    for config in tried or (base,):
+        _check_stepflow(model, config, segmentation)
+    parts = {name: Part(task, *shares, seed) for name, shares in SHARES.items()}
+    most = {name: part.n_problems if decoding.temperature == 0 else None for name, part in parts.items()}
+    n_profile, rounds, n_held_out = plan(n_answers, n_settings, tried is None, most)
+    _check_first_round(rounds[0], n_answers, n_settings, tried is None, most, task.name)
+
+    parameters = {
+        **identity_of(model), "task": task.name, "seed": seed, "decoding": decoding.to_dict(), "system": system,
+        "segmentation": segmentation_for_manifest(segmentation),
+    }  # fmt: skip
+    folder, evidence = Path(folder), None
+    run = _Run(model, parts, folder, decoding, system, segmentation, batch_size, progress)
+    with Store.opened(folder, KIND, VERSION, parameters) as store:
+        if tried is None:
+            evidence = run.profile(n_profile)
+            tried = drawn_settings(store, evidence, n_settings, base, seed)
+        evaluations, chosen = run.search(tried, rounds)
+        held_out = run.evaluated(HELD_OUT, held_out_variants(chosen), n_held_out)
+        looks = count_looks(store, chosen, n_held_out)
+        calibration = Calibration(
+            folder, str(model.cfg.model_name), task.name, n_answers, seed, n_profile, evidence, tried, evaluations,
+            held_out, looks,
+        )  # fmt: skip
+        note_request(store, calibration.to_request())
+    return calibration
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """What was found.
+class _Run:
+    """Writes the answers of a calibration, by the parts of its task."""
 
-    Attributes:
-        model, task, budget, seed: as asked for.
-        evidence: of the profile (see `stepsal.experiments.proposals.profile_evidence`); None where the settings were given.
-        settings: tried; the likelier, or the earlier given, first.
-        rounds: of the search; each has the answers of those before, and fewer settings.
-        held_out: the variants "baseline" and "chosen" on problems of their own.
-        looks: how many comparisons the folder's held-out problems have been used for, this one included.
-    """
+    model: TransformerBridge
+    parts: Mapping[str, Part]
+    folder: Path
+    decoding: Decoding
+    system: str | None
+    segmentation: Segmentation
+    batch_size: int
+    progress: bool
 
-    model: str
-    task: str
-    budget: int
-    seed: int
-    evidence: pd.DataFrame | None
-    settings: tuple[StepFlowConfig, ...]
-    rounds: tuple[Evaluation, ...]
-    held_out: Evaluation
-    looks: int = 1
+    def profile(self, n_traces: int) -> pd.DataFrame:
+        """Collect traces with their maps, and return what they say about layers."""
+        collect(
+            self.model, self.parts[PROFILE], n_traces, self.folder / PROFILE, decoding=self.decoding,
+            system=self.system, segmentation=self.segmentation, batch_size=self.batch_size, progress=self.progress,
+        )  # fmt: skip
+        return evidence_of(self.folder, n_traces, self.model.cfg.n_layers)
 
-    @property
-    def chosen(self) -> StepFlowConfig:
-        """The best setting of the search, whether it helps or not."""
-        return next(config for v in self.held_out.variants if (config := v.stepflow) is not None)
+    def search(
+        self, settings: Sequence[StepFlowConfig], rounds: Sequence[Round]
+    ) -> tuple[tuple[Evaluation, ...], StepFlowConfig]:
+        """Let settings answer, round by round, and return the rounds and the best setting."""
+        ranked, evaluations = list(settings), list[Evaluation]()
+        for n_settings, n_problems in rounds:
+            ranked = ranked[:n_settings]
+            evaluation = self.evaluated(SEARCH, search_variants(ranked), n_problems)
+            accuracy = {v.name: evaluation.verdicts(v.name).mean() for v in evaluation.variants}
+            ranked.sort(key=lambda config: -accuracy[describe(config)])  # stable: of equal ones the earlier
+            evaluations.append(evaluation)
+        return tuple(evaluations), ranked[0]
 
-    @cached_property
-    def difference(self) -> PairedDifference:
-        """Accuracy of the chosen setting minus the baseline's, on the held-out problems."""
-        return self.held_out.difference(BASELINE, CHOSEN)
-
-    @property
-    def beats_baseline(self) -> bool:
-        """Whether the held-out difference has its 95 % interval above zero, and p at most 5 % by the number of looks.
-
-        Both, since an interval over few different questions is too short, and since each look is another chance.
-        """
-        return self.difference.low > 0 and self.difference.p <= LEVEL / self.looks
-
-    @property
-    def stepflow(self) -> StepFlowConfig:
-        """The chosen setting if it beats the baseline, otherwise one with both parts off, which edits nothing."""
-        return self.chosen if self.beats_baseline else self.chosen.but(oeb_layers=(), smi_layers=())
-
-    @cached_property
-    def search(self) -> pd.DataFrame:
-        """One row per setting tried, the best first.
-
-        Columns: setting, oeb_layers, tau_max, smi_layers, alpha; rounds (that it stayed in); n_problems (that it has
-        answered by then), accuracy on them, baseline (its accuracy on the same ones), difference.
-        """
-        import pandas as pd
-
-        rows = []
-        for config in self.settings:
-            name = describe(config)
-            stayed = [run for run in self.rounds if name in {v.name for v in run.variants}]
-            accuracy, baseline = (float(stayed[-1].verdicts(n).mean()) for n in (name, BASELINE))
-            rows.append(
-                {"setting": name, "oeb_layers": config.oeb_layers, "tau_max": config.tau_max,
-                 "smi_layers": config.smi_layers, "alpha": config.alpha, "rounds": len(stayed),
-                 "n_problems": stayed[-1].n_problems, "accuracy": accuracy, "baseline": baseline,
-                 "difference": accuracy - baseline}
-            )  # fmt: skip
-        table = pd.DataFrame(rows)
-        return table.sort_values(["rounds", "accuracy"], ascending=False, kind="stable", ignore_index=True)
-
-    @property
-    def _best(self) -> pd.Series:
-        """The row of the chosen setting in `search`."""
-        return self.search[self.search["setting"] == describe(self.chosen)].iloc[0]
-
-    def __str__(self) -> str:
-        """What was done and found, in a few lines."""
-        best, found, n = self._best, self.difference, len(self.settings)
-        lines = [f"StepFlow for {self.model} on {self.task}: {self.budget} answers, seed {self.seed}"]
-        if self.evidence is not None:
-            for part, of_part in self.evidence.groupby("part", sort=False):
-                top = of_part.sort_values("t", ascending=False).iloc[0]  # NaN comes last
-                traces = f"{top['metric']} of {top['n_wrong']} wrong traces beside {top['n_correct']} correct ones"
-                if np.isnan(top["t"]):
-                    lines.append(f"profile, {part}: {traces} is too little to go by")
-                elif top["t"] <= 0:
-                    lines.append(f"profile, {part}: {traces} is higher in no band of layers")
-                else:
-                    where = f"in layers {layer_words(top['layers'])}, t = {top['t']:.1f}"
-                    lines.append(f"profile, {part}: {traces} is most above them {where}")
-        last = self.search[self.search["rounds"] == len(self.rounds)]
-        ties = int((last["accuracy"] == best["accuracy"]).sum()) - 1
-        lines.append(
-            f"chosen among {n} settings: {describe(self.chosen)}" + (f", the first of {ties + 1} alike" if ties else "")
-        )
-        curse = "; too high, since it was chosen for this number among all (winner's curse)"
-        lines.append(
-            f"in the search: {100 * best['difference']:+.1f} points over the baseline (n = {best['n_problems']})"
-            + (curse if best["difference"] > 0 else "; no setting gained anything there")
-        )
-        different = "" if found.n_different == found.n_problems else f", {found.n_different} different"
-        lines.append(
-            f"held out: {100 * found.difference:+.1f} points (95 %: {100 * found.low:+.1f} to "
-            f"{100 * found.high:+.1f}), {found.fixed} fixed, {found.broken} broken, p = {found.p:.2g} "
-            f"(n = {found.n_problems}{different})"
-        )
-        if self.looks > 1:
-            lines.append(
-                f"this is look {self.looks} at these problems, so that p must be {LEVEL / self.looks:.2g} or less"
-            )
-        dropped = self.search.loc[self.search["rounds"] < len(self.rounds), "n_problems"]
-        others = (
-            f"; others were dropped from {dropped.min()} problems on, where only large gains show"
-            if len(dropped)
-            else ""
-        )
-        lines.append(
-            "the chosen setting beats the baseline"
-            if self.beats_baseline
-            else "no setting beats the baseline. Of the chosen one, a gain of "
-            f"{100 * found.detectable:.1f} points would be seen in 4 of 5 cases{others}"
-        )
-        return "\n".join(lines)
-
-    def save(self, path: str | Path) -> Path:
-        """Write `stepflow` as a preset, JSON, with what it rests on beside it.
-
-        `StepFlowConfig.load` reads it, and so does `-M preset=` in Inspect. Where no setting beats the baseline, it
-        switches both parts off.
-
-        Raises:
-            ValueError: a format or a split of your own, which a file can't hold.
-        """
-        manifest, best = self.held_out.manifest, self._best
-        about = {
-            "model": self.model, "weights": manifest["weights"], "task": self.task, "decoding": manifest["decoding"],
-            "budget": self.budget, "seed": self.seed, "n_settings": len(self.settings),
-            "chosen": self.chosen.to_dict(), "beats_baseline": self.beats_baseline,
-            "looks": self.looks,
-            "search": {"n_problems": int(best["n_problems"]), "difference": float(best["difference"])},
-            "held_out": {k: None if v != v else v for k, v in asdict(self.difference).items()},  # NaN is no JSON
-        }  # fmt: skip
-        return self.stepflow.save(path, calibration=about)
+    def evaluated(self, name: str, variants: Sequence[Variant], n_problems: int) -> Evaluation:
+        """Answer problems of a part under variants."""
+        return evaluate(
+            self.model, self.parts[name], variants, n_problems, folder=self.folder / name, decoding=self.decoding,
+            system=self.system, segmentation=self.segmentation, batch_size=self.batch_size, progress=self.progress,
+        )  # fmt: skip
 
 
 class Round(NamedTuple):
-    """Of the search: settings in it, and problems that each of them has answered at its end."""
+    """A round of the search.
+
+    Attributes:
+        n_settings: settings in it, the baseline aside.
+        n_problems: problems that each of them has answered at its end.
+    """
 
     n_settings: int
     n_problems: int
 
 
-def plan(
-    budget: int, n_settings: int, profile: bool, most: Mapping[str, int | None]
-) -> tuple[int, tuple[Round, ...], int]:
-    """Traces of the profile, rounds of the search, and held-out problems, each of which is answered twice.
+class Plan(NamedTuple):
+    """How the answers of a calibration are spent.
+
+    Attributes:
+        n_profile: traces of the profile.
+        rounds: of the search.
+        n_held_out: held-out problems, each of which is answered twice.
+    """
+
+    n_profile: int
+    rounds: tuple[Round, ...]
+    n_held_out: int
+
+
+def plan(n_answers: int, n_settings: int, profile: bool, most: Mapping[str, int | None]) -> Plan:
+    """Divide answers between profile, search and held-out comparison.
 
     Args:
-        most: of each part, how many problems it has, where none may come again; the budget is not used up then.
+        n_answers: how many may be written.
+        n_settings: how many settings the search begins with.
+        profile: whether there is one.
+        most: number of problems of each part of the task, where none may come again; not all answers are spent then.
+
+    Example:
+        >>> from stepsal.experiments.calibrate import plan
+        >>> n_profile, rounds, n_held_out = plan(240, 4, profile=True, most={})
+        >>> n_profile, [tuple(of_round) for of_round in rounds], n_held_out
+        (30, [(4, 10), (2, 27)], 52)
     """
-    limits = {name: budget if (n := most.get(name)) is None else n for name in SHARES}
-    n_profile = min(budget // 8, MOST_TRACES, limits["profile"]) if profile else 0
-    n_search = (budget - n_profile) // 2
-    n_held_out = min((budget - n_profile - n_search) // 2, limits["held_out"])
+    limits = {name: n_answers if (n := most.get(name)) is None else n for name in SHARES}
+    n_profile = min(n_answers // 8, MOST_TRACES, limits[PROFILE]) if profile else 0
+    n_search = (n_answers - n_profile) // 2
+    n_held_out = min((n_answers - n_profile - n_search) // 2, limits[HELD_OUT])
     sizes = [size for size, _ in halving(n_settings, 0)]
     per_answer = sum(1 / (size + 1) for size in sizes) / len(sizes)  # problems of the last round
-    n_search = min(n_search, math.ceil((limits["search"] + len(sizes)) / per_answer) + len(sizes))
-    while halving(n_settings, n_search)[-1].n_problems > limits["search"]:
+    n_search = min(n_search, math.ceil((limits[SEARCH] + len(sizes)) / per_answer) + len(sizes))
+    while halving(n_settings, n_search)[-1].n_problems > limits[SEARCH]:
         n_search -= 1
-    return n_profile, halving(n_settings, n_search), n_held_out
-
-
-def _first(budget: int, n_settings: int, profile: bool, most: Mapping[str, int | None]) -> int:
-    """Problems of the first round."""
-    return plan(budget, n_settings, profile, most)[1][0].n_problems
+    return Plan(n_profile, halving(n_settings, n_search), n_held_out)
 
 
 def halving(n_settings: int, n_answers: int) -> tuple[Round, ...]:
-    """Rounds of successive halving down to two settings, about the same number of answers in each.
+    """Return the rounds of successive halving down to two settings, about the same number of answers in each.
 
     The baseline answers beside the settings, and is never dropped.
+
+    Args:
+        n_settings: how many settings the first round has.
+        n_answers: how many answers all rounds may write.
+
+    Example:
+        >>> from stepsal.experiments.calibrate import halving
+        >>> [tuple(of_round) for of_round in halving(4, 80)]
+        [(4, 8), (2, 21)]
     """
     sizes = [n_settings]
     while sizes[-1] > 2:
@@ -333,33 +268,101 @@ def halving(n_settings: int, n_answers: int) -> tuple[Round, ...]:
     return tuple(map(Round, sizes, np.cumsum(new).tolist()))
 
 
+def drawn_settings(
+    store: Store, evidence: pd.DataFrame, n_settings: int, base: StepFlowConfig, seed: int
+) -> tuple[StepFlowConfig, ...]:
+    """Return the settings that a folder keeps, drawn once: more traces would draw others, and leave answers unused.
+
+    Args:
+        store: of the calibration, open to be added to.
+        evidence: of the profile, by which settings are drawn if there are none yet.
+        n_settings: how many to draw.
+        base: all settings that are not searched.
+        seed: of the draw.
+    """
+    name = f"settings-{n_settings}"
+    if name not in store.names():
+        drawn = [config.to_dict() for config in propose(evidence, n_settings, base=base, seed=seed)]
+        searched = [{key: config[key] for key in SEARCHED} for config in drawn]
+        with store.adding(name) as folder:
+            (folder / "settings.json").write_text(f"{json.dumps(searched, indent=1)}\n", encoding="utf-8")
+    part = next(part for part in store.parts() if part.name == name)
+    kept = json.loads((part.folder / "settings.json").read_text(encoding="utf-8"))
+    return tuple(base.but(**changes) for changes in kept)
+
+
+def count_looks(store: Store, setting: StepFlowConfig, n_problems: int) -> int:
+    """Return how many comparisons were made on the held-out problems, after counting this one.
+
+    Args:
+        store: of the calibration, open to be added to.
+        setting: that was compared with the baseline.
+        n_problems: number of held-out problems; the same setting on the same problems is one look.
+    """
+    description = describe(setting)
+    name = LOOK + digest(json.dumps([description, n_problems]).encode())
+    if name not in store.names():
+        with store.adding(name) as folder:
+            look = json.dumps({"setting": description, "n_problems": n_problems})
+            (folder / "look.json").write_text(f"{look}\n", encoding="utf-8")
+    return sum(part.startswith(LOOK) for part in store.names())
+
+
 def _effect(config: StepFlowConfig, n_layers: int) -> str:
-    """What a setting edits in a model, in words."""
+    """Say what a setting edits in a model."""
     oeb, smi = config.resolve(n_layers)
     return describe(config.but(oeb_layers=oeb, smi_layers=smi))
 
 
-def _proposed(
-    folder: Path, evidence: pd.DataFrame, n: int, base: StepFlowConfig, seed: int
-) -> tuple[StepFlowConfig, ...]:
-    """The settings of the folder, drawn once: more traces would draw others, and leave answers without use."""
-    path = folder / f"settings_{n}.json"
-    if not path.exists():
-        drawn = [
-            {name: config.to_dict()[name] for name in SEARCHED} for config in propose(evidence, n, base=base, seed=seed)
-        ]
-        write_atomic(path, (json.dumps(drawn, indent=1) + "\n").encode())
-    try:
-        return tuple(base.but(**changes) for changes in json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it, and calibrate again") from error
+def _check_settings(
+    settings: int | Sequence[StepFlowConfig],
+    tried: tuple[StepFlowConfig, ...] | None,
+    n_settings: int,
+    base: StepFlowConfig | None,
+    n_layers: int,
+) -> None:
+    """Refuse settings that can't be compared, and more than there are.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if tried is not None and base is not None:
+        raise ValueError("base goes with settings that are drawn; change those that you pass with .but(...)")
+    effects = {_effect(config, n_layers) for config in tried or ()} - {_effect(NO_EDIT, n_layers)}
+    if n_settings < 2 or (tried is not None and len(effects) < n_settings):
+        raise ValueError(
+            f"settings={settings} must be two or more that differ in what they edit; to try one, use stepsal.evaluate"
+        )
+    if tried is None and n_settings > (n_possible := possible(n_layers)):
+        raise ValueError(f"settings={settings} is more than the {n_possible} that there are for {n_layers} layers")
 
 
-def _looks(folder: Path, setting: str, n: int) -> int:
-    """How many comparisons were made on the held-out problems, this one included; kept in the folder."""
-    path = folder / "looks.json"
-    looks = json.loads(path.read_text()) if path.exists() else []
-    if [setting, n] not in looks:
-        looks.append([setting, n])
-        write_atomic(path, (json.dumps(looks) + "\n").encode())
-    return len(looks)
+def _check_stepflow(model: TransformerBridge, config: StepFlowConfig, segmentation: Segmentation) -> None:
+    """Refuse a model that StepFlow can't edit, such as one without a chat template.
+
+    Raises:
+        ValueError: naming what it lacks.
+    """
+    with stepflow(model, config, segmentation=segmentation):
+        pass
+
+
+def _check_first_round(
+    first: Round, n_answers: int, n_settings: int, profile: bool, most: Mapping[str, int | None], task_name: str
+) -> None:
+    """Refuse a search whose first round is too short to choose by.
+
+    Raises:
+        ValueError: naming how many answers would do, if any number does.
+    """
+
+    def in_first_round(n: int, limits: Mapping[str, int | None]) -> int:
+        return plan(n, n_settings, profile, limits).rounds[0].n_problems
+
+    if first.n_problems < FEWEST:
+        enough = next(n for n in count(n_answers) if in_first_round(n, {}) >= FEWEST)
+        more = f"at least {enough}, or " if in_first_round(enough, most) >= FEWEST else ""
+        raise ValueError(
+            f"n_answers={n_answers} leaves {first.n_problems} problems of {task_name} for the first round of "
+            f"{n_settings} settings: use {more}fewer settings"
+        )

@@ -1,9 +1,9 @@
-"""Which settings of StepFlow are worth a try: layers by what the maps of a model say, at any strength.
+"""Propose settings of StepFlow that are worth a try: layers by what the maps of a model say, at any strength.
 
-Shallow Lock-in is what the Odds-Equal Bridge is to repair, Deep Decay what Step Momentum Injection is. So the bands of
-layers in which wrong traces have more of them than correct ones are the likelier places of the two. That is a hint and
-no finding: traces of one question count as several, and wrong traces are often longer, which both metrics go with
-(`stepsal.stats.compare_groups` holds length alike; it needs more traces).
+The Odds-Equal Bridge is to repair Shallow Lock-in, Step Momentum Injection is to repair Deep Decay. So bands of layers
+in which wrong traces show more of the failure than correct ones are the likelier places for the repair. That is a hint
+and no finding: traces of one question count as several, and wrong traces are often longer, with which both metrics
+change. (`stepsal.stats.compare_groups` compares traces of the same length, for which it needs more of them.)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from scipy import stats as scipy_stats
 from scipy.special import softmax
 
 from stepsal.intervention import StepFlowConfig
-from stepsal.layers import layer_indices, layer_ranges
+from stepsal.layers import Layers, checked_layers, layer_indices, layer_ranges
 from stepsal.stats import FEWEST
 
 if TYPE_CHECKING:
@@ -26,26 +26,39 @@ if TYPE_CHECKING:
 
 TAUS = (0.02, 0.05, 0.1, 0.15, 0.3, 0.5)
 ALPHAS = (0.03, 0.06, 0.12, 0.25, 0.5, 1.0)
-MOST_T = 4.0  # larger ones are scaled down to this, since one band would take all
-OFF = 0.25  # prior of a part's being off
-#: Part of StepFlow: the metric of `stepsal.metrics` that says where it has something to repair.
+MOST_T = 4.0  # if a t is larger, all are scaled down until it is this, since otherwise one band would take all
+OFF = 0.25  # prior probability that a part is off
+#: For each part of StepFlow, the metric of `stepsal.metrics` that tells where it has something to repair.
 REPAIRS = {"oeb": "lock_in", "smi": "thinking_deficit"}
 SEARCHED = ("oeb_layers", "tau_max", "smi_layers", "alpha")
 
 
 def bands(n_layers: int) -> tuple[tuple[int, ...], ...]:
-    """Layers to try a part in: windows of a quarter of the depth in steps of half their width, both halves, and all."""
+    """Return the layers to try a part in: windows of a quarter of the depth, both halves, and all layers.
+
+    Windows begin half their width apart.
+
+    Args:
+        n_layers: depth of the model.
+
+    Example:
+        >>> from stepsal.experiments.proposals import bands
+        >>> bands(4)
+        ((0,), (1,), (2,), (3,), (0, 1), (2, 3), (0, 1, 2, 3))
+    """
     width, half = len(layer_indices("shallow", n_layers)), n_layers // 2
     starts = [*range(0, n_layers - width, max(1, width // 2)), n_layers - width]
-    found = [range(start, start + width) for start in starts] + [range(half), range(half, n_layers), range(n_layers)]
-    return tuple(dict.fromkeys(tuple(band) for band in found if band))
+    windows = [range(start, start + width) for start in starts]
+    layers = [*windows, range(half), range(half, n_layers), range(n_layers)]
+    return tuple(dict.fromkeys(tuple(band) for band in layers if band))
 
 
 def profile_evidence(metrics: pd.DataFrame, n_layers: int) -> pd.DataFrame:
-    """Where wrong traces have more of the failures than correct ones, and how likely that makes each band.
+    """Compare wrong traces with correct ones in each band of layers, and turn the differences into a prior.
 
     Args:
         metrics: of a population, with the columns trace, layer, correct, lock_in, thinking_deficit.
+        n_layers: depth of the model.
 
     Returns:
         One row per part ("oeb", "smi") and band of layers:
@@ -53,13 +66,14 @@ def profile_evidence(metrics: pd.DataFrame, n_layers: int) -> pd.DataFrame:
             part, layers, metric
             n_correct, n_wrong   traces that have the metric in all layers of the band
             t                    Welch's, wrong minus correct, of the mean over the band; NaN below 5 traces of either
-            prior                that the part belongs here, if anywhere: half is spread evenly, half goes by exp(t),
-                                 scaled down to 4, so that what the maps don't show has its chance. NaN counts as 0
+            prior                probability that the part belongs here if it is on: half of it is spread evenly, so
+                                 that what the maps don't show has its chance, and half goes by exp(t), where NaN counts
+                                 as 0 and a largest t above 4 scales all down
     """
     import pandas as pd
 
     correct = metrics.groupby("trace")["correct"].first().astype(bool)
-    found = []
+    tables = []
     for part, metric in REPAIRS.items():
         table = metrics.pivot(index="trace", columns="layer", values=metric)
         rows: list[dict[str, Any]] = []
@@ -75,24 +89,35 @@ def profile_evidence(metrics: pd.DataFrame, n_layers: int) -> pd.DataFrame:
         table = pd.DataFrame(rows)
         ts = table["t"].fillna(0.0).clip(-99.0, 99.0)  # infinite where neither group has any spread
         table["prior"] = (softmax(ts * min(1.0, MOST_T / max(ts.abs().max(), MOST_T))) + 1 / len(table)) / 2
-        found.append(table)
-    return pd.concat(found, ignore_index=True)
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)
 
 
 def possible(n_layers: int) -> int:
-    """How many settings there are to propose."""
+    """Return how many settings `propose` can draw from.
+
+    Args:
+        n_layers: depth of the model.
+
+    Example:
+        >>> from stepsal.experiments.proposals import possible
+        >>> possible(8)
+        3720
+    """
     return math.prod(1 + len(bands(n_layers)) * len(strengths) for strengths in (TAUS, ALPHAS)) - 1  # off, or somewhere
 
 
 def propose(evidence: pd.DataFrame, n: int, *, base: StepFlowConfig, seed: int = 0) -> tuple[StepFlowConfig, ...]:
-    """Settings to try: the layers and strengths of the paper, and others drawn by the prior of their layers.
+    """Return settings to try: layers and strengths of the paper, and others drawn by the prior of their layers.
 
     Args:
         evidence: of `profile_evidence`.
-        base: all other settings.
+        n: how many; at most as many as are `possible`.
+        base: all settings that are not drawn.
+        seed: of the draw.
 
     Returns:
-        `n` settings that differ, the likelier first; at most those that are `possible`.
+        `n` settings that differ, the likelier first.
     """
     oeb, smi = (_choices(evidence, *names) for names in (("oeb", "tau_max", TAUS), ("smi", "alpha", ALPHAS)))
     prior: Float[np.ndarray, "oeb smi"] = np.outer([weight for _, weight in oeb], [weight for _, weight in smi])
@@ -111,7 +136,16 @@ def propose(evidence: pd.DataFrame, n: int, *, base: StepFlowConfig, seed: int =
 
 
 def describe(config: StepFlowConfig) -> str:
-    """A setting in a few words, "OEB 0-1 at 0.15, SMI 6-7 at 0.06", and what else is not as usual."""
+    """Write a setting in a few words: layers and strengths, and whatever else differs from the defaults.
+
+    Args:
+        config: the setting.
+
+    Example:
+        >>> from stepsal.experiments.proposals import describe
+        >>> describe(stepsal.StepFlowConfig(oeb_layers=(0, 1), smi_layers=(6, 7), window=4))
+        'OEB 0-1 at 0.15, SMI 6-7 at 0.06, window=4'
+    """
     parts = [("OEB", config.oeb_layers, config.tau_max), ("SMI", config.smi_layers, config.alpha)]
     words = [f"{name} {layer_words(layers)} at {strength:g}" for name, layers, strength in parts if layers != ()]
     usual, settings = StepFlowConfig().to_dict(), config.to_dict()
@@ -119,15 +153,27 @@ def describe(config: StepFlowConfig) -> str:
     return ", ".join([*words, *rest] if words else ["no edit"])
 
 
-def layer_words(layers: Any) -> str:
-    """Layers in a few words, "0-1"."""
-    return str(layers) if isinstance(layers, str) or isinstance(layers[0], float) else layer_ranges(layers)
+def layer_words(layers: Layers) -> str:
+    """Write a choice of layers in a few words: a band by its name, fractions as they are, indices as ranges.
+
+    Args:
+        layers: the choice.
+
+    Example:
+        >>> from stepsal.experiments.proposals import layer_words
+        >>> layer_words("deep"), layer_words((0, 1, 4)), layer_words((0.25, 0.5))
+        ('deep', '0-1,4', '(0.25, 0.5)')
+    """
+    choice = checked_layers(layers)
+    if isinstance(choice, str) or any(isinstance(layer, float) for layer in choice):
+        return str(choice)
+    return layer_ranges(choice)
 
 
 def _choices(
     evidence: pd.DataFrame, part: str, strength: str, strengths: Sequence[float]
 ) -> list[tuple[dict[str, Any], float]]:
-    """What can be done with a part of StepFlow, and its prior: off, then each band at each strength."""
+    """Return what can be done with a part of StepFlow, and its prior: off, then each band at each strength."""
     of_part = evidence[evidence["part"] == part]
     return [({f"{part}_layers": ()}, OFF)] + [
         ({f"{part}_layers": band, strength: x}, (1 - OFF) * weight / len(strengths))
