@@ -12,7 +12,7 @@ import stepsal
 from stepsal.intervention.effects import token_effects
 from stepsal.tasks import chain
 
-ONLY_SMI = stepsal.StepFlowConfig(oeb_layers=None, alpha=0.5)
+ONLY_SMI = stepsal.StepFlowConfig(oeb_layers=(), alpha=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_columns(mini: TransformerBridge, traces: list[stepsal.Trace]) -> None:
 def test_momentum_does_not_reach_the_first_token_of_its_step(
     mini: TransformerBridge, traces: list[stepsal.Trace]
 ) -> None:
-    last_layer = stepsal.StepFlowConfig(oeb_layers=None, smi_layers=(mini.cfg.n_layers - 1,), alpha=1.0)
+    last_layer = stepsal.StepFlowConfig(oeb_layers=(), smi_layers=(mini.cfg.n_layers - 1,), alpha=1.0)
     effects = token_effects(mini, traces[0], last_layer)  # no layer above: nothing is carried on to later tokens
     reached = effects["kl"] > 1e-12
     later_steps = effects["role"].eq("thinking") & effects["step"].gt(1)
@@ -68,7 +68,7 @@ def test_momentum_does_not_reach_the_first_token_of_its_step(
 
 
 def test_no_edit_has_no_effect_and_nothing_is_left_behind(mini: TransformerBridge, traces: list[stepsal.Trace]) -> None:
-    nothing = token_effects(mini, traces[0], stepsal.StepFlowConfig(oeb_layers=None, alpha=0.0))
+    nothing = token_effects(mini, traces[0], stepsal.StepFlowConfig(oeb_layers=(), alpha=0.0))
     assert nothing["kl"].abs().max() < 1e-9
     assert not nothing["switched"].any()
     with stepsal.stepflow(mini), pytest.raises(ValueError, match="context is open"):
@@ -85,3 +85,22 @@ def test_several_settings_at_once_are_the_same_as_one_by_one(mini: TransformerBr
         one = both[both["variant"] == name].drop(columns="variant").reset_index(drop=True)
         pd.testing.assert_frame_equal(one, stepsal.token_effects(mini, trace, config))
     assert both.groupby("variant")["kl"].mean().is_monotonic_increasing
+
+
+def test_steps_are_those_of_the_trace(mini: TransformerBridge) -> None:
+    """StepFlow follows the trace's own segmentation: momentum comes where its steps begin, and nowhere else."""
+    problem, lines = chain.sample(1, length=3), stepsal.Segmentation(split="paragraph", min_chars=0)
+    config = stepsal.StepFlowConfig(oeb_layers=(), smi_layers=(mini.cfg.n_layers - 1,), alpha=1.0)
+    response = problem.solution()
+    by_sentence = stepsal.Trace.from_text(problem.question, response, mini)
+    by_paragraph = stepsal.Trace.from_text(problem.question, response, mini, segmentation=lines)
+    assert len(by_paragraph.steps) < len(by_sentence.steps)
+    for trace in (by_sentence, by_paragraph):
+        reached = stepsal.token_effects(mini, trace, config).query("kl > 1e-12")
+        starts = [step.start for step in trace.steps[2:] if step.role == "thinking"]
+        assert reached["position"].tolist() == [start + 1 for start in starts]
+
+
+def test_no_settings(mini: TransformerBridge, traces: list[stepsal.Trace]) -> None:
+    with pytest.raises(ValueError, match="holds no settings"):
+        token_effects(mini, traces[0], {})

@@ -1,8 +1,7 @@
-"""The mathematics of OEB and SMI against a numeric solver and plain loops; settings."""
+"""The mathematics of OEB against a numeric solver and its invariants."""
 
 from __future__ import annotations
 
-import json
 import math
 
 import numpy as np
@@ -12,10 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from stepsal import StepFlowConfig
 from stepsal.intervention.oeb import bridge_ceiling, odds_equal_bridge
-from stepsal.intervention.smi import Injections, inject, previous_step_means
-from stepsal.trace.segment import Format
 
 B, S, O = 1, 2, 0  # noqa: E741 (the paper's letters)
 
@@ -151,99 +147,3 @@ def test_a_tiny_bridge_gives_finite_values_and_gradients(mass: float) -> None:
     assert float(result.pattern.detach().sum()) == pytest.approx(1.0)
     raised = bool(result.after > result.before)
     assert raised == (mass > torch.finfo(torch.float32).tiny)  # 1e-42 counts as no mass at all
-
-
-@pytest.mark.parametrize(("n_heads", "n_kv_heads"), [(4, 4), (4, 2), (6, 1)])
-def test_smi_against_loops(n_heads: int, n_kv_heads: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    v = torch.randn(2, 9, n_kv_heads, 3, generator=generator)
-    z = torch.randn(2, 4, n_heads, 3, generator=generator)
-    places, members = [(0, 1), (1, 3), (0, 3)], [[2, 3, 4], [0], [5, 6]]
-    injections = Injections.of(places, members)
-    got = inject(z, previous_step_means(v, injections), injections, alpha=0.7)
-    expected = z.clone()
-    for (row, t), keys in zip(places, members, strict=True):
-        for head in range(n_heads):
-            mean = sum(v[row, k, head // (n_heads // n_kv_heads)] for k in keys) / len(keys)
-            expected[row, t, head] += 0.7 * mean
-    torch.testing.assert_close(got, expected)
-    assert not torch.equal(got, z)
-
-
-class TestConfig:
-    def test_the_defaults_are_the_papers(self) -> None:
-        config = StepFlowConfig()
-        assert (config.tau_max, config.alpha, config.window) == (0.15, 0.06, None)
-        assert config.resolve(28) == (tuple(range(7)), tuple(range(21, 28)))
-        assert config == StepFlowConfig.preset("paper")
-
-    @pytest.mark.parametrize(
-        ("layers", "expected"),
-        [
-            ("bottom-quarter", (0, 1)),
-            ("top-quarter", (6, 7)),
-            ("bottom-half", (0, 1, 2, 3)),
-            ("top-half", (4, 5, 6, 7)),
-            ("all", tuple(range(8))),
-            ((0.25, 0.5), (2, 3)),
-            ((0.0, 0.01), (0,)),
-            ((0, 0.5), (0, 1, 2, 3)),
-            ((0.5, 1), (4, 5, 6, 7)),
-            ((0, 1), (0, 1)),
-            (np.arange(2), (0, 1)),
-            ([-1, 0, 3], (0, 3, 7)),
-            (range(2), (0, 1)),
-            (None, ()),
-        ],
-    )
-    def test_layers(self, layers: object, expected: tuple[int, ...]) -> None:
-        assert StepFlowConfig(oeb_layers=layers).resolve(8)[0] == expected
-        assert StepFlowConfig(smi_layers=layers).resolve(8)[1] == expected
-
-    @pytest.mark.parametrize(
-        ("values", "message"),
-        [
-            ({"tau_max": 0}, r"tau_max=0 must lie in \(0, 1\)"),
-            ({"tau_max": 1.0}, "tau_max=1.0"),
-            ({"alpha": -0.1}, "alpha=-0.1 must be a number >= 0"),
-            ({"alpha": float("nan")}, "alpha=nan"),
-            ({"tau_max": "0.1"}, "tau_max='0.1' must be a number"),
-            ({"window": True}, "window=True"),
-            ({"window": 0}, "window=0"),
-            ({"window": 2.5}, "window=2.5"),
-            ({"bridge": "all"}, "bridge='all'.*'question' or 'prompt'"),
-            ({"oeb_layers": "lower"}, "oeb_layers='lower'.*'bottom-quarter'"),
-            ({"smi_layers": (0.5, 0.25)}, "smi_layers=.*0 <= from < to <= 1"),
-            ({"smi_layers": []}, r"smi_layers=\[\]"),
-            ({"oeb_layers": [0.5]}, "oeb_layers"),
-            ({"format": "thoughts"}, "format='thoughts'.*'think'"),
-            ({"split": "("}, "split="),
-        ],
-    )
-    def test_bad_values(self, values: dict, message: str) -> None:
-        with pytest.raises(ValueError, match=message):
-            StepFlowConfig(**values)
-
-    def test_fractions_are_not_cut_short_by_rounding(self) -> None:
-        assert 0.29 * 100 < 29
-        assert StepFlowConfig(oeb_layers=(0.29, 0.57)).resolve(100)[0] == tuple(range(29, 57))
-
-    def test_layers_that_do_not_exist(self) -> None:
-        with pytest.raises(ValueError, match=r"smi_layers=\[3, 8\]: the model has no layer 8, only 0..7"):
-            StepFlowConfig(smi_layers=[3, 8]).resolve(8)
-
-    def test_presets(self) -> None:
-        authors = StepFlowConfig.preset("authors-code", alpha=0.1)
-        assert (authors.window, authors.bridge, authors.alpha) == (4, "prompt", 0.1)
-        assert StepFlowConfig.preset("openai/gpt-oss-20b").format == "harmony"
-        assert StepFlowConfig.preset("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B").format == "think"
-        with pytest.raises(ValueError, match=r"no preset 'gpt-2'.*'authors-code'.*'qwq-32b'"):
-            StepFlowConfig.preset("gpt-2")
-
-    def test_settings_as_json(self) -> None:
-        config = StepFlowConfig(oeb_layers=[0, 1], split=str.isspace, format=Format.with_marker("Answer:"))
-        values = json.loads(json.dumps(config.to_dict()))
-        assert values["oeb_layers"] == [0, 1]
-        assert values["split"] == "isspace"
-        assert values["format"] == "marker 'Answer:'"
-        assert config.but(alpha=0.0).alpha == 0

@@ -1,0 +1,84 @@
+"""Masks and ceilings of one pass on a device, against the groups of the ledger."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import char_tokenizer
+
+from stepsal.intervention.bridging import Bridging, KeySections
+from stepsal.intervention.ledger import Ledger
+from stepsal.intervention.oeb import bridge_ceiling
+from stepsal.trace import FORMATS, PromptFrame
+from stepsal.trace.tracking import SequenceTracker
+
+TOKENIZER = char_tokenizer()
+FIRST = "<bos><user>How many?<assistant><think>We add three and four. Then it is seven.</think>It is seven. "
+SECOND = "<user>And why is that?<assistant><think>So it is said. "
+CPU = torch.device("cpu")
+
+
+def read(texts: list[str], cuts: list[int], select: list[int] | None = None) -> tuple[Ledger, list, list]:
+    """Read texts of one length in portions, and lay out each of them; after the first one some rows may stay."""
+    ids = np.array([TOKENIZER(text)["input_ids"] for text in texts])
+    ledger = Ledger(
+        [SequenceTracker(TOKENIZER, PromptFrame.of(TOKENIZER), FORMATS["think"]) for _ in texts],
+    )
+    key_sections, portions, bridgings = KeySections(len(texts), CPU), [], []
+    for part in np.split(ids, cuts, axis=1):
+        rows = part if len(part) == ledger.n_rows else part[select]
+        portions.append(ledger.advance(rows, np.ones(rows.shape, dtype=bool)))
+        key_sections.update(ledger.sections, portions[-1].changed)
+        bridgings.append(key_sections.lay_out(ledger, portions[-1], {None, 6}, tau_max=0.3))
+        if select is not None and ledger.n_rows == len(texts):
+            ledger.select(select)
+            key_sections.select(select)
+    return ledger, portions, bridgings
+
+
+@pytest.mark.parametrize("text", [FIRST, FIRST + SECOND, FIRST + "Then it goes on. " * 40 + SECOND])
+@pytest.mark.parametrize("cuts", [[], [10], [50, 51, 52], list(range(1, 60))])
+def test_masks_are_the_groups_of_the_ledger(text: str, cuts: list[int]) -> None:
+    ledger, portions, bridgings = read([text], cuts)
+    assert bridgings[-1] is not None
+    for portion, bridging in zip(portions, bridgings, strict=True):
+        if bridging is None:
+            assert (portion.groups.bridge == -1).all()
+            continue
+        keys = np.arange(portion.stop)
+        for mask, sections in ((bridging.bridge, portion.groups.bridge), (bridging.segment, portion.groups.segment)):
+            expected = (ledger.sections[:, None, : portion.stop] == sections[:, :, None]) & (
+                keys >= portion.groups.since[:, :, None]
+            )
+            causal = keys <= np.arange(portion.first, portion.stop)[:, None]
+            np.testing.assert_array_equal(mask.numpy() & causal, expected & causal)
+
+
+def test_ceilings_are_those_of_what_each_window_sees() -> None:
+    ledger, (portion,), (bridging,) = read([FIRST], [])
+    for window in (None, 6):
+        counts = [torch.from_numpy(ledger.count_visible(s, window)) for s in portion.groups[:2]]
+        assert torch.equal(bridging.ceilings[window], bridge_ceiling(*counts, 0.3))
+        assert torch.equal(bridging.eligible[window], (counts[0] > 0) & (counts[1] > 0))
+    assert bridging.eligible[6].sum() < bridging.eligible[None].sum()
+
+
+def test_rows_that_stay() -> None:
+    texts = [FIRST, FIRST.replace("</think>It is seven. ", " And so it is."), FIRST.replace("three. ", "three, ")]
+    assert len({len(TOKENIZER(text)["input_ids"]) for text in texts}) == 1
+    _, _, (_, together) = read(texts, [60])
+    _, _, (_, stayed) = read(texts, [60], select=[2, 1])
+    for name in ("bridge", "segment"):
+        assert torch.equal(getattr(stayed, name), getattr(together, name)[[2, 1]])
+    assert torch.equal(stayed.ceilings[6], together.ceilings[6][[2, 1]])
+
+
+def test_it_goes_where_the_layer_is() -> None:
+    masks = [torch.ones(1, 2, 3, dtype=torch.bool) for _ in range(2)]
+    bridging = Bridging(*masks, {None: torch.ones(1, 2)}, {None: torch.ones(1, 2) > 0})
+    assert bridging.on(CPU) is bridging
+    other = bridging.on(torch.device("meta"))
+    assert other is bridging.on(torch.device("meta"))
+    tensors = [other.bridge, other.segment, other.ceilings[None], other.eligible[None]]
+    assert {x.device.type for x in tensors} == {"meta"}

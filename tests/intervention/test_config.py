@@ -1,0 +1,136 @@
+"""Settings of StepFlow: what they may be, and in and out of files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stepsal import StepFlowConfig
+
+
+def test_the_defaults_are_the_papers() -> None:
+    config = StepFlowConfig()
+    assert (config.tau_max, config.alpha, config.window) == (0.15, 0.06, None)
+    assert config.resolve(28) == (tuple(range(7)), tuple(range(21, 28)))
+    assert config == StepFlowConfig.preset("paper")
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ("shallow", (0, 1)),
+        ("middle", (2, 3, 4, 5)),
+        ("deep", (6, 7)),
+        ("first-half", (0, 1, 2, 3)),
+        ("second-half", (4, 5, 6, 7)),
+        ("all", tuple(range(8))),
+        (3, (3,)),
+        ((0.25, 0.5), (2, 3)),
+        ((0.0, 0.01), (0,)),
+        ((0, 0.5), (0, 1, 2, 3)),
+        ((0.5, 1), (4, 5, 6, 7)),
+        ((0, 1), (0, 1)),
+        (np.arange(2), (0, 1)),
+        ([-1, 0, 3], (0, 3, 7)),
+        (range(2), (0, 1)),
+        ((), ()),
+        ([], ()),
+    ],
+)
+def test_layers(layers: object, expected: tuple[int, ...]) -> None:
+    assert StepFlowConfig(oeb_layers=layers).resolve(8)[0] == expected
+    assert StepFlowConfig(smi_layers=layers).resolve(8)[1] == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"tau_max": 0}, r"tau_max=0 must lie in \(0, 1\)"),
+        ({"tau_max": 1.0}, "tau_max=1.0"),
+        ({"tau_max": True}, "tau_max=True must be a number"),
+        ({"alpha": -0.1}, "alpha=-0.1 must be a number >= 0"),
+        ({"alpha": float("nan")}, "alpha=nan"),
+        ({"tau_max": "0.1"}, "tau_max='0.1' must be a number"),
+        ({"window": True}, "window=True"),
+        ({"window": 0}, "window=0"),
+        ({"window": 2.5}, "window=2.5"),
+        ({"bridge": "all"}, "bridge='all'.*'question' or 'prompt'"),
+        ({"into_summary": None}, "into_summary=None must be True or False"),
+        ({"oeb_layers": "bottom-quarter"}, "oeb_layers='bottom-quarter' names no layers.*'shallow'"),
+        ({"oeb_layers": None}, r"oeb_layers=None names no layers.*\(\) for none"),
+        ({"smi_layers": (0.5, 0.25)}, "smi_layers=.*0 <= from < to <= 1"),
+        ({"oeb_layers": [0.5]}, "oeb_layers"),
+    ],
+)
+def test_bad_values(values: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        StepFlowConfig(**values)
+
+
+def test_fractions_are_not_cut_short_by_rounding() -> None:
+    assert 0.29 * 100 < 29
+    assert StepFlowConfig(oeb_layers=(0.29, 0.57)).resolve(100)[0] == tuple(range(29, 57))
+
+
+def test_layers_that_do_not_exist() -> None:
+    with pytest.raises(ValueError, match=r"smi_layers=\[3, 8\]: there is no layer 8 in a model of 8 layers"):
+        StepFlowConfig(smi_layers=[3, 8]).resolve(8)
+
+
+def test_presets() -> None:
+    authors = StepFlowConfig.preset("authors-code", alpha=0.1)
+    assert (authors.window, authors.bridge, authors.alpha) == (4, "prompt", 0.1)
+    assert StepFlowConfig.preset("authors-code", window=None).window is None
+    with pytest.raises(ValueError, match="no preset 'gpt-2'; use 'paper' or 'authors-code'"):
+        StepFlowConfig.preset("gpt-2")
+
+
+class TestFiles:
+    @pytest.mark.parametrize(
+        "config",
+        [
+            StepFlowConfig(),
+            StepFlowConfig(oeb_layers=(), smi_layers=()),
+            StepFlowConfig(oeb_layers=(0.25, 0.5), smi_layers=[0, -1]),
+            StepFlowConfig(oeb_layers=(0, 1), smi_layers=(0.0, 1.0)),
+            StepFlowConfig.preset("authors-code", into_summary=True),
+            StepFlowConfig(tau_max=np.float32(0.1), alpha=1, window=np.int64(3), oeb_layers=np.arange(2)),
+        ],
+    )
+    def test_there_and_back(self, config: StepFlowConfig, tmp_path: Path) -> None:
+        path = config.save(tmp_path / "folder" / "settings.json")
+        assert StepFlowConfig.load(path) == config
+        assert StepFlowConfig(**json.loads(json.dumps(config.to_dict()))) == config
+
+    def test_what_the_settings_rest_on_is_kept(self, tmp_path: Path) -> None:
+        path = StepFlowConfig().save(tmp_path / "settings.json", calibration={"task": "chain"})
+        assert json.loads(path.read_text())["calibration"] == {"task": "chain"}
+        assert StepFlowConfig.load(path) == StepFlowConfig()
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("{}", 'holds no settings of StepFlow: .*"stepflow"'),
+            ("[1]", "holds no settings of StepFlow"),
+            ("no JSON", "holds no settings of StepFlow"),
+            ('{"stepflow": 3}', "holds no settings of StepFlow"),
+            ('{"stepflow": {"alpah": 0.1}}', "names unknown settings of StepFlow: alpah"),
+            ('{"stepflow": {"alpha": -1}}', "alpha=-1 must be"),
+            ('{"stepflow": {"oeb_layers": "bottom-quarter"}}', "oeb_layers='bottom-quarter' names no layers"),
+            (
+                '{"stepflow": {"alpha": 0.1, "format": "think", "split": "line"}}',
+                r"names format, split, which are no settings of StepFlow any more.*segmentation=stepsal.Segmentation",
+            ),
+        ],
+    )
+    def test_what_is_no_file_of_settings(self, text: str, message: str, tmp_path: Path) -> None:
+        (tmp_path / "settings.json").write_text(text)
+        with pytest.raises(ValueError, match=rf"settings\.json.*{message}"):
+            StepFlowConfig.load(tmp_path / "settings.json")
+
+    def test_no_file(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError):
+            StepFlowConfig.load(tmp_path / "settings.json")

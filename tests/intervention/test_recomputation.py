@@ -1,0 +1,136 @@
+"""Edits in real forward passes, recomputed from the definition, and saliency through them."""
+
+from __future__ import annotations
+
+import brute_force
+import pytest
+import torch
+from forward_passes import logits_of
+from strong_flow import RESPONSE, STRONG, THINK
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+import stepsal
+from stepsal.bridge.attention import sliding_window
+from stepsal.bridge.hooks import attention_hooks
+from stepsal.trace import Trace
+
+
+class TestAgainstRecomputation:
+    """Edits recomputed from the definition: the trace's own steps, loops over rows, heads and tokens."""
+
+    @pytest.fixture(scope="class")
+    def before_and_after(self, tiny_with_text: TransformerBridge) -> tuple[Trace, list, list, object]:
+        """Pattern, z and v of each layer as the model computes them and as the edits leave them."""
+        model = tiny_with_text
+        trace = Trace.from_text("How many of them are there?", RESPONSE, model)
+        before: list[dict[str, Tensor]] = [{} for _ in range(model.cfg.n_layers)]
+        after: list[dict[str, Tensor]] = [{} for _ in range(model.cfg.n_layers)]
+
+        def saver(store: dict[str, Tensor], kind: str) -> object:
+            def hook(x: Tensor, hook: object) -> None:
+                store[kind] = x[0].detach().clone()
+
+            return hook
+
+        def hooks(stores: list) -> list:
+            return [
+                (name, saver(store, kind))
+                for layer, store in enumerate(stores)
+                for kind, name in attention_hooks(layer).items()
+                if kind in ("pattern", "z", "v")
+            ]
+
+        with (
+            model.hooks(fwd_hooks=hooks(before)),
+            stepsal.stepflow(model, STRONG, segmentation=THINK) as log,
+            model.hooks(fwd_hooks=hooks(after)),
+        ):
+            logits_of(model, trace.tokens[None])
+        return trace, before, after, log
+
+    def test_oeb(self, tiny_with_text: TransformerBridge, before_and_after: tuple) -> None:
+        trace, before, after, log = before_and_after
+        role = [None if i < 0 else trace.roles[i] for i in trace.step_ids.tolist()]
+        bridge_role = {"thinking": "question", "summary": "thinking"}
+        fired = torch.zeros(tiny_with_text.cfg.n_layers, tiny_with_text.cfg.n_heads, dtype=torch.long)
+        for layer, (b, a) in enumerate(zip(before, after, strict=True)):
+            window = sliding_window(tiny_with_text, layer) or len(role)
+            for t in range(len(role)):
+                visible = range(max(0, t - window + 1), t + 1)
+                bridge = [k for k in visible if role[t] in bridge_role and role[k] == bridge_role[role[t]]]
+                segment = [k for k in visible if role[t] in bridge_role and role[k] == role[t]]
+                p = b["pattern"][:, t].double()  # [head, key_pos]
+                expected = p.clone()
+                if bridge and segment:
+                    ceiling = min((len(bridge) / (len(bridge) + len(segment))) ** 0.5, STRONG.tau_max)
+                    for head in range(len(p)):
+                        p_b, p_s = float(p[head, bridge].sum()), float(p[head, segment].sum())
+                        tau = min(ceiling, (p_b + p_s) / 2)
+                        if 0 < p_b < tau * (1 - 1e-6):
+                            expected[head, bridge] *= tau / p_b
+                            expected[head, segment] *= (p_b + p_s - tau) / p_s
+                            fired[layer, head] += 1
+                torch.testing.assert_close(a["pattern"][:, t].double(), expected, atol=2e-6, rtol=1e-4)
+        logged = torch.tensor(log.oeb["fired"].to_numpy().reshape(fired.shape))
+        assert (logged - fired).abs().max() <= 1  # a row within rounding of its ceiling may go either way
+        assert fired.sum() > 100
+
+    def test_smi(self, before_and_after: tuple) -> None:
+        trace, before, after, log = before_and_after
+        response = [i for i, step in enumerate(trace.steps) if step.role != "question"]
+        norms = torch.zeros(len(before))
+        n = 0
+        for i, previous in zip(response[1:], response, strict=False):
+            if trace.roles[previous] != "thinking":
+                continue
+            n += 1
+            t, keys = trace.steps[i].start, (trace.step_ids == previous).nonzero().flatten().tolist()
+            for layer, (b, a) in enumerate(zip(before, after, strict=True)):
+                group = b["z"].shape[1] // b["v"].shape[1]
+                added = torch.zeros_like(b["z"][t])
+                for head in range(len(added)):
+                    added[head] = STRONG.alpha * sum(b["v"][k, head // group] for k in keys) / len(keys)
+                torch.testing.assert_close(a["z"][t] - b["z"][t], added, atol=2e-6, rtol=1e-4)
+                norms[layer] += added.norm()
+        assert n == 4
+        starts = [trace.steps[i].start for i in response[1:] if trace.roles[i - 1] == "thinking"]
+        others = [t for t in range(len(trace)) if t not in starts]
+        for b, a in zip(before, after, strict=True):
+            assert torch.equal(a["z"][others], b["z"][others])
+        torch.testing.assert_close(torch.tensor(log.smi["mean_norm"].to_numpy()).float(), norms / n, rtol=1e-4, atol=0)
+
+    def test_the_mean_bridge_mass(self, tiny_with_text: TransformerBridge, before_and_after: tuple) -> None:
+        trace, before, after, log = before_and_after
+        layer = next(i for i in range(tiny_with_text.cfg.n_layers) if sliding_window(tiny_with_text, i) is None)
+        role = [None if i < 0 else trace.roles[i] for i in trace.step_ids.tolist()]
+        rows = [t for t, r in enumerate(role) if r in ("thinking", "summary")]
+        for store, column in ((before, "bridge_before"), (after, "bridge_after")):
+            mass = torch.zeros(tiny_with_text.cfg.n_heads)
+            for t in rows:
+                bridge = [k for k in range(t) if role[k] == {"thinking": "question", "summary": "thinking"}[role[t]]]
+                mass += store[layer]["pattern"][:, t, bridge].sum(-1)
+            logged = log.oeb[log.oeb["layer"] == layer]
+            torch.testing.assert_close(
+                torch.tensor(logged[column].to_numpy()).float(), mass / len(rows), rtol=1e-4, atol=1e-6
+            )
+            assert (logged["rows"] == len(rows)).all()
+
+
+@pytest.mark.parametrize("target", ["token", "sequence"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_saliency_under_stepflow(tiny_with_text: TransformerBridge, target: str, nested: bool) -> None:
+    trace = Trace.from_text("How many?", RESPONSE[:70], tiny_with_text)
+    if nested:
+        with stepsal.stepflow(tiny_with_text, STRONG, segmentation=THINK):
+            saliency = stepsal.step_saliency(tiny_with_text, trace, target=target, keep_tokens=True)
+    else:
+        saliency = stepsal.step_saliency(tiny_with_text, trace, target=target, keep_tokens=True, stepflow=STRONG)
+    with stepsal.stepflow(tiny_with_text, STRONG, segmentation=THINK):
+        expected = brute_force.token_saliency(tiny_with_text, trace.tokens, target)
+    for got, wanted in zip(saliency.token_values, expected, strict=True):
+        assert (got - wanted).norm() <= 1e-5 * wanted.norm()
+    plain = stepsal.step_saliency(tiny_with_text, trace, target=target)
+    assert not torch.allclose(saliency.values, plain.values, rtol=0.01)
+    assert saliency.metadata["stepflow"] == STRONG.to_dict()
+    assert "stepflow" not in plain.metadata

@@ -1,0 +1,125 @@
+"""How steps are found: the format of answers still to be written, and one segmentation for all that work together."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from strong_flow import RESPONSE
+from tiny_models import char_tokenizer, tiny_chat, tiny_hf_model
+from transformer_lens.model_bridge import TransformerBridge
+
+import stepsal
+from stepsal import Segmentation, StepFlowConfig, Trace
+from stepsal.intervention import active_flow, agreed_segmentation
+from stepsal.intervention.segmentation import agreement, resolved_segmentation
+from stepsal.trace import Format
+
+QUESTION = "Anna is 1 plus 1. What is Anna?"
+PLAIN_TEMPLATE = "<bos>{% for m in messages %}<user>{{ m.content }}{% endfor %}<assistant>"
+
+
+def tiny(name: str, template: str | None = None, architecture: str = "Llama") -> TransformerBridge:
+    tokenizer = char_tokenizer()
+    if template is not None:
+        tokenizer.chat_template = template
+    hf_model = tiny_hf_model(architecture, max_position_embeddings=512)
+    return stepsal.load(name, hf_model=hf_model, tokenizer=tokenizer)
+
+
+class TestResolvedFormat:
+    @pytest.mark.parametrize(
+        ("name", "template", "architecture", "expected"),
+        [
+            ("openai/gpt-oss-20b", PLAIN_TEMPLATE, "Llama", "harmony"),
+            ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", PLAIN_TEMPLATE, "Llama", "think"),
+            ("smollm2", None, "Llama", "plain"),  # the name tells more than what the prompt opens
+            ("tiny", "{{ messages[0].content }}<|start|>assistant{# <|channel|> #}", "Llama", "harmony"),
+            ("tiny", "{{ messages[0].content }}<a>{% if x %}</think>{% endif %}", "Llama", "think"),
+            ("tiny", PLAIN_TEMPLATE, "Qwen3", "think"),
+            ("tiny", PLAIN_TEMPLATE, "GptOss", "harmony"),
+            ("tiny", "{{ messages[0].content }}<a><think>\n", "Llama", "think"),
+            ("tiny", PLAIN_TEMPLATE, "Llama", "plain"),
+        ],
+    )
+    def test_it_is_told_by_name_template_architecture_and_prompt(
+        self, name: str, template: str | None, architecture: str, expected: str
+    ) -> None:
+        model = tiny(name, template, architecture)
+        with stepsal.stepflow(model, segmentation=Segmentation(split="line")):
+            assert active_flow(model).segmentation == Segmentation(expected, split="line")
+
+    def test_a_named_format_stays(self) -> None:
+        model, own = tiny("openai/gpt-oss-20b"), Format.with_marker("Answer:")
+        for format in ("think", "plain", own):
+            assert resolved_segmentation(Segmentation(format), model, "<think>").format == format
+            with stepsal.stepflow(model, segmentation=Segmentation(format)):
+                assert active_flow(model).segmentation.format == format
+
+
+class TestAgreement:
+    CURRENT = Segmentation("think", split="line", min_chars=3)
+
+    @pytest.mark.parametrize(
+        ("current", "requested"),
+        [
+            (CURRENT, None),
+            (CURRENT, CURRENT),
+            (CURRENT, Segmentation("auto", split="line", min_chars=3)),
+            (Segmentation("think", split=r"\d"), Segmentation("think", split=r"\d")),
+            (Segmentation("think"), Segmentation(stepsal.trace.FORMATS["think"])),
+            (Segmentation(Format.with_marker("So:")), Segmentation(Format.with_marker("So:"))),
+            (Segmentation(Format.with_marker("So:")), Segmentation()),
+        ],
+    )
+    def test_the_same(self, current: Segmentation, requested: Segmentation | None) -> None:
+        assert agreement(current, requested) is current
+
+    @pytest.mark.parametrize(
+        "requested",
+        [
+            Segmentation(),
+            Segmentation("auto", split="line"),
+            Segmentation("harmony", split="line", min_chars=3),
+            Segmentation(Format.with_marker("So:"), split="line", min_chars=3),
+            Segmentation("think", split=re.compile("line"), min_chars=3),
+            Segmentation("think", split="sentence", min_chars=3),
+        ],
+    )
+    def test_others_are_refused_by_name(self, requested: Segmentation) -> None:
+        with pytest.raises(ValueError, match="use the same segmentation for both") as error:
+            agreement(self.CURRENT, requested)
+        assert str(self.CURRENT) in str(error.value)
+        assert str(requested) in str(error.value)
+
+    def test_no_open_context(self, mini: TransformerBridge) -> None:
+        assert agreed_segmentation(mini, None) is None
+        assert agreed_segmentation(mini, self.CURRENT) is self.CURRENT
+
+
+class TestUnderAnOpenContext:
+    def test_generate(self, mini: TransformerBridge) -> None:
+        with stepsal.stepflow(mini, segmentation=Segmentation(split="line")):
+            trace = stepsal.generate(mini, QUESTION, max_new_tokens=4)
+            assert trace.segmentation == Segmentation("think", split="line")
+            assert stepsal.generate(mini, QUESTION, max_new_tokens=4, segmentation=trace.segmentation) is not None
+            with pytest.raises(ValueError, match="use the same segmentation"):
+                stepsal.generate(mini, QUESTION, max_new_tokens=4, segmentation=Segmentation())
+
+    def test_step_saliency(self) -> None:
+        model = tiny_chat("Qwen2")
+        traces = [Trace.from_text("How many?", RESPONSE, model, segmentation=Segmentation(split=split))
+                  for split in ("line", "sentence")]  # fmt: skip
+        with stepsal.stepflow(model, segmentation=Segmentation(split="line")):
+            stepsal.step_saliency(model, traces[0])
+            with pytest.raises(ValueError, match="use the same segmentation"):
+                stepsal.step_saliency(model, traces[1])
+
+    def test_step_saliency_follows_the_trace(self) -> None:
+        model = tiny_chat("Qwen2")
+        own = Segmentation(Format.with_marker("So we"), split="line")
+        trace = Trace.from_text("How many?", RESPONSE, model, segmentation=own)
+        config = StepFlowConfig(tau_max=0.5, alpha=0.5)
+        with stepsal.stepflow(model, config, segmentation=own):
+            expected = stepsal.step_saliency(model, trace)
+        assert stepsal.step_saliency(model, trace, stepflow=config).values.equal(expected.values)
