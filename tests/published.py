@@ -37,9 +37,7 @@ def benchmark(name: str) -> pd.DataFrame:
 @functools.cache
 def answers(folder: str, columns: tuple[str, ...]) -> pd.DataFrame:
     """Read some columns of all answers that a folder in `data/` keeps."""
-    files = sorted((ROOT / "data" / folder).rglob("answers*/*.parquet")) or sorted(
-        (ROOT / "data" / folder).rglob("answers.parquet")
-    )
+    files = sorted((ROOT / "data" / folder).rglob("answers.parquet"))
     assert files, f"data/{folder} has no answers"
     return pd.concat([pd.read_parquet(file, columns=list(columns)) for file in files], ignore_index=True)
 
