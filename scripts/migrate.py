@@ -122,10 +122,13 @@ def swap(folder: Path, build: Callable[[Path], str]) -> str:
     """
     unfinished, new, old = (_beside(folder, role) for role in ("unfinished", "new", "old"))
     unfinished.mkdir()
-    contents = build(unfinished)
-    for path in (*unfinished.rglob("*"), unfinished):
-        to_disk(path)
-    os.rename(unfinished, new)
+    try:
+        contents = build(unfinished)
+        for path in (*unfinished.rglob("*"), unfinished):
+            to_disk(path)
+        os.rename(unfinished, new)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     os.rename(folder, old)
     os.rename(new, folder)
     to_disk(folder.absolute().parent)
