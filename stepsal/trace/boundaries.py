@@ -90,8 +90,8 @@ def split_to_json(split: Split) -> str | dict[str, Any]:
         return split
     if isinstance(split, re.Pattern):
         return {"pattern": split.pattern, "flags": [flag.name for flag in re.RegexFlag(split.flags)]}
-    named: Callable[..., Any] | type = split if hasattr(split, "__qualname__") else type(split)
-    return {"callable": f"{named.__module__}.{named.__qualname__}"}
+    named: Any = split if hasattr(split, "__qualname__") else type(split)  # a partial has no name of its own
+    return {"callable": f"{getattr(named, '__module__', None) or 'builtins'}.{named.__qualname__}"}
 
 
 def split_from_json(split: Mapping[str, Any]) -> re.Pattern[str]:
