@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from stepsal.layers import Band
     from stepsal.maps import StepSaliency
 
 app = typer.Typer(
@@ -87,8 +88,9 @@ def _draw(saliency: StepSaliency, path: Path) -> None:
 
     with plots.style():
         fig, axes = plt.subplots(1, 2, figsize=(7.4, 3.6), layout="constrained")
-        norm = plots.shared_norm([saliency.mean_over(band) for band in ("shallow", "deep")])
-        for ax, band in zip(axes, ("shallow", "deep"), strict=True):
+        bands: tuple[Band, ...] = ("shallow", "deep")
+        norm = plots.shared_norm([saliency.mean_over(band) for band in bands])
+        for ax, band in zip(axes, bands, strict=True):
             plots.step_map(saliency, band, ax=ax, norm=norm, colorbar=band == "deep")
             ax.set_title(f"{band} layers")
         fig.savefig(path, dpi=200)

@@ -1,4 +1,4 @@
-"""Widgets for JupyterLab: look at step maps layer by layer, and play with StepFlow. All assets are local."""
+"""Widgets for JupyterLab: look at step maps layer by layer, and play with StepFlow; all assets are local."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The explorer: layers and steps of one trace, or of several side by side, at one's fingertips.
+"""The explorer: look at step maps of one trace, or of several side by side, layer by layer and cell by cell.
 
     explorer = stepsal.widgets.Explorer({"wrong": wrong, "correct": correct})
     explorer                                # in a notebook cell
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class ExplorerView(anywidget.AnyWidget):
-    """The canvases and the text; its choices are indices (`Scene.to_view`)."""
+    """Draw the canvases and the text of an explorer; its choices are indices (`Scene.to_view`)."""
 
     _esm = STATIC / "explorer.js"
     _css = STATIC / "explorer.css"
@@ -51,10 +51,10 @@ class ExplorerView(anywidget.AnyWidget):
 
 
 class Explorer(ipywidgets.VBox):
-    """Explore step maps; see the module docstring.
+    """Explore step maps in a notebook, or as a page of their own.
 
     Args:
-        saliency: of one trace, or of several by label, which can be shown side by side and subtracted.
+        saliency: step maps of one trace, or of several by label, which can be shown side by side and subtracted.
         attention: maps of `stepsal.step_attention` of the same traces, for the metric "attention".
 
     Attributes:
@@ -62,10 +62,18 @@ class Explorer(ipywidgets.VBox):
 
     Raises:
         ValueError: maps that do not go together.
+
+    Example:
+        >>> model = stepsal.load("mini")
+        >>> trace = stepsal.generate(model, "Anna is 3. What is Anna?", max_new_tokens=40)
+        >>> explorer = Explorer(stepsal.step_saliency(model, trace, progress=False))
+        >>> explorer.state = {"layer": 5, "metric": "share"}
+        >>> explorer.state["layer"], explorer.state["band"]
+        (5, None)
     """
 
     pinned = traitlets.Dict(default_value=None, allow_none=True)
-    _parts: Sequence[ipywidgets.Widget] = ()  # what it is made of
+    _parts: Sequence[ipywidgets.Widget] = ()  # all widgets that `close` is to close
 
     def __init__(
         self,
@@ -83,7 +91,7 @@ class Explorer(ipywidgets.VBox):
 
     @property
     def state(self) -> State:
-        """Every choice, as a plain dict; give it, or a part of it, back to restore it.
+        """Every choice, as a plain dict; assign it, or a part of it, to restore it.
 
         trace, compare (label, or None for nothing beside it), layer (index in the model), band (None, "shallow",
         "middle", "deep"), metric ("saliency", "share" of its row, "attention", "difference" of shares), scale ("log",
@@ -97,13 +105,19 @@ class Explorer(ipywidgets.VBox):
 
     @state.setter
     def state(self, choices: State) -> None:
-        wanted = self.scene.to_view(self.scene.changed(self.state, choices))
+        indices = self.scene.to_view(self.scene.changed(self.state, choices))
         with self.view.hold_sync():
-            for name, value in wanted.items():
+            for name, value in indices.items():
                 setattr(self.view, name, value)
 
     def to_html(self, path: str | Path) -> Path:
-        """Write one self-contained page with everything but Python: hover, pins, layers and metrics work offline.
+        """Write one self-contained page, in which hover, pins, layers and metrics work without a kernel and offline.
+
+        Args:
+            path: the file; its folder exists.
+
+        Returns:
+            The path.
 
         Raises:
             FileNotFoundError: the folder does not exist.
@@ -111,7 +125,7 @@ class Explorer(ipywidgets.VBox):
         return page(self.scene, self.scene.to_view(self.state), Path(path))
 
     def figure(self) -> Figure:
-        """The current view as a matplotlib figure."""
+        """Draw the current view as a matplotlib figure."""
         import matplotlib.pyplot as plt
         from matplotlib.colors import LogNorm, Normalize
 
@@ -136,7 +150,7 @@ class Explorer(ipywidgets.VBox):
         return fig
 
     def close(self) -> None:
-        """Also close what it is made of, in the kernel and in the browser."""
+        """Close the explorer and all that it is made of, in the kernel and in the browser."""
         for part in (*self._parts, self):
             for inner in (getattr(part, "layout", None), getattr(part, "style", None)):
                 if isinstance(inner, ipywidgets.Widget):
@@ -148,7 +162,7 @@ class Explorer(ipywidgets.VBox):
     # -------------------------------------------------------------------------------------------- controls
 
     def _build_controls(self) -> ipywidgets.Widget:
-        """Controls that are linked to the view in the browser alone.
+        """Make controls that are linked to the view in the browser alone.
 
         Links in Python too would send values back that the reader, or a cell, has changed in the meantime.
         """
@@ -189,4 +203,5 @@ class Explorer(ipywidgets.VBox):
         return box
 
     def _pinned_in_view(self, change: Any) -> None:
+        """Pass a cell on that was pinned in the browser, to whoever observes `pinned`."""
         self.pinned = self.state["pinned"]

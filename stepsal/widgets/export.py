@@ -1,4 +1,4 @@
-"""An explorer as one HTML file that needs no kernel and no network."""
+"""Write an explorer as one HTML file that needs no kernel and no network."""
 
 from __future__ import annotations
 
@@ -54,7 +54,15 @@ render({ model, el: document.getElementById("explorer") });
 
 
 def page(scene: Scene, view: dict[str, Any], path: Path) -> Path:
-    """Write the page of a scene; `view` are the choices as indices (`Scene.to_view`).
+    """Write the page of a scene.
+
+    Args:
+        scene: what is to be seen.
+        view: the choices with which the page begins, as indices (`Scene.to_view`).
+        path: the file; its folder exists.
+
+    Returns:
+        The path.
 
     Raises:
         FileNotFoundError: the folder does not exist.
@@ -74,5 +82,5 @@ def page(scene: Scene, view: dict[str, Any], path: Path) -> Path:
 
 
 def _hash(text: str) -> str:
-    """A source of a content policy: this text and no other."""
+    """Return a source of a content policy that allows this text and no other."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -15,6 +15,7 @@ import ipywidgets
 import torch
 
 from stepsal.generation.answers import generate
+from stepsal.generation.decoding import Decoding
 from stepsal.intervention import StepFlowConfig
 from stepsal.saliency import step_saliency
 from stepsal.widgets.explorer import Explorer
@@ -23,14 +24,14 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
     from stepsal.maps import StepSaliency
-    from stepsal.trace import Trace
+    from stepsal.trace import Segmentation, Trace
 
 PLAIN, EDITED = "without StepFlow", "with StepFlow"
 _running = threading.Lock()  # one run at a time in a process: panels may share a model
 
 
 class Stopped(Exception):
-    """The reader pressed stop."""
+    """Signal that the reader has pressed stop."""
 
 
 class StepFlowPanel(ipywidgets.VBox):
@@ -40,13 +41,22 @@ class StepFlowPanel(ipywidgets.VBox):
 
     Args:
         model: from `stepsal.load`.
-        question: to begin with; it can be edited.
-        max_new_tokens, temperature, seed: of both answers.
+        question: the question to begin with; it can be edited.
+        decoding: how both answers are written.
+        seed: seed of the sampling of both answers.
+        segmentation: how sections and steps are found, by StepFlow and in the traces; None is `Segmentation()`.
 
     Attributes:
-        traces, saliency: of the last run, by "without StepFlow" and "with StepFlow"; the maps of the edited answer are
-            computed under StepFlow.
-        explorer: of these maps, side by side; None before the first run.
+        traces: the answers of the last run, by "without StepFlow" and "with StepFlow".
+        saliency: their maps, those of the edited answer under StepFlow.
+        explorer: an explorer of these maps, side by side; None before the first run.
+
+    Example:
+        >>> decoding = stepsal.Decoding(max_new_tokens=40)
+        >>> panel = StepFlowPanel(stepsal.load("mini"), "Anna is 3. What is Anna?", decoding=decoding)
+        >>> panel.run()
+        >>> panel.traces["with StepFlow"].summary
+        'The answer is 3.'
     """
 
     def __init__(
@@ -54,12 +64,11 @@ class StepFlowPanel(ipywidgets.VBox):
         model: TransformerBridge,
         question: str,
         *,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
+        decoding: Decoding = Decoding(max_new_tokens=256),  # noqa: B008  # it is frozen
         seed: int = 0,
+        segmentation: Segmentation | None = None,
     ) -> None:
-        self.model = model
-        self.decoding: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        self.model, self.decoding, self.seed, self.segmentation = model, decoding, seed, segmentation
         self.traces: dict[str, Trace] = {}
         self.saliency: dict[str, StepSaliency] = {}
         self.explorer: Explorer | None = None
@@ -78,10 +87,10 @@ class StepFlowPanel(ipywidgets.VBox):
             slider.layout = wide
         self.run_button = ipywidgets.Button(description="run", button_style="primary")
         self.stop_button = ipywidgets.Button(description="stop", disabled=True)
-        self.bar = ipywidgets.IntProgress(0, 0, 2 * max_new_tokens, layout=wide)
+        self.bar = ipywidgets.IntProgress(0, 0, 2 * decoding.max_new_tokens, layout=wide)
         self.status = ipywidgets.HTML("")  # of escaped text; a Label would typeset what stands between dollar signs
         self.parting = ipywidgets.HTML("")
-        self.place = ipywidgets.VBox([])  # of the explorer
+        self.place = ipywidgets.VBox([])  # holds the explorer
         self.run_button.on_click(lambda _: self.start())
         self.stop_button.on_click(lambda _: self.stop())
         self.stop_button.add_class("stepsal-stop")
@@ -102,10 +111,10 @@ class StepFlowPanel(ipywidgets.VBox):
 
     @property
     def config(self) -> StepFlowConfig:
-        """What the sliders say."""
+        """The settings of StepFlow that the controls are set to."""
 
-        def layers(used: ipywidgets.Checkbox, slider: ipywidgets.IntRangeSlider) -> tuple[int, ...] | None:
-            return tuple(range(slider.value[0], slider.value[1] + 1)) if used.value else None
+        def layers(used: ipywidgets.Checkbox, slider: ipywidgets.IntRangeSlider) -> tuple[int, ...]:
+            return tuple(range(slider.value[0], slider.value[1] + 1)) if used.value else ()
 
         return StepFlowConfig(
             oeb_layers=layers(self.oeb, self.oeb_layers), smi_layers=layers(self.smi, self.smi_layers),
@@ -113,7 +122,7 @@ class StepFlowPanel(ipywidgets.VBox):
         )  # fmt: skip
 
     def start(self) -> None:
-        """Run in the background; what goes wrong is told in `status`."""
+        """Run in the background; an error is shown in `status`."""
 
         def run() -> None:
             try:
@@ -131,7 +140,11 @@ class StepFlowPanel(ipywidgets.VBox):
         self._stop.set()
 
     def wait(self, timeout: float | None = None) -> None:
-        """Until the run in the background is over."""
+        """Wait until the run in the background is over.
+
+        Args:
+            timeout: most seconds to wait; None waits as long as it takes.
+        """
         self._thread.join(timeout)
 
     def run(self) -> None:
@@ -163,7 +176,10 @@ class StepFlowPanel(ipywidgets.VBox):
             traces, saliency = {}, {}
             for name, settings in configs.items():
                 _say(self.status, f"answering {name} ...")
-                traces[name] = generate(self.model, question, stepflow=settings, **self.decoding)
+                traces[name] = generate(
+                    self.model, question, stepflow=settings, seed=self.seed, segmentation=self.segmentation,
+                    **self.decoding.to_dict(),
+                )  # fmt: skip
             for name, settings in configs.items():
                 _say(self.status, f"computing maps {name} ...")
                 saliency[name] = step_saliency(self.model, traces[name], stepflow=settings, progress=False)
@@ -181,6 +197,7 @@ class StepFlowPanel(ipywidgets.VBox):
             self.run_button.disabled, self.stop_button.disabled = False, True
 
     def _before_pass(self, module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+        """Count a forward pass of this panel's run, or end the run before it."""
         if threading.get_ident() != self._runner:  # somebody else's pass
             return
         if self._stop.is_set():
@@ -197,12 +214,17 @@ class StepFlowPanel(ipywidgets.VBox):
             old.close()
 
 
-def _say(where: ipywidgets.HTML, text: str) -> None:
-    where.value = html.escape(text)
+def _say(label: ipywidgets.HTML, text: str) -> None:
+    label.value = html.escape(text)
 
 
 def first_difference(plain: Trace, edited: Trace) -> int | None:
-    """Position of the first token that differs, or that only one of them has; None if there is none."""
+    """Return the position of the first token that differs, or that only one answer has; None if there is none.
+
+    Args:
+        plain: an answer.
+        edited: another answer to the same question.
+    """
     n = min(len(plain), len(edited))
     differ = (plain.tokens[:n] != edited.tokens[:n]).nonzero()
     if len(differ):
@@ -211,7 +233,12 @@ def first_difference(plain: Trace, edited: Trace) -> int | None:
 
 
 def tell_parting(plain: Trace, edited: Trace) -> str:
-    """In words, where two answers to the same question part."""
+    """Say in words where two answers to the same question part.
+
+    Args:
+        plain: an answer.
+        edited: another answer to the same question.
+    """
     position = first_difference(plain, edited)
     if position is None:
         return "Both answers are the same."

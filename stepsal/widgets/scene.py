@@ -22,7 +22,8 @@ from stepsal.plots import LINE_COLORS, ROLE_COLORS, step_labels
 METRICS = {  # and how they are called on the screen; the order is that of explorer.js
     "saliency": "saliency", "share": "share of its row", "attention": "attention", "difference": "difference of shares",
 }  # fmt: skip
-BANDS: tuple[Band | None, ...] = (None, "shallow", "middle", "deep")
+NAMED_BANDS: tuple[Band, ...] = ("shallow", "middle", "deep")
+BANDS: tuple[Band | None, ...] = (None, *NAMED_BANDS)  # None: one layer
 SCALES = ("log", "linear")
 VIEWS = ("map", "arcs")
 MOST_LINKS = 5
@@ -33,11 +34,24 @@ NO_ATTENTION = "attention was not captured"
 NO_DIFFERENCE = "a difference needs another trace beside it, with as many steps"
 
 State = dict[str, Any]
+"""Every choice of an explorer by name; see `Explorer.state`."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Step maps to look at, by label, and attention maps of some of them."""
+    """Hold step maps to look at, and select from them what an explorer's choices show.
+
+    Attributes:
+        maps: step maps by label.
+        attention: attention maps of some of the labels.
+
+    Example:
+        >>> model = stepsal.load("mini")
+        >>> trace = stepsal.generate(model, "Anna is 3. What is Anna?", max_new_tokens=40)
+        >>> scene = Scene.of(stepsal.step_saliency(model, trace, progress=False))
+        >>> scene.title("mini", scene.first_state() | {"band": "deep"})
+        'mini · deep layers 6–7 · saliency'
+    """
 
     maps: Mapping[str, StepSaliency]
     attention: Mapping[str, StepSaliency]
@@ -48,12 +62,16 @@ class Scene:
         saliency: StepSaliency | Mapping[str, StepSaliency],
         attention: StepSaliency | Mapping[str, StepSaliency] | None = None,
     ) -> Scene:
-        """Check that labels and maps go together.
+        """Make a scene of maps that go together.
+
+        Args:
+            saliency: step maps of one trace, which goes by its model's name, or of several by label.
+            attention: attention maps of the one trace, or of some of the labels.
 
         Raises:
             ValueError: no maps, attention of an unknown label, or of other steps or layers than the saliency.
         """
-        maps = {saliency.model: saliency} if isinstance(saliency, StepSaliency) else dict(saliency)
+        maps = {saliency.model_name: saliency} if isinstance(saliency, StepSaliency) else dict(saliency)
         if isinstance(attention, StepSaliency):
             if len(maps) > 1:
                 raise ValueError(f"say whose attention it is: a dict with some of the labels {list(maps)}")
@@ -68,7 +86,7 @@ class Scene:
         return cls(maps, dict(attention or {}))
 
     def describe(self) -> dict[str, Any]:
-        """All but the numbers, as JSON."""
+        """Return all that the browser needs but the numbers: labels, texts, layers, colours; JSON-ready."""
         return {
             "maps": [self._describe(label, saliency) for label, saliency in self.maps.items()],
             "colors": dict(ROLE_COLORS),
@@ -81,6 +99,7 @@ class Scene:
         }
 
     def _describe(self, label: str, saliency: StepSaliency) -> dict[str, Any]:
+        """Return what `describe` says of one trace."""
         metrics = flow_metrics(saliency)
         has_tokens = self._tokens(saliency) is not None
         return {
@@ -89,7 +108,7 @@ class Scene:
             "labels": list(step_labels(saliency.roles)),
             "texts": [" ".join(text.split()) for text in saliency.step_texts],
             "layers": list(saliency.layers),
-            "bands": {band: self._band(saliency, band) for band in BANDS[1:]},
+            "bands": {band: self._band(saliency, band) for band in NAMED_BANDS},
             "profile": {name: [None if np.isnan(x) else float(x) for x in metrics[name]] for name in LINES},
             "token_texts": list(saliency.token_texts) if has_tokens else [],
             "token_spans": [_span(saliency, i) for i in range(saliency.n_steps)] if has_tokens else [],
@@ -97,29 +116,31 @@ class Scene:
 
     @staticmethod
     def _band(saliency: StepSaliency, band: Band) -> list[int]:
-        """Positions of the computed layers of a band; of all layers where it has none (the title says which)."""
+        """Return the positions of a band's computed layers; of all layers where it has none (the title says which)."""
         inside = saliency.computed(band)
         return [saliency.layers.index(layer) for layer in inside] or list(range(len(saliency.layers)))
 
     @staticmethod
     def _tokens(saliency: StepSaliency) -> Tensor | None:
+        """Return the token maps of a trace, or None if there are none, or they are too large for a browser."""
         tokens = saliency.token_values
         return None if tokens is None or tokens.numel() * 2 > LARGEST_TOKEN_MAP else tokens
 
     def buffers(self) -> dict[str, bytes]:
-        """The numbers: per layer the lower triangle row by row, float32."""
-        found = {}
+        """Return the numbers: of each layer the lower triangle, row by row, as little-endian float32."""
+        buffers = {}
         for i, (label, saliency) in enumerate(self.maps.items()):
-            found[f"{i}/saliency"] = _packed(saliency.values)
+            buffers[f"{i}/saliency"] = _packed(saliency.values)
             if label in self.attention:
-                found[f"{i}/attention"] = _packed(self.attention[label].values)
+                buffers[f"{i}/attention"] = _packed(self.attention[label].values)
             if (tokens := self._tokens(saliency)) is not None:
-                found[f"{i}/tokens"] = _packed(tokens)
-        return found
+                buffers[f"{i}/tokens"] = _packed(tokens)
+        return buffers
 
     # -------------------------------------------------------------------------------------------- choices
 
     def first_state(self) -> State:
+        """Return the choices with which an explorer begins."""
         label, saliency = next(iter(self.maps.items()))
         return {
             "trace": label, "compare": None, "layer": saliency.layers[0], "band": None, "metric": "saliency",
@@ -127,10 +148,14 @@ class Scene:
         }  # fmt: skip
 
     def changed(self, state: State, choices: Mapping[str, Any]) -> State:
-        """The state with some choices made anew.
+        """Return the state with some choices made anew.
 
         A metric that a trace does not have is no error: it shows saliency instead, and says so. A trace that is chosen
         without a layer shows the layer in the place of the old one.
+
+        Args:
+            state: every choice as it was.
+            choices: some of them anew.
 
         Raises:
             ValueError: an unknown choice, naming what there is.
@@ -164,6 +189,7 @@ class Scene:
         return new
 
     def _cell(self, name: str, cell: Any) -> State | None:
+        """Return a cell that a choice points to, checked; None for no cell."""
         if cell is None:
             return None
         if not isinstance(cell, Mapping) or set(cell) != {"trace", "query", "key"} or cell["trace"] not in self.maps:
@@ -175,7 +201,11 @@ class Scene:
         return {"trace": cell["trace"], "query": query, "key": key}
 
     def to_view(self, state: State) -> dict[str, Any]:
-        """Choices as the indices of explorer.js."""
+        """Return choices as the indices of explorer.js.
+
+        Args:
+            state: every choice, as `changed` returns it.
+        """
         labels = list(self.maps)
 
         def cell(x: State | None) -> list[int]:
@@ -198,7 +228,11 @@ class Scene:
         }
 
     def from_view(self, view: Mapping[str, Any]) -> State:
-        """The reverse."""
+        """Return the choices that the indices of explorer.js stand for; the reverse of `to_view`.
+
+        Args:
+            view: the indices by name.
+        """
         labels = list(self.maps)
 
         def cell(x: list[int]) -> State | None:
@@ -222,23 +256,37 @@ class Scene:
     # ------------------------------------------------------------------------------------------- what is shown
 
     def traces(self, state: State) -> list[str]:
-        """Those that are shown, side by side."""
+        """Return the labels of the traces that are shown side by side.
+
+        Args:
+            state: every choice.
+        """
         beside = state["compare"] not in (None, state["trace"])
         one = not beside or self.metric(state["trace"], state) == "difference"
         return [state["trace"]] if one else [state["trace"], state["compare"]]
 
     def metric(self, label: str, state: State) -> str:
-        """What a trace shows: what was chosen, or saliency if it does not have that."""
-        wanted: str = state["metric"]
+        """Return the metric that a trace shows: the chosen one, or saliency if the trace does not have that.
+
+        Args:
+            label: the trace.
+            state: every choice.
+        """
+        requested: str = state["metric"]
         other = self.maps.get(state["compare"] or "")
         lacking = {
             "attention": label not in self.attention,
             "difference": other is None or label == state["compare"] or other.n_steps != self.maps[label].n_steps,
         }
-        return "saliency" if lacking.get(wanted, False) else wanted
+        return "saliency" if lacking.get(requested, False) else requested
 
     def title(self, label: str, state: State) -> str:
-        """Trace, layers and metric in words, the same as in the browser."""
+        """Return trace, layers and metric in words, the same as in the browser.
+
+        Args:
+            label: the trace.
+            state: every choice.
+        """
         metric = self.metric(label, state)
         layers = [self.maps[label].layers[p] for p in self._chosen(label, state)]
         where = f"layer {layers[0]}" if state["band"] is None else f"{state['band']} layers {layers[0]}–{layers[-1]}"
@@ -248,14 +296,23 @@ class Scene:
         return f"{label}{against} · {where} · {METRICS[metric]}{note}"
 
     def shown(self, label: str, state: State) -> Float[Tensor, "query_step key_step"]:
-        """The map of a trace under the choices: the mean over layers of what the metric says."""
+        """Return the map that a trace shows: the chosen metric of the mean over the chosen layers.
+
+        Args:
+            label: the trace.
+            state: every choice.
+        """
         return self._values(label, state, self._chosen(label, state))
 
     def color_range(self, label: str, state: State) -> tuple[float, float]:
-        """Lowest and highest value of a trace's colours, which it shares with the traces that show the same metric.
+        """Return the lowest and the highest value of a trace's colours.
 
-        Of what is shown and, if `shared`, of all layers. A logarithmic scale begins at the 5 % quantile of what is not
-        zero, at most four decades below the top.
+        Traces that show the same metric share them. They span what is shown and, if `shared` is chosen, all layers. A
+        logarithmic scale begins at the 5 % quantile of what is not zero, at most four decades below the top.
+
+        Args:
+            label: the trace.
+            state: every choice.
         """
         metric, shown = self.metric(label, state), []
         for other in self.traces(state):
@@ -276,12 +333,12 @@ class Scene:
         return (floor if floor < top else top / 10), top
 
     def _chosen(self, label: str, state: State) -> list[int]:
-        """Positions of the layers that a trace shows: its own band, or its layer nearest to the chosen one."""
+        """Return the positions of the layers that a trace shows: its band, or its layer nearest to the chosen one."""
         saliency = self.maps[label]
         return [_nearest(saliency, state["layer"])] if state["band"] is None else self._band(saliency, state["band"])
 
     def _values(self, label: str, state: State, positions: list[int]) -> Float[Tensor, "query_step key_step"]:
-        """The map of some layers of a trace; a difference is to the other trace's band, or to its nearest layer."""
+        """Return the map of some layers of a trace; a difference is to the other's band, or to its nearest layer."""
         metric = self.metric(label, state)
         source = self.attention if metric == "attention" else self.maps
         mean = source[label].values[positions].mean(0)
@@ -299,11 +356,12 @@ class Scene:
 
 
 def _nearest(saliency: StepSaliency, layer: int) -> int:
-    """Position of the layer with the nearest number, the lower one of two."""
+    """Return the position of the layer with the nearest number, the lower one of two."""
     return min(range(len(saliency.layers)), key=lambda p: abs(saliency.layers[p] - layer))
 
 
 def _index(name: str, value: Any) -> int:
+    """Return a whole number of any type as int; `name` is the choice that has it, for the error."""
     try:
         return operator.index(value)
     except TypeError:
@@ -311,16 +369,18 @@ def _index(name: str, value: Any) -> int:
 
 
 def _span(saliency: StepSaliency, step: int) -> list[int]:
+    """Return the first token of a step and the one after its last."""
     inside = (saliency.step_ids == step).nonzero()[:, 0]
     return [int(inside[0]), int(inside[-1]) + 1] if len(inside) else [0, 0]
 
 
 def _packed(values: Float[Tensor, "layer row column"]) -> bytes:
+    """Return the lower triangle of each layer, row by row, as little-endian float32."""
     rows, columns = np.tril_indices(values.shape[-1])
     return np.ascontiguousarray(values.float().numpy()[:, rows, columns], dtype="<f4").tobytes()
 
 
 def _palette(name: str) -> list[int]:
-    """256 colours: red, green, blue in turn."""
+    """Return 256 colours of a colormap: red, green, blue in turn, 0 to 255."""
     colors = mpl.colormaps[name](np.linspace(0, 1, 256))[:, :3]
     return [int(x) for x in np.round(255 * colors).ravel()]

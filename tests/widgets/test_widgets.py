@@ -1,4 +1,4 @@
-"""The explorer's choices and files, and StepFlow's panel, without a browser (`test_browser.py` has the rest)."""
+"""The explorer's choices and files, and StepFlow's panel, without a browser."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from made_up import NASTY, saliency
 from transformer_lens.model_bridge import TransformerBridge
 
 import stepsal
@@ -20,22 +21,6 @@ from stepsal.maps import StepSaliency
 from stepsal.tasks import chain
 from stepsal.widgets import Explorer, StepFlowPanel
 from stepsal.widgets.panel import EDITED, PLAIN, _say, first_difference, tell_parting
-
-NASTY = ["<script>alert(1)</script>", "</script><img src=x onerror=alert(1)>", r"$\frac{1}{2}$ & <b>", "😀 مرحبا שלום"]
-
-
-def saliency(
-    n: int = 5, layers: int = 8, seed: int = 0, texts: list[str] | None = None, **more: object
-) -> StepSaliency:
-    values = torch.rand(layers, n, n, generator=torch.Generator().manual_seed(seed)).tril()
-    roles = ("question", *["thinking"] * (n - 2), "summary")
-    ids = torch.arange(n).repeat_interleave(2)
-    fields = {
-        "values": values, "layers": tuple(range(layers)), "n_layers": layers, "model": "made up", "target": "token",
-        "reduce": "density", "roles": roles, "step_texts": tuple(texts or [f"step {i}" for i in range(n)]),
-        "step_lengths": (2,) * n, "step_ids": ids, "token_texts": tuple("ab" * n),
-    }  # fmt: skip
-    return StepSaliency(**fields | more)
 
 
 @pytest.fixture
@@ -237,7 +222,7 @@ def test_the_page_is_whole_and_texts_stay_texts(tmp_path: Path) -> None:
 
 @pytest.fixture
 def panel(mini: TransformerBridge) -> StepFlowPanel:
-    return StepFlowPanel(mini, chain.sample(3, length=3).question, max_new_tokens=60)
+    return StepFlowPanel(mini, chain.sample(3, length=3).question, decoding=stepsal.Decoding(max_new_tokens=60))
 
 
 def test_the_panel_answers_twice_and_shows_where_the_answers_part(
@@ -246,7 +231,7 @@ def test_the_panel_answers_twice_and_shows_where_the_answers_part(
     panel.tau_max.value, panel.oeb_layers.value, panel.smi.value = 0.9, (0, 7), False
     panel.run()
     assert panel.status.value == "done"
-    assert panel.config == stepsal.StepFlowConfig(oeb_layers=tuple(range(8)), smi_layers=None, tau_max=0.9)
+    assert panel.config == stepsal.StepFlowConfig(oeb_layers=tuple(range(8)), smi_layers=(), tau_max=0.9)
     plain, edited = (panel.traces[name] for name in (PLAIN, EDITED))
     assert plain.response == stepsal.generate(mini, panel.question.value, max_new_tokens=60).response
     assert edited.response == stepsal.generate(
@@ -277,6 +262,22 @@ def test_a_run_can_be_stopped(mini: TransformerBridge, panel: StepFlowPanel) -> 
     assert not mini.original_model._forward_pre_hooks
     panel.run()
     assert panel.status.value == "done"
+
+
+def test_steps_are_found_as_asked_for_in_both_answers(mini: TransformerBridge) -> None:
+    segmentation = stepsal.Segmentation(split="line", min_chars=1)
+    panel = StepFlowPanel(
+        mini, chain.sample(3, length=3).question, decoding=stepsal.Decoding(max_new_tokens=60, temperature=0.8), seed=7,
+        segmentation=segmentation,
+    )  # fmt: skip
+    panel.run()
+    expected = stepsal.generate(
+        mini, panel.question.value, max_new_tokens=60, temperature=0.8, seed=7, segmentation=segmentation
+    )
+    assert torch.equal(panel.traces[PLAIN].tokens, expected.tokens)
+    assert panel.saliency[PLAIN].step_texts == tuple(map(expected.step_text, range(len(expected.steps))))
+    for answer in panel.traces.values():
+        assert answer.segmentation == stepsal.Segmentation("think", "line", 1)
 
 
 def test_errors_are_told(panel: StepFlowPanel, monkeypatch: pytest.MonkeyPatch) -> None:
