@@ -38,17 +38,27 @@ def save_figure(
     Everything is rendered before the first file is written, and each file is moved into place when complete.
 
     Args:
-        fig: The figure.
-        name: File name without ending: letters, digits, "-" and "_".
-        data: The plotted values, tidy; written with seven significant digits, without the index.
-        provenance: Model, seed, parameters: JSON values. Package versions are added.
-        folder: Where the figures go.
+        fig: the figure.
+        name: file name without ending: letters and digits joined by "-" or "_".
+        data: the plotted values, tidy; written with seven significant digits, without the index.
+        provenance: model, seed, parameters: JSON values. Package versions are added.
+        folder: where the figures go.
 
     Returns:
         Path of each file: "png", "pdf", "csv", "json".
 
     Raises:
-        ValueError: If the name is no slug, if `data` is empty, or if `provenance` cannot be written as JSON.
+        ValueError: the name is no file name, `data` is empty, or `provenance` cannot be written as JSON.
+
+    Example:
+        >>> import matplotlib.pyplot as plt, pandas as pd, tempfile
+        >>> data = pd.DataFrame({"layer": [0, 1], "decay": [0.2, 0.5]})
+        >>> figure = stepsal.plots.layer_profile(data, "decay").figure
+        >>> folder = tempfile.mkdtemp()
+        >>> paths = stepsal.plots.save_figure(figure, "decay", data, provenance={"model_name": "mini"}, folder=folder)
+        >>> [path.relative_to(folder).as_posix() for path in paths.values()]
+        ['decay.png', 'decay.pdf', 'data/decay.csv', 'data/decay.json']
+        >>> plt.close(figure)
     """
     if not re.fullmatch(r"[A-Za-z0-9]+([-_][A-Za-z0-9]+)*", name):
         raise ValueError(f"figure name {name!r} is no file name; use letters and digits joined by '-' or '_'")
@@ -75,6 +85,7 @@ def save_figure(
 
 
 def _render(fig: Figure, kind: str, info: dict[str, None]) -> bytes:
+    """Return the figure as a file of a kind, without the entries of its metadata that are None."""
     buffer = BytesIO()
     with mpl.rc_context({"pdf.fonttype": 42}):  # editable text, as journals ask
         fig.savefig(buffer, format=kind, dpi=DPI, metadata=info)

@@ -32,8 +32,8 @@ def step_ticks(n_steps: int, at_most: int) -> list[int]:
         >>> stepsal.plots.ticks.step_ticks(14, at_most=4)
         [0, 5, 10]
     """
-    locator = MaxNLocator(max(1, at_most), integer=True, steps=ROUND_STEPS)
-    return [int(tick) for tick in locator.tick_values(0, n_steps - 1) if 0 <= tick < n_steps]
+    locator = MaxNLocator(max(1, at_most), integer=True, steps=ROUND_STEPS, min_n_ticks=1)
+    return [int(tick) for tick in locator.tick_values(0, max(1, n_steps - 1)) if 0 <= tick < n_steps]
 
 
 def fitted_step_ticks(n_steps: int, length: float, font_size: float) -> list[int]:
@@ -45,7 +45,7 @@ def fitted_step_ticks(n_steps: int, length: float, font_size: float) -> list[int
         font_size: of the numbers, in points.
 
     Example:
-        >>> [stepsal.plots.ticks.fitted_step_ticks(200, length, 7.0) for length in (200, 40)]
+        >>> [stepsal.plots.ticks.fitted_step_ticks(200, length, 7.0) for length in (200, 60)]
         [[0, 50, 100, 150], [0, 100]]
     """
     spacing = text_width(str(n_steps), font_size) + 1.2 * font_size

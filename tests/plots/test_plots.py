@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from matplotlib.colors import LogNorm, to_rgba
 from matplotlib.patches import PathPatch
@@ -137,7 +137,7 @@ def test_ticks_are_few_and_inside(n, at_most):
 def test_numbers_of_steps_have_room(n, length):
     ticks = fitted_step_ticks(n, length, 7.0)
     widest = max(text_width(str(tick), 7.0) for tick in ticks)
-    assert len(ticks) == 1 or len(ticks) == 2 or np.diff(ticks).min() / n * length > widest
+    assert len(ticks) == 1 or np.diff(ticks).min() / n * length > widest
 
 
 @given(st.lists(st.tuples(st.floats(0, 100), st.floats(1, 30)), min_size=1, max_size=5))
@@ -152,6 +152,7 @@ def test_labels_are_placed_apart_and_inside(labels):
 
 
 @given(st.floats(-9, 3), st.floats(0.05, 6), st.floats(20, 200))
+@settings(max_examples=50)  # widths of mathematical text take their time
 def test_colour_bar_labels_have_room(exponent, decades, length):
     low, high = 10**exponent, 10 ** (exponent + decades)
     ticks = fitted_log_ticks(low, high, length, 6.0)
