@@ -80,7 +80,7 @@ def gain(model: str, variant: str, baseline: str = "baseline") -> float:
     return votes(model, variant) - votes(model, baseline)
 
 
-def band(variant: str) -> float:
+def setting_gain(variant: str) -> float:
     """Return the difference between a variant of notebook 06 and its baseline, in points."""
     accuracy = figure("bands_accuracy" if variant in set(figure("bands_accuracy")["variant"]) else "sensitivity")
     (baseline,) = pick(figure("bands_accuracy"), "accuracy", variant="baseline")
@@ -267,7 +267,7 @@ def pooling() -> Numbers:
 def best_setting() -> Numbers:
     """Return the number of settings of notebook 06, the largest difference, and the number of problems."""
     settings = figure("sensitivity")["variant"]
-    return [len(settings), max(map(band, settings)), provenance("sensitivity")["n_problems"]]
+    return [len(settings), max(map(setting_gain, settings)), provenance("sensitivity")["n_problems"]]
 
 
 def votes_and_cost(variant: str) -> Numbers:

@@ -150,12 +150,15 @@ ACCURACY: Statements = [
 BANDS: Statements = [
     (
         "hurts there ({} points, {*} to {*}), no effect seen elsewhere ({} to {}, each",
-        lambda: [p.band("OEB 0-1"), *sorted((p.band("OEB 2-3"), p.band("OEB 4-5"), p.band("OEB 6-7")))[::-2]],
+        lambda: [
+            p.setting_gain("OEB 0-1"),
+            *sorted((p.setting_gain("OEB 2-3"), p.setting_gain("OEB 4-5"), p.setting_gain("OEB 6-7")))[::-2],
+        ],
     ),
-    ("| bands swapped | | {} (", lambda: [p.band("swapped")]),
+    ("| bands swapped | | {} (", lambda: [p.setting_gain("swapped")]),
     (
         "up to 0.05 no effect seen ({}, {*} to {*}); {} at the paper's 0.15",
-        lambda: [p.band("tau_max 0.05"), p.band("tau_max 0.15")],
+        lambda: [p.setting_gain("tau_max 0.05"), p.setting_gain("tau_max 0.15")],
     ),
     ("the best of {} settings is {} points above the baseline, less than the {*} that {} problems", p.best_setting),
 ]
