@@ -11,8 +11,9 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import stepsal
 from stepsal.maps import StepSaliency
-from stepsal.maps.pooling import pair_counts, reduce_blocks, row_counts
-from stepsal.metrics import COLUMNS, PARTS, SUMMARY_PARTS, flow_metrics, trace_metrics
+from stepsal.maps.pooling import pair_counts, pool_steps, reduce_blocks, row_counts
+from stepsal.metrics import COLUMNS, METRICS, PARTS, SCALARS, SUMMARY_PARTS, describe, flow_metrics, trace_metrics
+from stepsal.metrics.table import CAUSES, LAYER_METRICS, TRACE_METRICS
 from stepsal.tasks import chain
 
 N_LAYERS = 8
@@ -34,12 +35,10 @@ def labelled(
     ids = torch.cat([torch.full((template,), -1), *(torch.full((n,), i) for i, n in enumerate(lengths))])
     if values is None:
         assert token_map is not None
-        from stepsal.maps.pooling import pool_steps
-
         sums = pool_steps(token_map, ids, len(lengths))
         values = reduce_blocks(sums, pair_counts(ids, len(lengths)), row_counts(ids, len(lengths)), reduce)
     return StepSaliency(
-        values=values.float(), layers=layers, n_layers=N_LAYERS, model="planted", target="token", reduce=reduce,
+        values=values.float(), layers=layers, n_layers=N_LAYERS, model_name="planted", target="token", reduce=reduce,
         roles=tuple(roles), step_texts=("x",) * len(roles), step_lengths=tuple(lengths), step_ids=ids,
         token_texts=("t",) * len(ids),
     )  # fmt: skip
@@ -203,8 +202,8 @@ def test_what_cannot_be_said_is_nan_with_a_reason(
     table = flow_metrics(saliency)
     assert table[missing].isna().all(axis=None)
     assert table["reason"].str.contains(reason).all()
-    there = table[list(COLUMNS)].notna().any()
-    assert set(there.index[~there]) == set(missing)
+    defined = table[list(COLUMNS)].notna().any()
+    assert set(defined.index[~defined]) == set(missing)
 
 
 def test_every_nan_has_a_reason_and_rows_without_saliency_are_left_out() -> None:
@@ -259,10 +258,65 @@ def test_bands_that_were_not_computed_whole_are_a_reason() -> None:
         flow_metrics(saliency, last=0)
 
 
+class TestTable:
+    """The table of metrics, from which columns and documentation come."""
+
+    def test_describes_every_column(self) -> None:
+        table = describe()
+        assert list(table) == ["name", "of", "formula", "range", "undefined"]
+        assert table["name"].is_unique
+        assert tuple(table["name"][table["of"] == "layer"]) == COLUMNS
+        assert tuple(table["name"][table["of"] == "trace"]) == SCALARS
+        assert len(table) == len(METRICS)
+        assert (table.drop(columns="name").map(len) > 0).all(axis=None)
+        saliency = random_map(0, [4, 3, 5, 2, 6, 3], "density")
+        assert list(flow_metrics(saliency))[1:-3] == list(COLUMNS)
+        assert list(trace_metrics(saliency).index) == [*SCALARS, "reason"]
+
+    def test_parts_are_those_that_sum_to_one(self) -> None:
+        assert PARTS == ("own", "previous", "earlier", "question")
+        assert set(SUMMARY_PARTS) <= set(COLUMNS)
+
+    def test_every_cause_belongs_to_a_metric_and_stands_in_the_table(self) -> None:
+        assert {cause for metric in LAYER_METRICS for cause in metric.causes} == set(CAUSES)
+        table = describe().set_index("name")
+        for metric in LAYER_METRICS:
+            assert metric.causes
+            assert all(cause.when in table.loc[metric.name, "undefined"] for cause in metric.causes)
+        for scalar in TRACE_METRICS:
+            assert scalar.column in COLUMNS
+            assert scalar.column in table.loc[scalar.name, "formula"]
+
+    @given(
+        seed=st.integers(0, 1000), n_thinking=st.integers(0, 5), n_summary=st.integers(0, 2),
+        emptied=st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), max_size=12), last=st.integers(1, 4),
+        reduce=st.sampled_from(["density", "mass"]), normalise=st.booleans(),
+    )  # fmt: skip
+    def test_values_lie_in_their_range_and_are_undefined_for_their_causes_alone(
+        self, seed: int, n_thinking: int, n_summary: int, emptied: list, last: int, reduce: str, normalise: bool
+    ) -> None:
+        lengths = [4] * (1 + n_thinking + n_summary)
+        n = sum(lengths) + 2
+        tokens = torch.rand(N_LAYERS, n, n, generator=torch.Generator().manual_seed(seed)).tril()
+        saliency = labelled(tokens, lengths, roles(n_thinking, n_summary), reduce=reduce)
+        for layer, step in emptied:
+            saliency.values[layer, step % saliency.n_steps] = 0
+        saliency = saliency.row_normalised() if normalise else saliency
+        table = flow_metrics(saliency, last=last)
+        for metric in LAYER_METRICS:
+            low = -1 if metric.range.startswith("-1..1") else -np.inf if metric.range.startswith("nats") else 0
+            high = 1 if "..1" in metric.range else np.inf
+            values = table[metric.name].dropna()
+            assert values.between(low - 1e-9, high + 1e-9).all(), metric.name
+            reasons = [cause.reason.format(n_thinking=n_thinking, last=last) for cause in metric.causes]
+            named = table["reason"].map(lambda text, reasons=reasons: bool(set(text.split("; ")) & set(reasons)))
+            assert (named == table[metric.name].isna()).all(), metric.name
+
+
 def test_on_a_real_trace(mini: TransformerBridge) -> None:
     trace = stepsal.generate(mini, chain.sample(3, length=5).question)
-    mean, mass = (stepsal.step_saliency(mini, trace, reduce=how) for how in ("density", "mass"))
-    for saliency in (mean, mass):
+    for reduce in ("density", "mass"):
+        saliency = stepsal.step_saliency(mini, trace, reduce=reduce)
         table = flow_metrics(saliency)
         assert table["layer"].tolist() == list(range(8))
         assert table[list(COLUMNS)].notna().all(axis=None)

@@ -365,6 +365,11 @@ def labels_of(trace: Trace) -> dict[str, Any]:
 
     Args:
         trace: the trace.
+
+    Example:
+        >>> trace = stepsal.Trace.from_text("Ann is 1. Who is 2?", " Bob.</think>Bob.", stepsal.load("mini"))
+        >>> labels_of(trace)["roles"]
+        ('question', 'thinking', 'summary')
     """
     return {
         "roles": trace.roles,

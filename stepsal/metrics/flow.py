@@ -90,9 +90,10 @@ def trace_metrics(saliency: StepSaliency) -> pd.Series:
 
     Example:
         >>> model = stepsal.load("mini")
-        >>> trace = stepsal.generate(model, "Ann is 1 plus 2. Bob is Ann plus 4. Eva is Bob plus 1. What is Eva?")
-        >>> list(stepsal.metrics.trace_metrics(stepsal.step_saliency(model, trace)).index)
-        ['shallow_lock_in', 'deep_decay', 'deep_fade', 'reason']
+        >>> thinking = " Bob is Ann plus 1. Ann is 1. So Bob is 2."
+        >>> trace = stepsal.Trace.from_text("Ann is 1. Who is 2?", f"{thinking}</think>It is Bob.", model)
+        >>> bool(stepsal.metrics.trace_metrics(stepsal.step_saliency(model, trace))["shallow_lock_in"] > 0)
+        True
     """
     import pandas as pd
 

@@ -26,6 +26,11 @@ class Footprint:
         cache: keys and values of `batch_size` traces while they are written.
         streamed: at least, for the step maps of one trace, beside the weights.
         patterns: the same where whole patterns are needed: under StepFlow, or with hooks of your own.
+
+    Example:
+        >>> footprint = memory_needed("mini", 4000, batch_size=2)
+        >>> footprint.cache == 2 * memory_needed("mini", 4000).cache
+        True
     """
 
     model_name: str

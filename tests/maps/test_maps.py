@@ -7,7 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from stepsal.maps import StepSaliency
+from stepsal.maps import StepSaliency, average
 from stepsal.maps.pooling import pair_counts, pool_steps, reduce_blocks, row_counts
 
 
@@ -22,7 +22,7 @@ def make(n_heads=2, layers=(0, 1, 3, 7), n_layers=8, **changes) -> StepSaliency:
         "values": heads.mean(1),
         "layers": layers,
         "n_layers": n_layers,
-        "model": "mini",
+        "model_name": "mini",
         "target": "token",
         "reduce": "density",
         "roles": ("question", "thinking", "thinking", "thinking", "summary"),
@@ -45,22 +45,67 @@ def test_layers_by_index():
     torch.testing.assert_close(saliency.mean_over("shallow"), saliency.values[:2].mean(0))
     with pytest.raises(ValueError, match="layer 2 was not computed"):
         saliency.layer(2)
-    with pytest.raises(ValueError, match="layer -9 was not computed"):
+    with pytest.raises(ValueError, match="there is no layer -9 in a model of 8 layers"):
         saliency.layer(-9)
-    with pytest.raises(ValueError, match="no layer given"):
-        saliency.mean_over([])
+    for nothing in ([], ()):
+        with pytest.raises(ValueError, match=r"names no computed layer of 8; computed: \(0, 1, 3, 7\)"):
+            saliency.mean_over(nothing)
 
 
 def test_bands_split_the_model_not_the_computed_layers():
     saliency = make()
-    assert [saliency.band(name) for name in ("shallow", "middle", "deep")] == [(0, 1), (3,), (7,)]
-    assert band_layers("shallow", 30) == tuple(range(7))
-    assert band_layers("deep", 30) == tuple(range(23, 30))
-    assert [band_layers(name, 1) for name in ("shallow", "middle", "deep")] == [(0,), (), (0,)]
-    with pytest.raises(ValueError, match="band 'low' is unknown"):
-        saliency.band("low")
-    with pytest.raises(ValueError, match="no computed layer lies in the deep band"):
+    assert [saliency.computed(name) for name in ("shallow", "middle", "deep")] == [(0, 1), (3,), (7,)]
+    assert saliency.computed((0.0, 0.5)) == (0, 1, 3)
+    assert saliency.positions((0.25, 1.0)) == [2, 3]
+    assert saliency.computed([2, 3]) == (3,)
+    with pytest.raises(ValueError, match="layer 2 was not computed"):
+        saliency.positions([2, 3])
+    with pytest.raises(ValueError, match="layers='low' names no layers"):
+        saliency.computed("low")
+    with pytest.raises(ValueError, match="layers='deep' names no computed layer of 8"):
         make(layers=(0, 1, 2, 3)).mean_over("deep")
+
+
+def links_by_loop(saliency, layers, own_step):
+    """All links as (saliency, query, key), the largest first."""
+    mean = saliency.mean_over(layers)
+    pairs = [(i, j) for i in range(saliency.n_steps) for j in range(i + own_step)]
+    return sorted(((mean[i, j].item(), i, j) for i, j in pairs if mean[i, j] > 0), key=lambda link: -link[0])
+
+
+@pytest.mark.parametrize("own_step", [False, True])
+@pytest.mark.parametrize("layers", ["all", "deep", [0, 3], (0.0, 0.5)])
+def test_top_gives_the_largest_links(layers, own_step):
+    saliency = make()
+    expected = links_by_loop(saliency, layers, own_step)
+    frame = saliency.top(4, layers=layers, own_step=own_step)
+    assert list(frame) == [
+        "query_step", "key_step", "query_role", "key_role", "saliency", "query_text", "key_text"
+    ]  # fmt: skip
+    assert list(frame.index) == [0, 1, 2, 3]
+    for row, (value, i, j) in zip(frame.itertuples(), expected, strict=False):
+        assert (row.query_step, row.key_step) == (i, j)
+        assert row.saliency == pytest.approx(value, rel=1e-5)
+        assert (row.query_text, row.key_text) == (saliency.step_texts[i], saliency.step_texts[j])
+        assert (row.query_role, row.key_role) == (saliency.roles[i], saliency.roles[j])
+    assert len(saliency.top(100, layers=layers, own_step=own_step)) == len(expected) == 10 + 5 * own_step
+
+
+def test_top_of_roles_ties_and_nothing():
+    saliency = make()
+    assert set(saliency.top(99, query_role="summary", key_role="thinking").key_step) == {1, 2, 3}
+    assert set(saliency.top(99, query_role="summary").query_step) == {4}
+    flat = make(values=torch.ones(4, 5, 5).tril(-1), head_values=None)
+    assert flat.top(3)[["query_step", "key_step"]].values.tolist() == [[1, 0], [2, 0], [2, 1]]
+    assert flat.top(99, own_step=True).query_step.tolist() == flat.top(99).query_step.tolist()  # zero is no link
+    assert make(values=torch.zeros(4, 5, 5), head_values=None).top().empty
+    assert list(make(values=torch.zeros(4, 5, 5), head_values=None).top()) == list(flat.top())
+    with pytest.raises(ValueError, match="k=0 must be at least 1"):
+        saliency.top(0)
+    with pytest.raises(ValueError, match="query_role='answer' is unknown"):
+        saliency.top(query_role="answer")
+    with pytest.raises(ValueError, match="layer 2 was not computed"):
+        saliency.top(layers=2)
 
 
 def test_rows_sum_to_one_or_stay_zero():
@@ -84,7 +129,7 @@ def test_xarray_carries_roles_and_texts():
     assert array.sel(layer=7, query_step=4, key_step=0).item() == saliency.values[3, 4, 0].item()
     assert array.sel(key_step=array.key_role == "thinking").shape == (4, 5, 3)
     assert array.query_text.values[2] == saliency.step_texts[2]
-    assert array.attrs["reduce"] == "density"
+    assert array.attrs == {"model_name": "mini", "n_layers": 8, "target": "token", "reduce": "density"}
 
 
 def test_dataframe_is_the_lower_triangle():
@@ -129,7 +174,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr("stepsal.storage.os.replace", full_disk)
     with pytest.raises(OSError, match="disk full"):
-        make(model="other").save(path)
+        make(model_name="other").save(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -145,7 +190,8 @@ def rewritten(path, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 99}, "format version 99"),
+        ({"version": 99}, "format version 99, this stepsal reads 2: use the stepsal that wrote it"),
+        ({"version": None}, "format version None"),
         ({"format": "something"}, "does not hold a StepSaliency"),
         ({"roles": ["question"]}, "inconsistent"),
         ({"colour": "red"}, "inconsistent"),
@@ -156,6 +202,14 @@ def test_load_refuses_other_documents(tmp_path, changes, message):
     rewritten(path, **changes)
     with pytest.raises(ValueError, match=message):
         StepSaliency.load(path)
+
+
+def test_files_of_the_first_version_are_refused_with_the_way_to_new_ones(tmp_path):
+    path = make().save(tmp_path / "run")
+    rewritten(path, version=1, model="mini", reduce="mean")
+    message = rf"format version 1, this stepsal reads 2: migrate it by `python scripts/migrate.py {path}`"
+    with pytest.raises(ValueError, match=message):
+        StepSaliency.load(tmp_path / "run")
 
 
 def test_load_refuses_foreign_and_broken_files(tmp_path):
@@ -202,3 +256,22 @@ def test_repr_is_one_short_line():
         "StepSaliency('mini', 4 of 8 layers, 5 steps: 1 question, 3 thinking, 1 summary; 16 tokens, "
         "target='token', reduce='density')"
     )
+
+
+def test_average_of_maps_with_the_same_steps():
+    first, second = make(), make(values=make().values.flip(0), metadata={"seed": 4})
+    mean = average([first, second])
+    torch.testing.assert_close(mean.values, (first.values + second.values) / 2)
+    torch.testing.assert_close(mean.head_values, first.head_values)
+    assert (mean.step_texts, mean.token_values) == (("",) * 5, None)
+    assert mean.metadata == {**first.metadata, "averaged": 2}
+    assert average([first, make(head_values=None)]).head_values is None
+    for other, difference in (
+        (make(model_name="other"), "has model_name='other' but the first has 'mini'"),
+        (make(reduce="mass"), "reduce='mass'"),
+        (first.row_normalised(), "differ in row_normalised"),
+    ):
+        with pytest.raises(ValueError, match=difference):
+            average([first, other])
+    with pytest.raises(ValueError, match="nothing to average"):
+        average([])

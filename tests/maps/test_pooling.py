@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepsal import pooling
+from stepsal.maps import pooling
 from stepsal.maps.pooling import StepSums, normalise_rows, pair_counts, pool_steps, reduce_blocks, row_counts
 
 
@@ -48,13 +48,13 @@ def test_pooling_agrees_with_a_double_loop(case, rows_per_block):
 
 
 @given(segmented())
-def test_mean_times_pairs_is_sum_times_rows(case):
+def test_density_times_pairs_is_mass_times_rows(case):
     token_map, step_ids, n_steps, has_target = case
     sums = pool_steps(token_map.double(), step_ids, n_steps, has_target)
     counts = pair_counts(step_ids, n_steps, has_target)
     rows = row_counts(step_ids, n_steps, has_target)
-    mean, mass = (reduce_blocks(sums, counts, rows, how) for how in ("density", "mass"))
-    torch.testing.assert_close(mean * counts, sums)
+    density, mass = (reduce_blocks(sums, counts, rows, how) for how in ("density", "mass"))
+    torch.testing.assert_close(density * counts, sums)
     torch.testing.assert_close(mass * rows[:, None], sums)
 
 
