@@ -268,6 +268,11 @@ def search_variants(settings: Sequence[StepFlowConfig]) -> tuple[Variant, ...]:
 
     Args:
         settings: in the order of the round.
+
+    Example:
+        >>> from stepsal.experiments.calibration import search_variants
+        >>> [variant.name for variant in search_variants([stepsal.StepFlowConfig(smi_layers=())])]
+        ['baseline', 'OEB shallow at 0.15']
     """
     return (Variant(BASELINE), *(Variant(describe(config), stepflow=config) for config in settings))
 
@@ -277,6 +282,11 @@ def held_out_variants(chosen: StepFlowConfig) -> tuple[Variant, Variant]:
 
     Args:
         chosen: the best setting of the search.
+
+    Example:
+        >>> from stepsal.experiments.calibration import held_out_variants
+        >>> [variant.name for variant in held_out_variants(stepsal.StepFlowConfig())]
+        ['baseline', 'chosen']
     """
     return Variant(BASELINE), Variant(CHOSEN, stepflow=chosen)
 

@@ -136,6 +136,12 @@ def missing_answers(needed: Mapping[str, int], n_problems: int, answers: pd.Data
         needed: number of draws of each problem, by `Variant.key`.
         n_problems: number of problems.
         answers: those that are kept, with the columns variant, draw and problem.
+
+    Example:
+        >>> import pandas as pd
+        >>> from stepsal.experiments.evaluate import missing_answers
+        >>> missing_answers({"a": 1}, 2, pd.DataFrame({"variant": ["a"], "draw": [0], "problem": [1]}))
+        {'a': {Draw(draw=0, problem=0)}}
     """
     kept = set(answers[ANSWER_KEY].itertuples(index=False, name=None))
     return {
@@ -177,6 +183,11 @@ def draw_seed(seed: int, problem: int, draw: int) -> int:
         seed: of the run.
         problem: number of the problem.
         draw: number of the sample.
+
+    Example:
+        >>> from stepsal.experiments.evaluate import draw_seed
+        >>> draw_seed(seed=0, problem=4, draw=1) == draw_seed(seed=0, problem=1, draw=4)
+        False
     """
     return int(digest(f"{seed} {problem} {draw}".encode())[:12], 16)
 

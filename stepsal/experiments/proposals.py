@@ -69,6 +69,15 @@ def profile_evidence(metrics: pd.DataFrame, n_layers: int) -> pd.DataFrame:
             prior                probability that the part belongs here if it is on: half of it is spread evenly, so
                                  that what the maps don't show has its chance, and half goes by exp(t), where NaN counts
                                  as 0 and a largest t above 4 scales all down
+
+    Example:
+        >>> import pandas as pd
+        >>> from stepsal.experiments.proposals import profile_evidence
+        >>> rows = [(i, layer, i % 2 == 0, i + layer, i) for i in range(12) for layer in range(2)]
+        >>> columns = ["trace", "layer", "correct", "lock_in", "thinking_deficit"]
+        >>> evidence = profile_evidence(pd.DataFrame(rows, columns=columns), 2)
+        >>> evidence["layers"].tolist(), evidence["n_wrong"].unique().tolist()
+        ([(0,), (1,), (0, 1), (0,), (1,), (0, 1)], [6])
     """
     import pandas as pd
 
@@ -118,6 +127,15 @@ def propose(evidence: pd.DataFrame, n: int, *, base: StepFlowConfig, seed: int =
 
     Returns:
         `n` settings that differ, the likelier first.
+
+    Example:
+        >>> import pandas as pd
+        >>> from stepsal.experiments.proposals import describe, profile_evidence, propose
+        >>> rows = [(i, layer, i % 2 == 0, 0.1, 0.1) for i in range(4) for layer in range(8)]
+        >>> columns = ["trace", "layer", "correct", "lock_in", "thinking_deficit"]
+        >>> evidence = profile_evidence(pd.DataFrame(rows, columns=columns), 8)
+        >>> "OEB 0-1 at 0.15, SMI 6-7 at 0.06" in map(describe, propose(evidence, 5, base=stepsal.StepFlowConfig()))
+        True
     """
     oeb, smi = (_choices(evidence, *names) for names in (("oeb", "tau_max", TAUS), ("smi", "alpha", ALPHAS)))
     prior: Float[np.ndarray, "oeb smi"] = np.outer([weight for _, weight in oeb], [weight for _, weight in smi])

@@ -335,6 +335,12 @@ def voted_for(final_answers: pd.Series) -> Any:
 
     Args:
         final_answers: what each answer states, in the order of draws; missing where it states nothing.
+
+    Example:
+        >>> import pandas as pd
+        >>> from stepsal.experiments.results import voted_for
+        >>> voted_for(pd.Series(["3", "5", None, "5"]))
+        1
     """
     counts = Counter(final_answers.dropna())
     if not counts:

@@ -134,6 +134,12 @@ class LostEdit:
 
     Attributes:
         variant: name of the variant.
+
+    Example:
+        >>> from stepsal.experiments.variants import LostEdit
+        >>> edited = stepsal.Variant("steered", edit=lambda model, problem: model.hooks())
+        >>> stepsal.Variant.from_dict(edited.to_dict()).edit
+        LostEdit(variant='steered')
     """
 
     variant: str
@@ -162,6 +168,10 @@ def check_names(variants: Sequence[Variant]) -> None:
 
     Raises:
         ValueError: there is none, or two have the same name.
+
+    Example:
+        >>> from stepsal.experiments.variants import check_names
+        >>> check_names([stepsal.Variant("plain"), stepsal.Variant("short", max_new_tokens=100)])
     """
     names = [variant.name for variant in variants]
     if not names or len(set(names)) < len(names):
@@ -174,6 +184,11 @@ def draws_needed(variants: Iterable[Variant], n_samples: int) -> dict[str, int]:
     Args:
         variants: those to be compared; of several with one key, that with the most votes decides.
         n_samples: samples of each problem under each variant.
+
+    Example:
+        >>> from stepsal.experiments.variants import draws_needed
+        >>> list(draws_needed([stepsal.Variant("one"), stepsal.Variant("five votes", votes=5)], 2).values())
+        [10]
     """
     needed: dict[str, int] = {}
     for variant in variants:

@@ -105,6 +105,7 @@ def planted(mini: TransformerBridge, tmp_path_factory: pytest.TempPathFactory) -
     return calibrate(mini, JudgedTask(mini, PLANTED), 240, folder=folder, settings=SETTINGS, **GREEDY)
 
 
+@pytest.mark.slow
 class TestCalibrate:
     def test_a_planted_optimum_is_found(self, planted: Calibration) -> None:
         assert planted.chosen == PLANTED

@@ -28,6 +28,7 @@ from stepsal.trace.trace import render_prompt
 TASK = ChainTask(length=3, distractors=2)
 SAMPLED = Decoding(temperature=2.0, max_new_tokens=100)
 OPTIONS: dict = {"decoding": SAMPLED, "batch_size": 4, "progress": False}
+SHORT = OPTIONS | {"decoding": SAMPLED.but(max_new_tokens=15)}  # where it does not matter what is written
 VARIANTS = [
     Variant("baseline"),
     Variant("StepFlow", stepflow=stepsal.StepFlowConfig()),
@@ -172,18 +173,17 @@ class PlainVerdict:
 
 
 def test_tasks_of_the_smallest_protocol(mini: TransformerBridge, tmp_path: Path) -> None:
-    options = OPTIONS | {"decoding": SAMPLED.but(max_new_tokens=5)}
     variants = [Variant("baseline"), Variant("short", max_new_tokens=2)]
-    evaluation = evaluate(mini, Plain(), variants, 6, folder=tmp_path, **options)
+    evaluation = evaluate(mini, Plain(), variants, 6, folder=tmp_path, **SHORT)
     assert evaluation.errors("short").to_dict() == {"none": {"none": 3, "wrong": 0}, "wrong": {"none": 0, "wrong": 3}}
     table = evaluation.accuracy()
     assert table["n_different"].tolist() == [2, 2]  # two questions, three times each
     assert (table["high"] - table["low"] > 0.6).all()
     assert pd.isna(evaluation.paired()["mcnemar_p"]).all()
     with pytest.raises(ValueError, match="no `final_answer` to vote with"):
-        evaluate(mini, Plain(), [Variant("votes", votes=2)], 6, folder=tmp_path / "votes", **options)
+        evaluate(mini, Plain(), [Variant("votes", votes=2)], 6, folder=tmp_path / "votes", **SHORT)
     with pytest.raises(ValueError, match="another question as problem 0: the task has changed under its name"):
-        evaluate(mini, Plain("How much"), variants, 6, folder=tmp_path, **options)
+        evaluate(mini, Plain("How much"), variants, 6, folder=tmp_path, **SHORT)
 
 
 def test_a_single_variant_has_tables_too(run: Evaluation) -> None:
@@ -197,10 +197,10 @@ def test_a_single_variant_has_tables_too(run: Evaluation) -> None:
 
 
 def test_more_of_everything_goes_on_with_what_is_there(mini: TransformerBridge, tmp_path: Path) -> None:
-    few = evaluate(mini, TASK, VARIANTS[:1], 3, folder=tmp_path / "grown", **OPTIONS)
+    few = evaluate(mini, TASK, VARIANTS[:1], 3, folder=tmp_path / "grown", **SHORT)
     before = few.answers
-    more = evaluate(mini, TASK, VARIANTS[:2], 5, 2, folder=tmp_path / "grown", **OPTIONS)
-    whole = evaluate(mini, TASK, VARIANTS[:2], 5, 2, folder=tmp_path / "whole", **OPTIONS)
+    more = evaluate(mini, TASK, VARIANTS[:2], 5, 2, folder=tmp_path / "grown", **SHORT)
+    whole = evaluate(mini, TASK, VARIANTS[:2], 5, 2, folder=tmp_path / "whole", **SHORT)
     pd.testing.assert_frame_equal(Evaluation(few.folder, few.variants, 3, 1).answers, before)
     columns = ["variant", "draw", "problem", "response", "correct"]
     pd.testing.assert_frame_equal(more.answers[columns], whole.answers[columns])
@@ -212,14 +212,16 @@ def answer_files(folder: Path) -> list[Path]:
     return list((folder / "parts").glob("[!.]*/answers.parquet"))
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(mini: TransformerBridge, tmp_path: Path) -> None:
+    options = OPTIONS | {"decoding": SAMPLED.but(max_new_tokens=30)}
     code = f"""
 import stepsal
 from stepsal import Decoding, Variant, evaluate
 from stepsal.tasks.chain import ChainTask
 variants = [Variant("baseline"), Variant("StepFlow", stepflow=stepsal.StepFlowConfig())]
 evaluate(stepsal.load("mini"), ChainTask(length=3, distractors=2), variants, 8, 2,
-         folder={str(tmp_path / "killed")!r}, **{OPTIONS!r})
+         folder={str(tmp_path / "killed")!r}, **{options!r})
 """
     process = subprocess.Popen([sys.executable, "-c", code])
     try:
@@ -233,8 +235,8 @@ evaluate(stepsal.load("mini"), ChainTask(length=3, distractors=2), variants, 8, 
     assert 3 <= len(answer_files(tmp_path / "killed")) < 8
     kept = pd.concat([pd.read_parquet(path) for path in answer_files(tmp_path / "killed")])
     (tmp_path / "killed" / "parts" / ".unfinished.part").mkdir()
-    resumed = evaluate(mini, TASK, VARIANTS[:2], 8, 2, folder=tmp_path / "killed", **OPTIONS)
-    whole = evaluate(mini, TASK, VARIANTS[:2], 8, 2, folder=tmp_path / "whole", **OPTIONS)
+    resumed = evaluate(mini, TASK, VARIANTS[:2], 8, 2, folder=tmp_path / "killed", **options)
+    whole = evaluate(mini, TASK, VARIANTS[:2], 8, 2, folder=tmp_path / "whole", **options)
     columns = ["variant", "draw", "problem", "response", "correct"]
     pd.testing.assert_frame_equal(resumed.answers[columns], whole.answers[columns])
     assert len(resumed.answers.merge(kept)) == len(kept)  # on all columns, times included
@@ -242,6 +244,7 @@ evaluate(stepsal.load("mini"), ChainTask(length=3, distractors=2), variants, 8, 
     assert not list((tmp_path / "killed" / "parts").glob(".*.part"))
 
 
+@pytest.mark.slow
 def test_a_kill_while_parts_are_merged_loses_and_doubles_nothing(
     mini: TransformerBridge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,18 +260,18 @@ def test_a_kill_while_parts_are_merged_loses_and_doubles_nothing(
 
     monkeypatch.setattr(os, "rename", killed_at_the_first_deletion)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(mini, TASK, VARIANTS[:2], 5, folder=tmp_path, **OPTIONS)
+        evaluate(mini, TASK, VARIANTS[:2], 5, folder=tmp_path, **SHORT)
     monkeypatch.undo()
     assert len(answer_files(tmp_path)) == 5  # two variants, two batches, and all of it in one
     before = Evaluation(tmp_path, tuple(VARIANTS[:2]), 5, 1).answers
 
     monkeypatch.setattr("stepsal.experiments.evaluate.merge_parts", killed)  # a second kill, with more answers beside
     with pytest.raises(KeyboardInterrupt):
-        evaluate(mini, TASK, VARIANTS[:2], 6, folder=tmp_path, **OPTIONS)
+        evaluate(mini, TASK, VARIANTS[:2], 6, folder=tmp_path, **SHORT)
     monkeypatch.undo()
     assert len(answer_files(tmp_path)) == 3  # what was merged is gone; two new ones
     pd.testing.assert_frame_equal(before, Evaluation(tmp_path, tuple(VARIANTS[:2]), 5, 1).answers)
-    after = evaluate(mini, TASK, VARIANTS[:2], 6, folder=tmp_path, **OPTIONS)
+    after = evaluate(mini, TASK, VARIANTS[:2], 6, folder=tmp_path, **SHORT)
     pd.testing.assert_frame_equal(before, Evaluation(tmp_path, tuple(VARIANTS[:2]), 5, 1).answers)
     assert len(after.answers) == 12
     assert len(answer_files(tmp_path)) == 1
@@ -317,6 +320,7 @@ def random_help(model: TransformerBridge, problem: object) -> AbstractContextMan
     return hidden(model, problem, {needed_and_not(problem)[0]})
 
 
+@pytest.mark.slow
 def test_the_harness_can_tell_help_from_none(mini: TransformerBridge, tmp_path: Path) -> None:
     variants = [
         Variant("forgetful", edit=forgetful),
@@ -355,17 +359,17 @@ def test_folders_that_are_not_what_they_should_be(mini: TransformerBridge, tmp_p
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="no evaluation"):
-        evaluate(mini, TASK, VARIANTS[:1], 1, folder=tmp_path / "foreign", **OPTIONS)
-    evaluate(mini, TASK, VARIANTS[:1], 1, folder=tmp_path / "run", **OPTIONS)
+        evaluate(mini, TASK, VARIANTS[:1], 1, folder=tmp_path / "foreign", **SHORT)
+    evaluate(mini, TASK, VARIANTS[:1], 1, folder=tmp_path / "run", **SHORT)
     (file,) = answer_files(tmp_path / "run")
     content = file.read_bytes()
     file.write_bytes(content[:-20])
     with pytest.raises(ValueError, match=r"is damaged \(.*answers.parquet.*\); delete it, and run the same call again"):
-        evaluate(mini, TASK, VARIANTS[:1], 1, folder=tmp_path / "run", **OPTIONS)
+        evaluate(mini, TASK, VARIANTS[:1], 1, folder=tmp_path / "run", **SHORT)
     file.write_bytes(content)
     shutil.copytree(file.parent, file.parents[1] / "copy")
     with pytest.raises(ValueError, match="an answer twice"):
-        evaluate(mini, TASK, VARIANTS[:1], 1, folder=tmp_path / "run", **OPTIONS)
+        evaluate(mini, TASK, VARIANTS[:1], 1, folder=tmp_path / "run", **SHORT)
 
 
 def test_save_and_load(run: Evaluation, tmp_path: Path) -> None:
@@ -388,15 +392,14 @@ def test_save_and_load(run: Evaluation, tmp_path: Path) -> None:
 
 def test_an_edit_is_not_loaded(mini: TransformerBridge, tmp_path: Path) -> None:
     variants = [Variant("cut", edit=cut, votes=2), Variant("StepFlow", stepflow=stepsal.StepFlowConfig(oeb_layers=()))]
-    options = OPTIONS | {"decoding": SAMPLED.but(max_new_tokens=5)}
-    evaluation = evaluate(mini, TASK, variants, 2, folder=tmp_path, **options)
+    evaluation = evaluate(mini, TASK, variants, 2, folder=tmp_path, **SHORT)
     loaded = Evaluation.load(tmp_path)
     assert loaded.variants[1] == variants[1]
     assert (loaded.variants[0].key, loaded.variants[0].votes) == (variants[0].key, 2)
     pd.testing.assert_frame_equal(loaded.answers, evaluation.answers)
-    assert evaluate(mini, TASK, loaded.variants, 2, folder=tmp_path, **options).accuracy().equals(loaded.accuracy())
+    assert evaluate(mini, TASK, loaded.variants, 2, folder=tmp_path, **SHORT).accuracy().equals(loaded.accuracy())
     with pytest.raises(ValueError, match=r"the edit of variant 'cut' is a function, .* pass Variant\('cut', edit="):
-        evaluate(mini, TASK, loaded.variants, 3, folder=tmp_path, **options)
+        evaluate(mini, TASK, loaded.variants, 3, folder=tmp_path, **SHORT)
 
 
 def test_variants_take_turns() -> None:
