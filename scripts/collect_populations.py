@@ -24,23 +24,26 @@ SUMS = {
 }  # fmt: skip
 DATA = Path(__file__).parents[1] / "data"
 POPULATIONS = {
-    "mini": (ChainTask(length=8, distractors=14), 600, {"max_new_tokens": 330}),
+    "mini": (ChainTask(length=8, distractors=14), 600, stepsal.Decoding(max_new_tokens=330, temperature=1.0)),
     "smollm2": (
-        GymTask("basic_arithmetic", SUMS, INSTRUCTION), 400, {"max_new_tokens": 160, "temperature": 0.6},
+        GymTask("basic_arithmetic", SUMS, INSTRUCTION), 400, stepsal.Decoding(max_new_tokens=160, temperature=0.6),
     ),
 }  # fmt: skip
 SEED = 700_000
 
 
 def main() -> None:
+    """Collect the populations that the command line names, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=", ".join(POPULATIONS))
     for name in parser.parse_args().names or POPULATIONS:
-        task, n, options = POPULATIONS[name]
+        task, n_problems, decoding = POPULATIONS[name]
         folder = DATA / f"population_{name}"
-        population = stepsal.collect(stepsal.load(name), task, n, folder, seed=SEED, part_size=100, **options)
-        n_correct = int(population.traces["correct"].sum())
-        size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+        population = stepsal.collect(
+            stepsal.load(name), task, n_problems, folder, decoding=decoding, seed=SEED, batch_size=100
+        )
+        n_correct = int(population.answers["correct"].sum())
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         print(f"{population}: {n_correct} correct, {size / 1e6:.1f} MB")
 
 

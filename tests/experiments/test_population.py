@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,17 +18,19 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 import stepsal
-from stepsal.experiments.collect import Population, collect
+from stepsal.experiments.collect import collect, missing_batches
+from stepsal.experiments.population import Population
 from stepsal.metrics import flow_metrics, trace_metrics
 from stepsal.tasks.chain import ChainTask
 
 TASK = ChainTask(length=(1, 3), distractors=2)
 N = 10
-OPTIONS = {"max_new_tokens": 120, "part_size": 4, "seed": 7, "progress": False}
+DECODING = stepsal.Decoding(max_new_tokens=120, temperature=1.0)
+OPTIONS = {"decoding": DECODING, "batch_size": 4, "seed": 7, "progress": False}
 SCRIPT = """
 import os
 import torch
-import stepsal.experiments.collect
+import stepsal.experiments.collect, stepsal.experiments.store
 from stepsal.tasks.chain import ChainTask
 torch.set_num_threads(2)  # as in the tests: rounding depends on it
 calls = 0
@@ -39,8 +42,8 @@ def killed(*args, **kwargs):
         os.kill(os.getpid(), 9)
     return original(*args, **kwargs)
 {function} = killed
-stepsal.collect(stepsal.load("mini"), ChainTask(length=(1, 3), distractors=2), 10, {folder!r}, max_new_tokens=120,
-                part_size=4, seed=7, progress=False)
+stepsal.collect(stepsal.load("mini"), ChainTask(length=(1, 3), distractors=2), 10, {folder!r},
+                decoding=stepsal.Decoding(max_new_tokens=120, temperature=1.0), batch_size=4, seed=7, progress=False)
 """
 
 
@@ -57,7 +60,7 @@ def copy(population: Population, folder: Path) -> Path:
 def same(a: Population, b: Population) -> None:
     """The same traces, and the same numbers up to rounding, which may differ between processes."""
     assert len(a) == len(b)
-    pd.testing.assert_frame_equal(a.traces, b.traces, rtol=1e-4, atol=1e-5)
+    pd.testing.assert_frame_equal(a.answers, b.answers, rtol=1e-4, atol=1e-5)
     pd.testing.assert_frame_equal(a.metrics, b.metrics, rtol=1e-3, atol=1e-5)
     for i in range(len(a)):
         assert torch.equal(a.trace(i).tokens, b.trace(i).tokens)
@@ -67,19 +70,20 @@ def same(a: Population, b: Population) -> None:
 def test_traces_maps_and_metrics_come_back(mini: TransformerBridge, whole: Population) -> None:
     assert len(whole) == N
     assert [n for _, n in whole.parts] == [4, 4, 2]
-    rows = whole.traces.set_index("trace")
+    rows = whole.answers.set_index("trace")
     for i in range(N):
         problem = TASK.sample(7 + i)
         trace = stepsal.generate(mini, problem.question, temperature=1.0, max_new_tokens=120, seed=7 + i)
         kept = whole.trace(i)
         assert torch.equal(kept.tokens, trace.tokens)
         assert torch.equal(kept.offsets, trace.offsets)
-        for name in ("question", "response", "text", "steps", "format", "n_prompt", "truncated"):
+        for name in ("question", "response", "text", "steps", "segmentation", "n_prompt", "truncated"):
             assert getattr(kept, name) == getattr(trace, name), name
         verdict = problem.grade(trace)
         assert (rows.loc[i, "correct"], rows.loc[i, "reason"]) == (verdict.correct, verdict.reason)
         assert rows.loc[i, ["n_steps", "n_tokens"]].tolist() == [len(trace.steps), len(trace)]
         saliency = stepsal.step_saliency(mini, trace)
+        assert whole.saliency(i).model_name == "mini"
         torch.testing.assert_close(whole.saliency(i).values, saliency.values, rtol=1e-4, atol=1e-9)
         table = whole.metrics[whole.metrics["trace"] == i].reset_index(drop=True)
         np.testing.assert_allclose(table["lock_in"], flow_metrics(saliency)["lock_in"], rtol=1e-3, atol=1e-6)
@@ -94,19 +98,16 @@ def test_a_killed_run_goes_on_with_nothing_lost_or_doubled(
     mini: TransformerBridge, whole: Population, tmp_path: Path
 ) -> None:
     folder = tmp_path / "killed"
-    kills = {  # function -> (on which call it is killed, traces there are then)
-        "stepsal.experiments.collect.to_disk": (
-            5,
-            0,
-        ),  # while the manifest's folder or the first part is brought to the disk
+    kills = {  # function -> (on which call it is killed, number of traces then)
+        "stepsal.experiments.store.to_disk": (3, 0),  # the first part is brought to the disk
         "os.rename": (2, 4),  # the second part is complete but not in its place
-        "stepsal.experiments.collect._fields_of": (3, 4),  # grading
+        "stepsal.experiments.collect.trace_columns": (3, 4),  # grading
     }
-    for function, (call, there) in kills.items():
+    for function, (call, n_traces) in kills.items():
         script = SCRIPT.format(folder=str(folder), function=function, call=call)
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-        assert done.returncode == -signal.SIGKILL, done.stderr
-        assert len(Population.open(folder)) == there
+        completed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert completed.returncode == -signal.SIGKILL, completed.stderr
+        assert len(Population.load(folder)) == n_traces
     same(collect(mini, TASK, N, folder, **OPTIONS), whole)
     assert not list(folder.rglob("*.part"))
 
@@ -115,7 +116,7 @@ def test_what_a_kill_leaves_half_written_is_removed(mini: TransformerBridge, who
     folder = copy(whole, tmp_path / "half")
     shutil.move(folder / "parts" / "000008", folder / "parts" / ".000008.0.part")
     (folder / "parts" / ".000008.0.part" / "maps.safetensors").write_bytes(b"half")
-    assert len(Population.open(folder)) == 8
+    assert len(Population.load(folder)) == 8
     same(collect(mini, TASK, N, folder, **OPTIONS), whole)
     assert not list((folder / "parts").glob(".*"))
 
@@ -129,10 +130,11 @@ def test_an_interrupted_part_leaves_the_folder_as_it_was(
     def interrupt(path: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("stepsal.experiments.collect.to_disk", interrupt)
+    monkeypatch.setattr("stepsal.experiments.store.to_disk", interrupt)
     with pytest.raises(KeyboardInterrupt):
         collect(mini, TASK, N, folder, **OPTIONS)
     monkeypatch.undo()
+    assert not list((folder / "parts").glob(".*"))
     assert sorted(p.name for p in (folder / "parts").iterdir()) == ["000000", "000004"]
     same(collect(mini, TASK, N, folder, **OPTIONS), whole)
 
@@ -141,17 +143,52 @@ def test_asking_for_more_appends_and_for_fewer_does_nothing(
     mini: TransformerBridge, whole: Population, tmp_path: Path
 ) -> None:
     folder = copy(whole, tmp_path / "more")
-    before = {p: p.stat().st_mtime_ns for p in (folder / "parts").rglob("*.*")}
+    before = {path: path.stat().st_mtime_ns for path in (folder / "parts").rglob("*.*")}
     assert len(collect(mini, TASK, 3, folder, **OPTIONS)) == N
     more = collect(mini, TASK, N + 2, folder, **OPTIONS)
-    assert more.traces["trace"].tolist() == list(range(N + 2))
-    assert more.traces["seed"].tolist() == list(range(7, 7 + N + 2))
-    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert more.answers["trace"].tolist() == list(range(N + 2))
+    assert more.answers["seed"].tolist() == list(range(7, 7 + N + 2))
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_part_that_was_deleted_is_made_anew(mini: TransformerBridge, whole: Population, tmp_path: Path) -> None:
+    folder = copy(whole, tmp_path / "gap")
+    shutil.rmtree(folder / "parts" / "000004")
+    with pytest.raises(ValueError, match=r"traces 4\.\.7 are missing.*collect again"):
+        Population.load(folder)
+    again = collect(mini, TASK, N, folder, **OPTIONS | {"batch_size": 3})
+    assert [n for _, n in again.parts] == [4, 3, 1, 2]
+    same(again, whole)
+
+
+def test_batches_fill_gaps_up_to_what_is_requested() -> None:
+    assert missing_batches([], 5, 2) == [range(0, 2), range(2, 4), range(4, 5)]
+    assert missing_batches([(0, 4)], 3, 2) == []
+    assert missing_batches([(2, 2), (7, 1)], 6, 3) == [range(0, 2), range(4, 6)]
+    assert missing_batches([(0, 1), (6, 1)], 9, 4) == [range(1, 5), range(5, 6), range(7, 9)]
+
+
+def test_a_copy_is_the_same_population(whole: Population, tmp_path: Path) -> None:
+    copied = Population.load(whole.save(tmp_path / "copy"))
+    same(copied, whole)
+    assert copied.manifest == whole.manifest
+    with pytest.raises(ValueError, match="not empty"):
+        whole.save(tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "parts" / "000004")
+    maps = tmp_path / "copy" / "parts" / "000008" / "maps.safetensors"
+    maps.write_bytes(maps.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="000008 is damaged"):
+        copied.save(tmp_path / "again")
+    assert not (tmp_path / "again").exists()
 
 
 def test_other_parameters_and_models_are_refused(mini: TransformerBridge, whole: Population) -> None:
     with pytest.raises(ValueError, match="temperature"):
-        collect(mini, TASK, N, whole.folder, **OPTIONS, temperature=0.5)
+        collect(mini, TASK, N, whole.folder, **OPTIONS | {"decoding": DECODING.but(temperature=0.5)})
+    with pytest.raises(ValueError, match=r"segmentation\.split='sentence', not 'line'"):
+        collect(mini, TASK, N, whole.folder, **OPTIONS, segmentation=stepsal.Segmentation(split="line"))
+    with pytest.raises(ValueError, match=r"saliency\.layers='all', not \[-1\]"):
+        collect(mini, TASK, N, whole.folder, **OPTIONS, layers=-1)
     with pytest.raises(ValueError, match=r"task='chain\(length=1..3, distractors=2\)'"):
         collect(mini, ChainTask(length=2), N, whole.folder, **OPTIONS)
     parameter = next(mini.original_model.parameters())
@@ -164,20 +201,20 @@ def test_other_parameters_and_models_are_refused(mini: TransformerBridge, whole:
     finally:
         with torch.no_grad():
             parameter.copy_(kept)
-    assert collect(mini, TASK, N, whole.folder, **OPTIONS).traces.equals(whole.traces)
+    assert collect(mini, TASK, N, whole.folder, **OPTIONS).answers.equals(whole.answers)
 
 
 def test_parameters_that_fail_leave_no_trace(mini: TransformerBridge, whole: Population, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="temperature=-1"):
-        collect(mini, TASK, N, tmp_path, **OPTIONS, temperature=-1)
-    for target in ("tokn", "attention"):
-        with pytest.raises(ValueError, match=target):
-            collect(mini, TASK, N, tmp_path, **OPTIONS, saliency={"target": target})
-    with pytest.raises(ValueError, match="split=<function"):
-        collect(mini, TASK, N, tmp_path, **OPTIONS, segmentation={"split": lambda before, after: True})
+    for options in ({"target": "tokn"}, {"target": "attention"}, {"reduce": "median"}, {"layers": ()}, {"layers": 8}):
+        ((name, value),) = options.items()
+        with pytest.raises(ValueError, match=f"{name}=.*{re.escape(str(value))}"):
+            collect(mini, TASK, N, tmp_path, **OPTIONS, **options)
+    function = stepsal.Segmentation(split=lambda before, after: True)
+    with pytest.raises(ValueError, match=r"split=<function .* can't be kept in a manifest"):
+        collect(mini, TASK, N, tmp_path, **OPTIONS, segmentation=function)
     with stepsal.stepflow(mini), pytest.raises(ValueError, match=r"collect\(stepflow="):
         collect(mini, TASK, N, tmp_path, **OPTIONS)
-    same(collect(mini, TASK, N, tmp_path, **OPTIONS), whole)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_two_processes_do_not_share_a_folder(mini: TransformerBridge, whole: Population) -> None:
@@ -187,7 +224,7 @@ def test_two_processes_do_not_share_a_folder(mini: TransformerBridge, whole: Pop
         collect(mini, TASK, N, whole.folder, **OPTIONS)
 
 
-@pytest.mark.parametrize("name", ["traces.parquet", "metrics.parquet", "maps.safetensors", "part.json"])
+@pytest.mark.parametrize("name", ["answers.parquet", "metrics.parquet", "maps.safetensors", "part.json"])
 @pytest.mark.parametrize("how", ["cut", "flipped", "gone"])
 def test_a_damaged_part_is_named(whole: Population, tmp_path: Path, name: str, how: str) -> None:
     folder = copy(whole, tmp_path / "damaged")
@@ -200,29 +237,33 @@ def test_a_damaged_part_is_named(whole: Population, tmp_path: Path, name: str, h
     else:
         data[-9] ^= 0xFF  # in the values of the last map, or the end of a document
         file.write_bytes(data)
-    with pytest.raises(ValueError, match=r"000004 is damaged.*delete it and all later parts"):
-        Population.open(folder)
+    with pytest.raises(ValueError, match=r"000004 is damaged.*delete it, and run the same call again"):
+        Population.load(folder)
 
 
 def test_foreign_and_unfit_folders_are_told(mini: TransformerBridge, whole: Population, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        Population.open(tmp_path / "nowhere")
+        Population.load(tmp_path / "nowhere")
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="no population"):
         collect(mini, TASK, N, tmp_path, **OPTIONS)
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != ".lock") == ["thesis.txt"]
-    folder = copy(whole, tmp_path / "gap")
-    shutil.rmtree(folder / "parts" / "000004")
-    with pytest.raises(ValueError, match=r"traces 4\.\.7 are missing"):
-        Population.open(folder)
+    folder = copy(whole, tmp_path / "twice")
+    shutil.copytree(folder / "parts" / "000004", folder / "parts" / "000006")
+    with pytest.raises(ValueError, match="000006 begins with traces that the part before it has"):
+        Population.load(folder)
+    os.rename(folder / "parts" / "000006", folder / "parts" / "mine")
+    with pytest.raises(ValueError, match="mine is no part of a population"):
+        Population.load(folder)
+    shutil.rmtree(folder / "parts" / "mine")
     manifest = folder / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"version": 99}))
     with pytest.raises(ValueError, match="version 99"):
-        Population.open(folder)
+        Population.load(folder)
     manifest.write_text("{")
     with pytest.raises(ValueError, match="damaged"):
-        Population.open(folder)
-    with pytest.raises(ValueError, match="n=0"):
+        Population.load(folder)
+    with pytest.raises(ValueError, match="n_problems=0"):
         collect(mini, TASK, 0, folder)
     with pytest.raises(IndexError, match="traces 0"):
         whole.trace(N)
@@ -231,13 +272,23 @@ def test_foreign_and_unfit_folders_are_told(mini: TransformerBridge, whole: Popu
 def test_layers_and_stepflow_are_kept(mini: TransformerBridge, tmp_path: Path) -> None:
     config = stepsal.StepFlowConfig()
     population = collect(
-        mini, TASK, 2, tmp_path / "edited", **OPTIONS, stepflow=config, saliency={"layers": "deep", "reduce": "mass"}
+        mini,
+        TASK,
+        2,
+        tmp_path / "edited",
+        **OPTIONS,
+        stepflow=config,
+        layers="deep",
+        reduce="mass",
+        segmentation=stepsal.Segmentation(split="line"),
     )
     saliency = population.saliency(1)
     assert saliency.layers == (6, 7)
     assert saliency.reduce == "mass"
-    with stepsal.stepflow(mini, config):
-        again = stepsal.step_saliency(mini, population.trace(1), layers="deep", reduce="mass")
+    trace = population.trace(1)
+    assert trace.segmentation == stepsal.Segmentation(format="think", split="line")
+    with stepsal.stepflow(mini, config, segmentation=trace.segmentation):
+        again = stepsal.step_saliency(mini, trace, layers="deep", reduce="mass")
     torch.testing.assert_close(saliency.values, again.values, rtol=1e-4, atol=1e-9)
     assert population.manifest["stepflow"] == json.loads(json.dumps(config.to_dict()))
     assert os.listdir(population.folder / "parts") == ["000000"]

@@ -31,8 +31,8 @@ ROOT = Path(__file__).parents[2]
 RECORDS = ROOT / "tests" / "records" / "version_1"
 KINDS = {"population": "population", "calibration/search": "evaluation", "calibration": "calibration"}
 
-# Migrates a copy of a folder in a forked process that is killed before its k-th change of files, for k = 1, 2, ... until
-# it comes to its end, or for every third k, and tells the last k.
+# Migrates a copy of a folder in a forked process that is killed before its k-th change of files, for k = 1, 1 + stride,
+# ... until it comes to its end, and tells the last k.
 KILLED = """
 import os, sys
 from pathlib import Path
