@@ -6,6 +6,7 @@ import tokenizers
 import torch
 import transformers
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 import stepsal
 
@@ -68,3 +69,14 @@ def tiny_chat(architecture: str, **overrides: object) -> TransformerBridge:
     """A random model with a tokenizer."""
     hf_model = tiny_hf_model(architecture, max_position_embeddings=512, **overrides)
     return stepsal.load(f"tiny-{architecture}", hf_model=hf_model, tokenizer=char_tokenizer())
+
+
+def booted_elsewhere(
+    hf_model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerFast | None = None
+) -> TransformerBridge:
+    """A bridge that was not made, and so not checked, by `stepsal.load`; with its tokenizer as it is."""
+    model = build_bridge_from_module(
+        hf_model, type(hf_model).__name__, hf_config=hf_model.config, tokenizer=None, model_name="elsewhere"
+    )
+    model.tokenizer = tokenizer
+    return model

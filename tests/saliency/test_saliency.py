@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import io
+import typing
 from collections.abc import Callable
 
 import brute_force
@@ -16,9 +18,10 @@ import stepsal
 from stepsal.maps.pooling import pool_steps
 from stepsal.saliency.own_position import own_position_hooks
 from stepsal.saliency.pattern import pattern_maps
+from stepsal.saliency.request import MapRequest
 from stepsal.saliency.streamed import streamed_maps
 from stepsal.tasks import chain
-from stepsal.trace import Trace
+from stepsal.trace import Segmentation, Trace
 
 STEP_IDS = torch.tensor([-1, -1] + [0] * 6 + [1] * 5 + [2] * 4 + [-1] + [3] * 6)
 N_STEPS = 4
@@ -35,6 +38,10 @@ def chain_trace(mini: TransformerBridge) -> Trace:
     return Trace.from_text(problem.question, problem.solution(), mini)
 
 
+def request(tokens: torch.Tensor, **options: object) -> MapRequest:
+    return MapRequest(tokens, STEP_IDS, N_STEPS, **options)
+
+
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float((got - expected).norm() / expected.norm())
 
@@ -48,7 +55,7 @@ def logits_of(model: TransformerBridge, tokens: torch.Tensor) -> torch.Tensor:
 def test_exact_on_every_architecture(tiny: TransformerBridge, tokens: torch.Tensor, target: str) -> None:
     expected = brute_force.token_saliency(tiny, tokens, target)
     layers = tuple(range(tiny.cfg.n_layers))
-    maps = pattern_maps(tiny, tokens, STEP_IDS, N_STEPS, layers=layers, target=target, keep_tokens=True)
+    maps = pattern_maps(tiny, request(tokens, layers=layers, target=target, keep_tokens=True))
     for layer in layers:
         assert expected[layer].norm() > 0
         assert relative_error(maps.tokens[layer], expected[layer]) <= 1e-5
@@ -71,8 +78,8 @@ def test_exact_step_maps_of_the_embedded_reasoner(
 
 def test_targets_differ_except_in_the_last_layer(tiny: TransformerBridge, tokens: torch.Tensor) -> None:
     layers = tuple(range(tiny.cfg.n_layers))
-    token = pattern_maps(tiny, tokens, STEP_IDS, N_STEPS, layers=layers, target="token").sums
-    sequence = pattern_maps(tiny, tokens, STEP_IDS, N_STEPS, layers=layers, target="sequence").sums
+    token = pattern_maps(tiny, request(tokens, layers=layers, target="token")).sums
+    sequence = pattern_maps(tiny, request(tokens, layers=layers, target="sequence")).sums
     assert torch.allclose(token[-1], sequence[-1])  # nothing after the last layer mixes positions
     assert relative_error(token[0], sequence[0]) > 0.05
 
@@ -92,7 +99,7 @@ def test_edits_by_other_hooks_are_part_of_the_model(tiny: TransformerBridge, tok
     layers = tuple(range(tiny.cfg.n_layers))
     with tiny.hooks(fwd_hooks=edits):
         expected = brute_force.token_saliency(tiny, tokens, target)
-        maps = pattern_maps(tiny, tokens, STEP_IDS, N_STEPS, layers=layers, target=target, keep_tokens=True)
+        maps = pattern_maps(tiny, request(tokens, layers=layers, target=target, keep_tokens=True))
     for layer in layers:
         assert relative_error(maps.tokens[layer], expected[layer]) <= 1e-5
 
@@ -154,19 +161,19 @@ def test_a_bar_counts_layers(
         bars.append(tqdm(*arguments, **options | {"file": io.StringIO(), "delay": 0}))
         return bars[-1]
 
-    monkeypatch.setattr("stepsal.saliency.tqdm", bar)
+    monkeypatch.setattr("stepsal.saliency.step_maps.tqdm", bar)
     stepsal.step_saliency(mini, [chain_trace] * n_traces, engine=engine, layers=[1, 2, 5])
     assert [b.n for b in bars[1:]] == [3] * n_traces
     assert shown == [n_traces > 1] + [True] * n_traces
     assert all(b.leave is (n_traces == 1) for b in bars[1:])
 
 
-def test_sum_and_mean_agree_through_the_number_of_pairs(mini: TransformerBridge, chain_trace: Trace) -> None:
-    mean = stepsal.step_saliency(mini, chain_trace, reduce="density").values
+def test_density_and_mass_agree_through_the_number_of_pairs(mini: TransformerBridge, chain_trace: Trace) -> None:
+    density = stepsal.step_saliency(mini, chain_trace, reduce="density").values
     mass = stepsal.step_saliency(mini, chain_trace, reduce="mass").values
     lengths = torch.tensor([step.end - step.start for step in chain_trace.steps], dtype=torch.float32)
-    below = torch.ones(mean.shape[1:]).tril(-1).bool()
-    assert torch.allclose((mean * lengths)[:, below], mass[:, below], rtol=1e-5)
+    below = torch.ones(density.shape[1:]).tril(-1).bool()
+    assert torch.allclose((density * lengths)[:, below], mass[:, below], rtol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -177,11 +184,11 @@ def test_attention_alone_is_that_of_the_plain_model(architecture: str, tokens: t
         expected = torch.stack(plain(tokens[None], output_attentions=True).attentions)[:, 0]  # [layer, head, pos, pos]
     model = stepsal.load("tiny", hf_model=tiny_hf_model(architecture))
     options: dict = {"layers": (0, 1, 2, 3), "target": "attention", "keep_heads": True}
-    maps = pattern_maps(model, tokens, STEP_IDS, N_STEPS, **options, keep_tokens=True)
+    maps = pattern_maps(model, request(tokens, **options, keep_tokens=True))
     assert relative_error(maps.tokens, expected.mean(1)) <= 1e-5
     pooled = pool_steps(expected, STEP_IDS, N_STEPS)
     assert relative_error(maps.head_sums, pooled) <= 1e-5
-    streamed = streamed_maps(model, tokens, STEP_IDS, N_STEPS, **options, n_rows=7)
+    streamed = streamed_maps(model, request(tokens, **options), n_rows=7)
     assert relative_error(streamed.head_sums, pooled) <= 1e-5
     assert relative_error(streamed.sums, pooled.mean(1)) <= 1e-5
     assert not any(len(point.fwd_hooks) for point in model.hook_dict.values())
@@ -229,7 +236,7 @@ class TestNothingIsLeftBehind:
         )
 
     def run(self, model: TransformerBridge, tokens: torch.Tensor) -> None:
-        pattern_maps(model, tokens, STEP_IDS, N_STEPS, layers=(0, 1, 2, 3), target="token")
+        pattern_maps(model, request(tokens, layers=(0, 1, 2, 3), target="token"))
 
     @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
     @pytest.mark.parametrize("when", ["forward", "backward"])
@@ -273,7 +280,7 @@ def test_nan_is_reported_with_its_layer(tokens: torch.Tensor) -> None:
     with torch.no_grad():
         model.blocks[2].attn.o.original_component.weight[0, 0] = float("nan")
     with pytest.raises(FloatingPointError, match="layer 3"):  # the backward pass meets the last layer first
-        pattern_maps(model, tokens, STEP_IDS, N_STEPS, layers=(0, 1, 2, 3), target="token")
+        pattern_maps(model, request(tokens, layers=(0, 1, 2, 3), target="token"))
 
 
 class TestErrors:
@@ -283,8 +290,10 @@ class TestErrors:
             ({"target": "tokens"}, "target='tokens'.*'token', 'sequence'"),
             ({"engine": "fast"}, "engine='fast'.*'auto', 'pattern'"),
             ({"reduce": "max"}, "reduce='max'.*'density', 'mass'"),
-            ({"layers": [8]}, r"layers=\[8\] must name layers in -8..7"),
-            ({"layers": []}, r"layers=\[\]"),
+            ({"layers": [8]}, r"layers=\[8\]: there is no layer 8 in a model of 8 layers"),
+            ({"layers": "bottom-quarter"}, "layers='bottom-quarter' names no layers"),
+            ({"layers": None}, "layers=None names no layers"),
+            ({"layers": []}, r"layers=\[\] names no layer, so there is nothing to map"),
         ],
     )
     def test_bad_options(self, mini: TransformerBridge, chain_trace: Trace, options: dict, message: str) -> None:
@@ -300,6 +309,63 @@ class TestErrors:
         model = stepsal.load("short", hf_model=tiny_hf_model("Llama", max_position_embeddings=16))
         with pytest.raises(ValueError, match=rf"{len(chain_trace)} tokens but 'short' takes 16"):
             stepsal.step_saliency(model, chain_trace)
+
+
+class TestSegmentation:
+    """Under StepFlow, traces and StepFlow are cut in one way."""
+
+    @staticmethod
+    def trace(model: TransformerBridge, split: str) -> Trace:
+        problem = chain.sample(3, length=2)
+        return Trace.from_text(problem.question, problem.solution(), model, segmentation=Segmentation(split=split))
+
+    def test_stepflow_follows_the_trace(self, mini: TransformerBridge) -> None:
+        config = stepsal.StepFlowConfig(oeb_layers=(), smi_layers="all", alpha=0.5)
+        trace = self.trace(mini, "line")
+        options: dict = {"layers": [0, 7], "stepflow": None}
+        given = stepsal.step_saliency(mini, trace, layers=[0, 7], stepflow=config)
+        with stepsal.stepflow(mini, config, segmentation=Segmentation(split="line")):
+            around = stepsal.step_saliency(mini, trace, **options)
+        assert torch.equal(given.values, around.values)
+        assert given.metadata["stepflow"] == around.metadata["stepflow"] == config.to_dict()
+        plain = stepsal.step_saliency(mini, trace, **options)
+        assert not torch.equal(given.values, plain.values)
+
+    @pytest.mark.parametrize("function", [stepsal.step_saliency, stepsal.step_attention])
+    def test_a_mismatch_with_an_open_context_is_refused(self, mini: TransformerBridge, function: Callable) -> None:
+        trace, calls = self.trace(mini, "line"), []
+        with (
+            stepsal.stepflow(mini),
+            mini.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", lambda x, hook: calls.append(1))]),
+            pytest.raises(ValueError, match=r"split='sentence'.*split='line'"),
+        ):
+            function(mini, trace)
+        assert not calls
+
+    def test_traces_of_two_cuts_are_mapped_one_by_one(self, mini: TransformerBridge) -> None:
+        traces = [self.trace(mini, split) for split in ("line", "sentence")]
+        with pytest.raises(ValueError, match=r"split='line'.*split='sentence'.*map them one by one under StepFlow"):
+            stepsal.step_saliency(mini, traces, stepflow=stepsal.StepFlowConfig())
+        with stepsal.stepflow(mini), pytest.raises(ValueError, match="map them one by one under StepFlow"):
+            stepsal.step_saliency(mini, traces)
+        assert len(stepsal.step_saliency(mini, traces, layers=-1)) == 2  # without StepFlow each has its own
+
+    def test_no_trace_gives_no_map(self, mini: TransformerBridge) -> None:
+        assert stepsal.step_saliency(mini, []) == []
+        assert stepsal.step_attention(mini, [], stepflow=stepsal.StepFlowConfig()) == []
+
+
+@pytest.mark.parametrize("function", [stepsal.step_saliency, stepsal.step_attention])
+def test_signatures_are_written_out(function: Callable) -> None:
+    signature = inspect.signature(function)
+    assert not {p.kind for p in signature.parameters.values()} & {inspect.Parameter.VAR_KEYWORD}
+    overloads = [inspect.signature(overload) for overload in typing.get_overloads(function)]
+    assert len(overloads) == 2
+    for overload in overloads:
+        assert list(overload.parameters) == list(signature.parameters)
+        for name, parameter in signature.parameters.items():
+            assert overload.parameters[name].default == parameter.default
+            assert name == "trace" or overload.parameters[name].annotation == parameter.annotation
 
 
 def test_every_architecture_is_covered() -> None:

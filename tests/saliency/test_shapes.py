@@ -11,16 +11,16 @@ import psutil
 import pytest
 import torch
 import transformers
-from test_stepflow import decoded, logits_of
+from forward_passes import decoded, logits_of
 from tiny_models import char_tokenizer
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers.initialization import no_init_weights
 
 import stepsal
-from stepsal.bridge.presets import preset
+from stepsal.bridge.presets import FAMILIES, family, preset_format
 from stepsal.intervention import StepFlowConfig
-from stepsal.trace import Trace
+from stepsal.trace import Segmentation, Trace
 
 QWEN2 = {"num_key_value_heads": 8, "hidden_size": 5120, "num_attention_heads": 40, "rms_norm_eps": 1e-5}
 SHAPES = {
@@ -63,7 +63,7 @@ def wide(request: pytest.FixtureRequest) -> TransformerBridge:
 
 
 def trace_of(model: TransformerBridge, response: str = RESPONSE) -> Trace:
-    return Trace.from_text("How many?", response, model, format="think")
+    return Trace.from_text("How many?", response, model, segmentation=Segmentation(format="think"))
 
 
 def relative(values: Tensor, expected: Tensor) -> float:
@@ -71,7 +71,7 @@ def relative(values: Tensor, expected: Tensor) -> float:
 
 
 def test_attention_is_wide(wide: TransformerBridge) -> None:
-    assert preset(wide) == preset(wide.cfg.model_name)
+    assert preset_format(wide) == FAMILIES[family(wide.cfg.model_name)]
     assert wide.cfg.n_heads * wide.cfg.d_head >= 3584
     assert wide.cfg.n_key_value_heads < wide.cfg.n_heads
 
@@ -90,7 +90,7 @@ def test_saliency_is_exact_and_streamed_the_same(wide: TransformerBridge) -> Non
 def test_decoding_under_stepflow_is_reading_under_it(wide: TransformerBridge) -> None:
     trace, config = trace_of(wide), StepFlowConfig(oeb_layers="all", smi_layers="all", tau_max=0.4, alpha=0.5)
     plain = logits_of(wide, trace.tokens[None])
-    with stepsal.stepflow(wide, config.but(format="think")) as log:
+    with stepsal.stepflow(wide, config, segmentation=Segmentation(format="think")) as log:
         full = logits_of(wide, trace.tokens[None])
         step_by_step = decoded(wide, trace.tokens[None], trace.n_prompt)
     assert (full - plain).norm() / plain.norm() > 1e-3

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,14 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 import stepsal
-from stepsal import devices
+from stepsal.bridge.attention import Attention, attention_of, unembed
 from stepsal.saliency import memory
-from stepsal.saliency.blocks import Attention, Workspace, attend, attend_backward, attention_of, row_blocks
+from stepsal.saliency.blocks import Workspace, attend, attend_backward, row_blocks
 from stepsal.saliency.pattern import pattern_maps
-from stepsal.saliency.streamed import StreamedPass, streamed_maps, unembed
+from stepsal.saliency.request import MapRequest
+from stepsal.saliency.streamed import StreamedPass, streamed_maps
 from stepsal.tasks import chain
-from stepsal.trace import Trace
+from stepsal.trace import Segmentation, Trace
 
 RESPONSE = (
     "First we read the list. Then we count 3.5 of them, twice. The sum is seven.</think>It is seven. That is all."
@@ -34,7 +36,7 @@ RESPONSE = (
 
 
 def checkpoint_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_ALL_KEPT", "_KEPT"):
+    for name in ("_ALL_LAYERS_KEPT", "_SOME_LAYERS_KEPT"):
         monkeypatch.setattr(memory, name, 0)
 
 
@@ -82,12 +84,12 @@ def cases(draw: st.DrawFn) -> dict:
 @given(case=cases())
 def test_the_same_maps_as_the_pattern_engine(models: dict[str, TransformerBridge], case: dict) -> None:
     model = models[case["architecture"]]
-    arguments = (model, case["tokens"], case["step_ids"], case["n_steps"])
-    options = {"layers": case["layers"], "target": case["target"]}
-    expected = pattern_maps(*arguments, **options, keep_heads=True)
-    engine = {"n_rows": case["n_rows"], "n_kept": case["n_kept"]}
-    got = streamed_maps(*arguments, **options, **engine)
-    heads = streamed_maps(*arguments, **options, **engine, keep_heads=True)
+    request = MapRequest(case["tokens"], case["step_ids"], case["n_steps"], case["layers"], case["target"])
+    with_heads = replace(request, keep_heads=True)
+    expected = pattern_maps(model, with_heads)
+    got, heads = (
+        streamed_maps(model, asked, n_rows=case["n_rows"], n_kept=case["n_kept"]) for asked in (request, with_heads)
+    )
     assert got.head_sums is None
     # one row of one block may be all there is, and that zero up to rounding: hence a millionth of the size of the whole
     rounding = 1e-6 * float(expected.head_sums.norm()) + 1e-30
@@ -103,9 +105,9 @@ def test_every_layer_of_every_architecture(
 ) -> None:
     step_ids = torch.tensor([-1, -1] + [0] * 16 + [1] * 15 + [2] * 14 + [-1] + [3] * 16)
     tokens = torch.randint(0, 160, (len(step_ids),), generator=torch.Generator().manual_seed(1))
-    options: dict = {"layers": (0, 1, 2, 3), "target": target}
-    expected = pattern_maps(models[architecture], tokens, step_ids, 4, **options)
-    got = streamed_maps(models[architecture], tokens, step_ids, 4, **options, n_rows=17)
+    request = MapRequest(tokens, step_ids, 4, (0, 1, 2, 3), target)
+    expected = pattern_maps(models[architecture], request)
+    got = streamed_maps(models[architecture], request, n_rows=17)
     assert max(errors(got.sums, expected.sums)) <= 1e-4
 
 
@@ -132,7 +134,10 @@ class TestRealTraces:
 
     def test_without_a_summary(self, mini: TransformerBridge) -> None:
         trace = Trace.from_text(
-            "Anna is 1 plus 1. What is Anna?", "Anna needs nothing. Anna is 2.", mini, format="think"
+            "Anna is 1 plus 1. What is Anna?",
+            "Anna needs nothing. Anna is 2.",
+            mini,
+            segmentation=Segmentation(format="think"),
         )
         assert "summary" not in trace.roles
         expected = stepsal.step_saliency(mini, trace, engine="pattern")
@@ -225,8 +230,8 @@ class TestAttention:
             q.detach(), k.detach(), v.detach(), dz.detach(), attention, n_rows, workspace, own_position=own, visit=visit
         )
         torch.testing.assert_close(seen, expected)
-        for got, wanted in zip(gradients, (dq, dk, dv), strict=True):
-            torch.testing.assert_close(got, wanted)
+        for got, gradient in zip(gradients, (dq, dk, dv), strict=True):
+            torch.testing.assert_close(got, gradient)
 
     @given(n_pos=st.integers(1, 300), n_rows=st.integers(1, 70), window=st.none() | st.integers(1, 80))
     def test_blocks_cover_all_rows_with_the_largest_first(self, n_pos: int, n_rows: int, window: int | None) -> None:
@@ -248,8 +253,8 @@ class TestAttention:
                 taken.setdefault(name, set()).add(buffer.untyped_storage().data_ptr())
                 return buffer
 
-        arguments = (mini, trace.tokens, trace.step_ids, len(trace.steps))
-        streamed_maps(*arguments, layers=(0, 3, 7), target="token", n_rows=16, workspace=Watched())
+        request = MapRequest(trace.tokens, trace.step_ids, len(trace.steps), layers=(0, 3, 7))
+        streamed_maps(mini, request, n_rows=16, workspace=Watched())
         assert {name: len(pointers) for name, pointers in taken.items()} == {"scores": 1, "pattern": 1, "size": 1}
 
     def test_buffers_are_used_again(self) -> None:
@@ -380,9 +385,8 @@ class TestWindows:
         model = stepsal.load(family, hf_model=hf_model)
         step_ids = torch.tensor([0] * 16 + [1] * 15 + [2] * 14)
         tokens = torch.randint(0, 160, (len(step_ids),), generator=torch.Generator().manual_seed(1))
-        settings: dict = {"layers": (0, 1, 2, 3), "target": "token"}
-        expected = pattern_maps(model, tokens, step_ids, 3, **settings)
-        assert max(errors(streamed_maps(model, tokens, step_ids, 3, **settings).sums, expected.sums)) <= 1e-4
+        request = MapRequest(tokens, step_ids, 3, layers=(0, 1, 2, 3))
+        assert max(errors(streamed_maps(model, request).sums, pattern_maps(model, request).sums)) <= 1e-4
 
 
 class TestRefusals:
@@ -414,7 +418,7 @@ class TestRefusals:
     def test_stepflow_and_token_maps(self, mini: TransformerBridge) -> None:
         trace = Trace.from_text("Anna is 1 plus 1. What is Anna?", " Anna needs nothing.", mini)
         with pytest.raises(ValueError, match="StepFlow edits whole patterns"):
-            stepsal.step_saliency(mini, trace, engine="streamed", stepflow=stepsal.StepFlowConfig(oeb_layers=None))
+            stepsal.step_saliency(mini, trace, engine="streamed", stepflow=stepsal.StepFlowConfig(oeb_layers=()))
         with pytest.raises(ValueError, match="token maps are whole"):
             stepsal.step_saliency(mini, trace, engine="streamed", keep_tokens=True)
 
@@ -478,26 +482,12 @@ class TestMemory:
         with pytest.raises(MemoryError, match=r"but .* GB are free"):
             memory.plan(mini, n_tokens, 20, **options)
 
-    def test_blocks_get_smaller_with_free_memory(
-        self, smollm2: TransformerBridge, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_blocks_get_smaller_with_free_memory(self, smollm2: TransformerBridge) -> None:
         rows = []
         for free in (10**12, 136 * 10**6, 68 * 10**6):
-            monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
-            sizes = memory._Sizes(smollm2, 8192, 20, tuple(range(30)), False, False, False)
-            rows.append(sizes.streamed(free).n_rows)
+            widths = memory._Widths.of(smollm2)
+            rows.append(memory._streamed_plan(widths, 8192, 30, 0, free, forward_only=False).n_rows)
         assert rows[0] > rows[1] > rows[2] >= 16
-
-    def test_the_limit_of_a_container_counts(self, tmp_path: Path) -> None:
-        own, inner = tmp_path / "self", tmp_path / "root" / "pod" / "box"
-        inner.mkdir(parents=True)
-        own.write_text("0::/pod/box\n")
-        for group, limit, used in ((inner, "max", 70), (inner.parent, "100", 90), (tmp_path / "root", "max", 500)):
-            (group / "memory.max").write_text(f"{limit}\n")
-            (group / "memory.current").write_text(f"{used}\n")
-            (group / "memory.stat").write_text("anon 60\ninactive_file 30\n")
-        assert devices.left_in_control_groups(tmp_path / "root", own) == [40]
-        assert devices.left_in_control_groups(tmp_path / "root", tmp_path / "none") == []
 
     def test_the_engine_is_chosen_by_size(self, smollm2: TransformerBridge) -> None:
         options: dict = {"layers": tuple(range(30)), "keep_heads": False, "keep_tokens": False, "engine": "auto"}

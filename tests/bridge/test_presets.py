@@ -1,0 +1,77 @@
+"""Formats of models: by the last part of the name, then by the chat template, then by the architecture."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from transformer_lens.model_bridge import TransformerBridge
+
+from stepsal.bridge.presets import ARCHITECTURES, EMBEDDED, FAMILIES, TEMPLATE_MARKERS, family, preset_format
+from stepsal.trace.formats import FORMATS
+
+
+def named(name: str, template: object = None, architecture: str = "LlamaForCausalLM", tokenizer: bool = True) -> object:
+    return SimpleNamespace(
+        cfg=SimpleNamespace(model_name=name, architecture=architecture),
+        tokenizer=SimpleNamespace(chat_template=template) if tokenizer else None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", "think"),
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", "think"),
+        ("Qwen/QwQ-32B", "think"),
+        ("openai/gpt-oss-20b", "harmony"),
+        ("Qwen/Qwen3-8B", "think"),
+        ("/models/llama-zoo/Qwen3-8B/", "think"),
+        ("C:\\models\\gpt-oss-20b", "harmony"),
+        ("smollm2", "plain"),
+        ("mini", "think"),
+    ],
+)
+def test_names_tell_the_format(name: str, format: str) -> None:
+    assert preset_format(named(name)) == format
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "/models/qwen3-zoo/llama",
+        "qwen3/llama",
+        "deepseek-r1/../gpt2",
+        "gpt-oss\\llama\\",
+        "microsoft/Phi-3.5-mini-instruct",
+        "/models/mini",
+        "models--Qwen--Qwen3-8B/snapshots/1a2b3c",
+        "",
+    ],
+)
+def test_only_the_last_part_of_a_path_counts(name: str) -> None:
+    assert family(name) is None
+    assert preset_format(named(name)) is None
+
+
+def test_then_the_chat_template_then_the_architecture() -> None:
+    qwen3 = "Qwen3ForCausalLM"
+    assert preset_format(named("/models/qwen3-zoo/llama", "... </think> ...")) == "think"
+    assert preset_format(named("x", "<|channel|>analysis</think>", qwen3)) == "harmony"
+    assert preset_format(named("gpt-oss-20b", "... </think> ...", qwen3)) == "harmony"
+    assert preset_format(named("x", {"default": "plain", "reason": "... </think> ..."})) == "think"
+    assert preset_format(named("x", "{{ messages }}", qwen3)) == "think"
+    assert preset_format(named("x", None, "GptOssForCausalLM", tokenizer=False)) == "harmony"
+    assert preset_format(named("x", tokenizer=False)) is None
+
+
+def test_real_models(mini: TransformerBridge, tiny: TransformerBridge, tiny_with_text: TransformerBridge) -> None:
+    assert preset_format(mini) == "think"
+    for model in (tiny, tiny_with_text):  # without a tokenizer, and with a template that only opens the thinking
+        assert preset_format(model) == ARCHITECTURES.get(model.cfg.architecture)
+
+
+def test_every_format_is_one_that_there_is() -> None:
+    for table in (EMBEDDED, FAMILIES, TEMPLATE_MARKERS, ARCHITECTURES):
+        assert set(table.values()) <= set(FORMATS)
+    assert all(part == part.lower() for part in FAMILIES)
