@@ -43,10 +43,10 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + cached
-    return min([int(psutil.virtual_memory().available), *left_in_control_groups()])
+    return min([int(psutil.virtual_memory().available), *free_in_control_groups()])
 
 
-def left_in_control_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
+def free_in_control_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
     """Return what each control group of this process, such as a container, leaves it: limit minus use without caches.
 
     Args:

@@ -123,7 +123,10 @@ class StreamedPass:
     Args:
         model: the model.
         request: the trace, and which maps of it.
-        n_rows, n_kept, workspace, on_layer: see `streamed_maps`.
+        n_rows: query rows per block.
+        n_kept: layers, from the top, that are not checkpointed.
+        workspace: buffers.
+        on_layer: called whenever a layer has been pooled.
 
     Attributes:
         sums: layer -> block sums, filled in the backward pass; in the forward pass for target="attention".

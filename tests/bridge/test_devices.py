@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from stepsal.bridge import devices
-from stepsal.bridge.devices import devices_of, free_bytes, freed_at_once, left_in_control_groups
+from stepsal.bridge.devices import devices_of, free_bytes, freed_at_once, free_in_control_groups
 
 
 def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,9 +20,9 @@ def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.Mon
         (group / "memory.max").write_text(f"{limit}\n")
         (group / "memory.current").write_text(f"{used}\n")
         (group / "memory.stat").write_text("anon 60\ninactive_file 30\n")
-    assert left_in_control_groups(tmp_path / "root", own) == [40]
-    assert left_in_control_groups(tmp_path / "root", tmp_path / "none") == []
-    monkeypatch.setattr(devices, "left_in_control_groups", lambda: [40])
+    assert free_in_control_groups(tmp_path / "root", own) == [40]
+    assert free_in_control_groups(tmp_path / "root", tmp_path / "none") == []
+    monkeypatch.setattr(devices, "free_in_control_groups", lambda: [40])
     assert free_bytes(torch.device("cpu")) == 40
 
 
