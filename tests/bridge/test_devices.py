@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from stepsal.bridge import devices
-from stepsal.bridge.devices import devices_of, free_bytes, freed_at_once, free_in_control_groups
+from stepsal.bridge.devices import devices_of, free_bytes, free_in_control_groups, freed_at_once
 
 
 def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
