@@ -32,7 +32,7 @@ import os
 import torch
 import stepsal.experiments.collect, stepsal.experiments.store
 from stepsal.tasks.chain import ChainTask
-torch.set_num_threads(2)  # as in the tests: rounding depends on it
+torch.set_num_threads(1)  # as in the tests: rounding depends on it
 calls = 0
 original = {function}
 def killed(*args, **kwargs):
