@@ -321,15 +321,17 @@ class TestSegmentation:
 
     def test_stepflow_follows_the_trace(self, mini: TransformerBridge) -> None:
         config = stepsal.StepFlowConfig(oeb_layers=(), smi_layers="all", alpha=0.5)
-        trace = self.trace(mini, "line")
+        words = r"\bis\b"  # of which a line has several, so that there are steps to inject at
+        trace = self.trace(mini, words)
+        assert trace.roles.count("thinking") > 2
         options: dict = {"layers": [0, 7], "stepflow": None}
-        given = stepsal.step_saliency(mini, trace, layers=[0, 7], stepflow=config)
-        with stepsal.stepflow(mini, config, segmentation=Segmentation(split="line")):
+        with_config = stepsal.step_saliency(mini, trace, layers=[0, 7], stepflow=config)
+        with stepsal.stepflow(mini, config, segmentation=Segmentation(split=words)):
             around = stepsal.step_saliency(mini, trace, **options)
-        assert torch.equal(given.values, around.values)
-        assert given.metadata["stepflow"] == around.metadata["stepflow"] == config.to_dict()
+        assert torch.equal(with_config.values, around.values)
+        assert with_config.metadata["stepflow"] == around.metadata["stepflow"] == config.to_dict()
         plain = stepsal.step_saliency(mini, trace, **options)
-        assert not torch.equal(given.values, plain.values)
+        assert not torch.equal(with_config.values, plain.values)
 
     @pytest.mark.parametrize("function", [stepsal.step_saliency, stepsal.step_attention])
     def test_a_mismatch_with_an_open_context_is_refused(self, mini: TransformerBridge, function: Callable) -> None:
