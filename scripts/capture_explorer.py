@@ -11,13 +11,12 @@ import argparse
 import tempfile
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 from chromium import chromium
 from PIL import Image, ImageDraw
 from playwright.sync_api import Browser, Page
 
-from stepsal.experiments.collect import Population
+from stepsal.experiments import Population
 from stepsal.widgets import Explorer
 
 ROOT = Path(__file__).parents[1]
@@ -25,16 +24,16 @@ WIDTH, HEIGHT = 960, 860
 
 
 def explorer_of_notebook_09() -> Explorer:
-    """Its first explorer: the first wrong and the first correct trace with 18 steps."""
-    population = Population.open(ROOT / "data" / "population_mini")
-    traces = population.traces
-    alike = traces[(traces["n_steps"] == 18) & ~traces["truncated"]]
+    """Make the notebook's first explorer: the first wrong and the first correct trace with 18 steps."""
+    population = Population.load(ROOT / "data" / "population_mini")
+    answers = population.answers
+    alike = answers[(answers["n_steps"] == 18) & ~answers["truncated"]]
     chosen = {"wrong": alike[~alike["correct"]].iloc[0], "correct": alike[alike["correct"]].iloc[0]}
     return Explorer({name: population.saliency(int(row["trace"])) for name, row in chosen.items()})
 
 
 class Film:
-    """Pictures of a page, each with the pointer, which a headless browser does not show."""
+    """Collect pictures of a page, each with the pointer, which a headless browser does not show."""
 
     def __init__(self, page: Page) -> None:
         self.page, self.pointer = page, (480.0, 600.0)
@@ -42,6 +41,7 @@ class Film:
         self.times: list[int] = []
 
     def take(self, milliseconds: int) -> None:
+        """Take a picture of the page as it is, to be shown for a time."""
         self.page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
         frame = Image.open(BytesIO(self.page.screenshot())).convert("RGB")
         x, y = self.pointer
@@ -51,18 +51,20 @@ class Film:
         self.times.append(milliseconds)
 
     def move(self, x: float, y: float, milliseconds: int = 900) -> None:
-        """To a place, in a few pictures."""
+        """Move the pointer to a place, in a few pictures."""
         (x0, y0), steps = self.pointer, 4
         for i in range(1, steps + 1):
             self.pointer = (x0 + (x - x0) * i / steps, y0 + (y - y0) * i / steps)
             self.page.mouse.move(*self.pointer)
             self.take(milliseconds if i == steps else 60)
 
-    def cell(self, query: int, key: int, **more: Any) -> None:
+    def cell(self, query: int, key: int, milliseconds: int = 900) -> None:
+        """Move the pointer to a cell of the first map."""
         box = self.page.locator(".stepsal-map").first.bounding_box()
-        self.move(box["x"] + 32 + (key + 0.5) * 400 / 18, box["y"] + (query + 0.5) * 400 / 18, **more)
+        self.move(box["x"] + 32 + (key + 0.5) * 400 / 18, box["y"] + (query + 0.5) * 400 / 18, milliseconds)
 
     def choose(self, milliseconds: int = 1200, **choices: str) -> None:
+        """Choose labels in the controls of these names."""
         for name, label in choices.items():
             select = self.page.locator(f".stepsal-control-{name}")
             box = select.bounding_box()
@@ -71,16 +73,17 @@ class Film:
             self.take(milliseconds)
 
     def save(self, path: Path) -> None:
-        all_of_them = Image.new("RGB", (WIDTH, HEIGHT * len(self.frames)))
+        """Write the pictures as an animated GIF."""
+        strip = Image.new("RGB", (WIDTH, HEIGHT * len(self.frames)))
         for i, frame in enumerate(self.frames):
-            all_of_them.paste(frame, (0, HEIGHT * i))
-        colors = all_of_them.quantize(255, dither=Image.Dither.NONE)  # one palette, so that only changes are stored
+            strip.paste(frame, (0, HEIGHT * i))
+        colors = strip.quantize(255, dither=Image.Dither.NONE)  # one palette, so that only changes are stored
         frames = [frame.quantize(palette=colors, dither=Image.Dither.NONE) for frame in self.frames]
         frames[0].save(path, save_all=True, append_images=frames[1:], duration=self.times, loop=0, optimize=True)
 
 
 def capture(browser: Browser, folder: Path) -> None:
-    """Write both files."""
+    """Write the picture and the animation into a folder."""
     explorer = explorer_of_notebook_09()
     explorer.state = {"compare": "correct", "metric": "share", "layer": 0, "top_k": 1}
     with tempfile.TemporaryDirectory() as temporary:
@@ -116,5 +119,5 @@ def capture(browser: Browser, folder: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=ROOT / "figures" / "captures")
-    with chromium() as found:
-        capture(found, parser.parse_args().folder)
+    with chromium() as browser:
+        capture(browser, parser.parse_args().folder)

@@ -1,4 +1,4 @@
-"""A headless Chromium for what is to be seen or measured in a browser; Playwright drives the one that is installed."""
+"""Drive the Chromium that is installed, without a window, for what is to be seen or measured in a browser."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ FLAGS = (
 
 
 def executable() -> str | None:
-    """Path of the first browser found, or None."""
+    """Return the path of the first browser that is installed, or None."""
     return next(filter(None, map(shutil.which, NAMES)), None)
 
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """A browser, closed at the end.
+    """Open a browser, and close it at the end.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: none is installed.
     """
     from playwright.sync_api import sync_playwright
 

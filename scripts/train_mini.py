@@ -141,6 +141,7 @@ class Sampler:
 
 
 def main() -> None:
+    """Train, and write the model and its tokenizer into a folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the model and the tokenizer")
     parser.add_argument("--steps", type=int, default=11_000)

@@ -87,6 +87,7 @@ def said(sample: EvalSample) -> tuple[str, str]:
     return reasoning, "".join(c.text for c in content if isinstance(c, ContentText))
 
 
+@pytest.mark.slow
 class TestAnswers:
     @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 0.9, "top_p": 0.9, "seed": 5}])
     @pytest.mark.parametrize("flow", [None, StepFlowConfig(tau_max=0.3, alpha=0.2, oeb_layers=(0, 1, 2))])
@@ -215,6 +216,7 @@ class TestAnswers:
             assert summary["layers"] == [6, 7]
 
 
+@pytest.mark.slow
 class TestRuns:
     def test_an_interrupted_evaluation_is_resumed(self, tmp_path: Path) -> None:
         (tmp_path / "task.py").write_text(TASK_FILE)
@@ -402,6 +404,7 @@ def run_file(folder: Path) -> dict[tuple[Any, int], tuple[str, str]]:
     return {(s.id, s.epoch): said(s) for s in samples_of(log)}
 
 
+@pytest.mark.slow
 def test_step_maps_are_kept_beside_the_scores(mini: TransformerBridge, tmp_path: Path) -> None:
     task = chains(generate(), capture_step_saliency(str(tmp_path / "maps"), layers=[0, 7]))
     flow = StepFlowConfig(tau_max=0.3)
@@ -417,6 +420,7 @@ def test_step_maps_are_kept_beside_the_scores(mini: TransformerBridge, tmp_path:
         assert kept["stepflow"]["tau_max"] == 0.3
 
 
+@pytest.mark.slow
 def test_a_sample_without_a_map_does_not_end_the_evaluation(tmp_path: Path) -> None:
     task = Task(
         [Sample("Why? " * 2000, target="x", id=0), Sample(PROBLEMS[0].question, target="x", id=1)],
@@ -454,6 +458,7 @@ def add() -> Tool:
 CALL = '<tool_call>{"name": "add", "arguments": {"x": 2, "y": 3}}</tool_call>'
 
 
+@pytest.mark.slow
 def test_a_tool_is_called(tmp_path: Path) -> None:
     """SmolLM2 is too small to choose a tool, but it repeats a call that it is told to make."""
     task = Task(

@@ -9,6 +9,8 @@ import pytest
 import run_notebooks
 from run_notebooks import WIDGET_STATE, WIDGET_VIEW
 
+pytestmark = pytest.mark.slow  # each run starts a kernel
+
 
 def write(path: Path, *sources: str) -> None:
     cells = [nbformat.v4.new_code_cell(source, id=f"cell-{i}") for i, source in enumerate(sources)]
