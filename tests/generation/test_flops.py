@@ -15,13 +15,13 @@ from stepsal.tasks import chain
 @pytest.mark.parametrize("stepflow", [None, stepsal.StepFlowConfig()])
 def test_what_an_answer_costs(mini: TransformerBridge, stepflow: stepsal.StepFlowConfig | None) -> None:
     flops = decoding_flops(mini)
-    for seed, budget in ((1, 1), (2, 7), (3, 40)):
+    for seed, limit in ((1, 1), (2, 7), (3, 40)):
         with FlopCounterMode(display=False) as counter:
             trace = stepsal.generate(
-                mini, chain.sample(seed, length=3).question, stepflow=stepflow, max_new_tokens=budget
+                mini, chain.sample(seed, length=3).question, stepflow=stepflow, max_new_tokens=limit
             )
         n_new = len(trace) - trace.n_prompt
-        assert n_new == budget
+        assert n_new == limit
         assert flops.of(trace.n_prompt, n_new) == pytest.approx(counter.get_total_flops(), rel=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""Generation: exact tokens, batches equal singles, seeds, limits."""
+"""Answers: exact tokens, batches equal singles, seeds, limits, and one segmentation for StepFlow and trace."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 import stepsal
-from stepsal.generation.answers import _choose, write
+from stepsal.generation.answers import answer_batch, check_questions
+from stepsal.generation.scoring import log_probabilities
+from stepsal.intervention import FlowLog
 from stepsal.tasks import chain
 
 PROBLEMS = [chain.sample(seed, length=length) for seed, length in ((1, 1), (2, 3), (3, 2))]
@@ -105,21 +107,12 @@ def test_an_answer_of_nothing_does_not_lose_the_batch(mini: TransformerBridge, m
     first = int(whole.tokens[whole.n_prompt])
     monkeypatch.setattr(mini.original_model.generation_config, "eos_token_id", first)
     monkeypatch.setattr(type(mini.tokenizer), "all_special_tokens", [mini.tokenizer.decode([first]), "<|endoftext|>"])
-    batch = stepsal.generate_batch(mini, [p.question for p in PROBLEMS], format="harmony")
+    batch = stepsal.generate_batch(
+        mini, [p.question for p in PROBLEMS], segmentation=stepsal.Segmentation(format="harmony")
+    )
     assert [trace.roles for trace in batch] == [("question",)] * 3
     assert batch[1].thinking == ""
     assert PROBLEMS[1].grade(batch[1]).error == "truncated"
-
-
-def test_samples_follow_the_distribution() -> None:
-    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(4000, -1)
-    draws = torch.rand(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.8)):
-        p = torch.softmax(logits[0] / temperature, 0)
-        kept = p * (p.cumsum(0) - p < top_p)
-        counts = torch.bincount(_choose(logits, draws, temperature, top_p), minlength=4)
-        torch.testing.assert_close(counts / 4000, kept / kept.sum(), atol=0.03, rtol=0)
-    assert _choose(logits[:1], draws[:1] * 0 + 1 - 1e-16, 1.0, 0.8).item() <= 1  # never outside the nucleus
 
 
 @pytest.mark.parametrize(
@@ -129,13 +122,12 @@ def test_samples_follow_the_distribution() -> None:
         ({"temperature": -1}, "temperature=-1"),
         ({"top_p": 0}, "top_p=0"),
         ({"seed": [1, 2]}, "2 seeds for 1 questions"),
-        ({"format": "harmonies"}, "format='harmonies' is unknown"),
-        ({"split": "sentences"}, "split='sentences' is unknown; use 'sentence'"),
+        ({"budget_forcing": -1}, "budget_forcing=-1"),
     ],
 )
 def test_errors(mini: TransformerBridge, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        stepsal.generate(mini, PROBLEMS[0].question, **options)
+        stepsal.generate_batch(mini, [PROBLEMS[0].question], **options)
 
 
 def test_no_question(mini: TransformerBridge) -> None:
@@ -145,29 +137,29 @@ def test_no_question(mini: TransformerBridge) -> None:
         stepsal.generate_batch(mini, PROBLEMS[0].question)
 
 
-def test_the_end_of_thinking_can_be_put_off(mini: TransformerBridge) -> None:
+def test_budget_forcing_puts_off_the_end_of_thinking(mini: TransformerBridge) -> None:
     questions = [chain.sample(seed, length=n).question for seed, n in ((1, 2), (2, 1))]
     plain = stepsal.generate_batch(mini, questions, max_new_tokens=80)
-    waiting = stepsal.generate_batch(mini, questions, max_new_tokens=80, put_off=2)
+    waiting = stepsal.generate_batch(mini, questions, max_new_tokens=80, budget_forcing=2)
     for a, b in zip(plain, waiting, strict=True):
         thinking, _, _ = a.response.partition("</think>")
         assert b.response.startswith(thinking + "Wait")
         assert len(b) > len(a)
-    alone = stepsal.generate(mini, questions[0], max_new_tokens=80, put_off=2)
+    alone = stepsal.generate(mini, questions[0], max_new_tokens=80, budget_forcing=2)
     assert torch.equal(alone.tokens, waiting[0].tokens)
 
 
-def test_without_a_mark_of_thinking_the_end_of_the_answer_is_put_off(smollm2: TransformerBridge) -> None:
+def test_without_a_mark_of_thinking_budget_forcing_puts_off_the_end_of_the_answer(smollm2: TransformerBridge) -> None:
     plain = stepsal.generate(smollm2, "What is 2 + 3?", max_new_tokens=40)
     assert not plain.truncated
-    waiting = stepsal.generate(smollm2, "What is 2 + 3?", max_new_tokens=60, put_off=1)
+    waiting = stepsal.generate(smollm2, "What is 2 + 3?", max_new_tokens=60, budget_forcing=1)
     assert waiting.response.startswith(plain.response.removesuffix("<|im_end|>") + "Wait")
 
 
-def test_harmony_cannot_be_put_off(mini: TransformerBridge, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_budget_forcing_is_refused_for_harmony(mini: TransformerBridge, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(mini.tokenizer), "get_vocab", lambda self: {"<|channel|>": 0})
-    with pytest.raises(ValueError, match="put_off=1 is not supported for Harmony"):
-        stepsal.generate(mini, "What?", put_off=1)
+    with pytest.raises(ValueError, match="budget_forcing=1 is not supported for Harmony"):
+        stepsal.generate(mini, "What?", budget_forcing=1)
 
 
 class TestStops:
@@ -188,17 +180,114 @@ class TestStops:
         for question, trace in zip(questions, batch, strict=True):
             assert torch.equal(trace.tokens, stepsal.generate(mini, question, stop=["</think>"]).tokens)
 
-    def test_what_ended_a_row(self, mini: TransformerBridge, monkeypatch: pytest.MonkeyPatch) -> None:
-        prompt = mini.tokenizer(stepsal.trace.render_prompt(mini.tokenizer, PROBLEMS[1].question).text)["input_ids"]
-
-        def ended(limit: int = 400, stop: tuple[str, ...] = ()) -> str:
-            return write(mini, [prompt], max_new_tokens=[limit], seeds=[0], stop=stop)[0].ended
-
-        assert (ended(), ended(limit=5), ended(stop=("so",))) == ("end", "limit", "stop")
-        monkeypatch.setattr(mini.cfg, "n_ctx", len(prompt) + 7)
-        assert ended() == "context"
-
     @pytest.mark.parametrize("stop", ["</think>", ["a", ""]])
     def test_stops_that_make_no_sense(self, mini: TransformerBridge, stop: object) -> None:
         with pytest.raises(ValueError, match="must be a list of texts"):
             stepsal.generate(mini, PROBLEMS[0].question, stop=stop)
+
+
+def test_a_question_is_rendered_tokenised_and_located_once(
+    mini: TransformerBridge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = type(mini.tokenizer)
+    render, tokenise = kind.apply_chat_template, kind.__call__
+    rendered, tokenised = [], []
+
+    def rendering(self: object, messages: list[dict[str, str]], **options: object) -> str:
+        rendered.append(messages[-1]["content"])
+        return render(self, messages, **options)
+
+    def tokenising(self: object, text: str, **options: object) -> object:
+        tokenised.append(text)
+        return tokenise(self, text, **options)
+
+    def searching(*arguments: object) -> None:
+        raise AssertionError("the question was searched for, though its place is known")
+
+    monkeypatch.setattr(kind, "apply_chat_template", rendering)
+    monkeypatch.setattr(kind, "__call__", tokenising)
+    monkeypatch.setattr("stepsal.trace.trace.locate_question", searching)
+    questions = [p.question for p in PROBLEMS]
+    traces = stepsal.generate_batch(mini, questions, max_new_tokens=3)
+    assert [question for question in rendered if question in questions] == questions
+    assert (
+        len(rendered) == len(questions) + 1
+    )  # the template alone, once for the batch, to know where a question stands
+    assert len(tokenised) == len(questions)
+    assert [trace.step_text(0) for trace in traces] == questions
+
+
+def test_answers_of_a_decoding_are_those_of_flat_keywords(mini: TransformerBridge) -> None:
+    questions = [p.question for p in PROBLEMS]
+    options = {"max_new_tokens": 30, "temperature": 1.2, "top_p": 0.9, "stop": ("</think>",), "budget_forcing": 1}
+    flat = stepsal.generate_batch(mini, questions, seed=4, system="Be kind.", **options)
+    decoding = stepsal.Decoding(**options)
+    for a, b in zip(flat, answer_batch(mini, questions, decoding, seeds=[4, 5, 6], system="Be kind."), strict=True):
+        assert torch.equal(a.tokens, b.tokens)
+        assert a.steps == b.steps
+        assert a.truncated == b.truncated
+
+
+def test_prompts_are_checked_before_any_work(mini: TransformerBridge, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = check_questions(mini, [p.question for p in PROBLEMS], decoding=stepsal.Decoding(), system="Be kind.")
+    for problem, prompt in zip(PROBLEMS, prompts, strict=True):
+        assert mini.tokenizer.decode(prompt.ids) == prompt.text
+        assert prompt.text[prompt.start : prompt.end] == prompt.question == problem.question
+    monkeypatch.setattr(type(mini.tokenizer), "get_vocab", lambda self: {"<|channel|>": 0})
+    with pytest.raises(ValueError, match="budget_forcing=2 is not supported for Harmony"):
+        check_questions(mini, ["What?"], decoding=stepsal.Decoding(budget_forcing=2))
+
+
+class TestOneSegmentation:
+    """StepFlow injects at the steps that the trace is cut by."""
+
+    CONFIG = stepsal.StepFlowConfig(alpha=3.0)  # so strong that it shows where it is injected
+    COMMAS = stepsal.Segmentation(split=",", min_chars=0)
+
+    @pytest.mark.parametrize("split", ["paragraph", ","])  # the embedded reasoner writes no paragraphs, but commas
+    def test_stepflow_injects_where_the_trace_is_cut(self, mini: TransformerBridge, split: str) -> None:
+        segmentation = stepsal.Segmentation(split=split, min_chars=0)
+        decoded: list[torch.Tensor] = []
+        with mini.hooks(fwd_hooks=[("unembed.hook_out", lambda logits, hook: decoded.append(logits[0, -1].clone()))]):
+            trace = stepsal.generate(
+                mini, PROBLEMS[1].question, stepflow=self.CONFIG, segmentation=segmentation, max_new_tokens=60
+            )
+        assert trace.segmentation == stepsal.Segmentation("think", split, 0)
+        starts = [step.start for step in trace.steps[2:] if step.role == "thinking"]  # the first step follows none
+        assert [trace.token_texts[start - 1] for start in starts] == [","] * len(starts)
+        assert bool(starts) == (split == ",")
+
+        def read(segmentation: stepsal.Segmentation | None) -> tuple[torch.Tensor, FlowLog]:
+            with torch.no_grad(), stepsal.stepflow(mini, self.CONFIG, segmentation=segmentation) as log:
+                return mini(trace.tokens[None])[0, trace.n_prompt - 1 : -1], log
+
+        logits, log = read(segmentation)
+        torch.testing.assert_close(torch.stack(decoded), logits, atol=2e-3, rtol=1e-3)
+        assert log.summary()["injections"] == len(starts) * len(log.smi_layers)
+        at_sentences, _ = read(None)
+        assert (torch.stack(decoded) - at_sentences).abs().max() > 0.1
+
+    def test_traces_take_the_segmentation_of_an_open_context(self, mini: TransformerBridge) -> None:
+        question = PROBLEMS[1].question
+        inside = stepsal.generate(mini, question, stepflow=self.CONFIG, segmentation=self.COMMAS, max_new_tokens=60)
+        with stepsal.stepflow(mini, self.CONFIG, segmentation=self.COMMAS):
+            for segmentation in (None, self.COMMAS):
+                trace = stepsal.generate(mini, question, segmentation=segmentation, max_new_tokens=60)
+                assert torch.equal(trace.tokens, inside.tokens)
+                assert trace.steps == inside.steps
+                assert trace.segmentation == inside.segmentation
+
+    def test_a_mismatch_is_refused(self, mini: TransformerBridge) -> None:
+        with stepsal.stepflow(mini, self.CONFIG, segmentation=self.COMMAS):
+            for other in (stepsal.Segmentation(), stepsal.Segmentation("plain", ",", 0)):
+                with pytest.raises(ValueError, match="Segmentation"):
+                    stepsal.generate(mini, "What?", segmentation=other)
+                with pytest.raises(ValueError, match="Segmentation"):
+                    stepsal.generate_batch(mini, ["What?"], segmentation=other)
+
+
+def test_log_probabilities_are_those_of_the_next_tokens(mini: TransformerBridge) -> None:
+    trace = stepsal.generate(mini, PROBLEMS[0].question, max_new_tokens=30)
+    with torch.no_grad():
+        expected = mini(trace.tokens[None])[0].log_softmax(-1)[torch.arange(len(trace) - 1), trace.tokens[1:]]
+    torch.testing.assert_close(log_probabilities(mini, trace), expected)

@@ -1,0 +1,43 @@
+"""Decoding: numbers are checked, changes make copies, settings are JSON-ready."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from stepsal.generation.decoding import Decoding
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ({"temperature": -0.1}, "temperature=-0.1 must be a number >= 0"),
+        ({"temperature": float("inf")}, "temperature=inf"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"top_p": 0.0}, r"top_p=0.0 must lie in \(0, 1\]"),
+        ({"top_p": 1.5}, "top_p=1.5"),
+        ({"stop": "end"}, "stop='end' must be a list of texts"),
+        ({"stop": ["a", ""]}, "none of them empty"),
+        ({"budget_forcing": -1}, "budget_forcing=-1"),
+    ],
+)
+def test_numbers_out_of_range(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Decoding(**options)
+    with pytest.raises(ValueError, match=message):
+        Decoding().but(**options)
+
+
+def test_changes_make_a_copy() -> None:
+    decoding = Decoding(temperature=0.6, stop=["a"])
+    assert decoding.stop == ("a",)
+    changed = decoding.but(max_new_tokens=7, stop=(), temperature=0.0)
+    assert changed == Decoding(max_new_tokens=7, temperature=0.0)
+    assert decoding == Decoding(temperature=0.6, stop=("a",))
+
+
+def test_settings_survive_json() -> None:
+    decoding = Decoding(9, 0.5, 0.9, ("a", "b"), 2)
+    assert Decoding(**json.loads(json.dumps(decoding.to_dict()))) == decoding
