@@ -19,6 +19,7 @@ REFUSALS = {
     "tests/intervention/test_config.py": {'"bottom-quarter"', "oeb_layers=None"},
     "tests/harness/test_harness.py": {"oeb_layers=None"},
     "tests/maps/test_maps.py": {'reduce="mean"'},
+    "tests/saliency/test_saliency.py": {"layers=None", '"bottom-quarter"'},
 }
 #: What no local name may be: a name is a noun for what it holds. "left" is one beside "right".
 NO_NAMES = {"found", "there", "wanted", "left", "given", "now", "some"}
