@@ -55,8 +55,8 @@ class StepFlowPanel(ipywidgets.VBox):
         >>> decoding = stepsal.Decoding(max_new_tokens=40)
         >>> panel = StepFlowPanel(stepsal.load("mini"), "Anna is 3. What is Anna?", decoding=decoding)
         >>> panel.run()
-        >>> panel.traces["with StepFlow"].summary
-        'The answer is 3.'
+        >>> list(panel.traces), panel.explorer.state["compare"]
+        (['without StepFlow', 'with StepFlow'], 'with StepFlow')
     """
 
     def __init__(
