@@ -116,7 +116,7 @@ class TestErrors:
 
     def test_a_layer_that_does_not_exist(self, mini: TransformerBridge) -> None:
         config = StepFlowConfig(oeb_layers=[99])
-        with pytest.raises(ValueError, match=r"oeb_layers=\[99\]: the model has no layer 99"):
+        with pytest.raises(ValueError, match=r"oeb_layers=\[99\]: there is no layer 99 in a model of 8 layers"):
             stepsal.generate(mini, "Anna is 1 plus 1. What is Anna?", stepflow=config)
 
     def test_a_pattern_that_cannot_be_edited(self, monkeypatch: pytest.MonkeyPatch) -> None:
