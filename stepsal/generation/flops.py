@@ -1,4 +1,4 @@
-"""Floating-point operations of decoding, from torch's FlopCounterMode on a few forward passes of the model itself.
+"""Count the floating-point operations of decoding, by torch's FlopCounterMode on a few forward passes of the model.
 
 The counter counts matrix products and fused attention. With the keys of all earlier positions in a cache, those of one
 pass are a polynomial: of n tokens at once, c0 + c1 n + c2 n^2; of one token after n others, d0 + d1 n, where a layer
@@ -20,17 +20,21 @@ from stepsal.bridge.attention import sliding_window
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-LENGTHS = (8, 16, 24)
+LENGTHS = (8, 16, 24)  # tokens of the passes that are counted: three, for a polynomial of degree two
 
 
 @dataclass(frozen=True)
 class DecodingFlops:
-    """FLOPs of one row of a model.
+    """The cost of an answer of one model, in floating-point operations (FLOPs), as a function of its lengths.
 
     Attributes:
         prompt: c0, c1, c2 of a pass over a whole prompt.
         token: d0, d1 of a pass over one token after those in the cache.
-        windows: of each layer, in keys, the token itself included; None without one.
+        windows: the sliding window of each layer, in keys, the token itself included; None without one.
+
+    Example:
+        >>> DecodingFlops(prompt=(0, 2, 0), token=(2, 0), windows=(None,)).of(n_prompt=10, n_new=4)
+        26.0
     """
 
     prompt: tuple[float, float, float]
@@ -38,7 +42,12 @@ class DecodingFlops:
     windows: tuple[int | None, ...]
 
     def of(self, n_prompt: int, n_new: int) -> float:
-        """FLOPs of an answer of `n_new` tokens, the last of which is not read again."""
+        """Return the FLOPs of one answer; its last token is not read again.
+
+        Args:
+            n_prompt: tokens of the prompt.
+            n_new: tokens of the answer, at least one.
+        """
         read = n_new - 1
         cached = n_prompt + np.arange(read)  # tokens before that of each pass
         seen = np.mean([np.minimum(cached, w - 1 if w else cached).sum() for w in self.windows])  # layers are alike
@@ -48,10 +57,18 @@ class DecodingFlops:
 
 @torch.no_grad()
 def decoding_flops(model: TransformerBridge) -> DecodingFlops:
-    """Count a few short passes.
+    """Return what answers of a model cost, from the counts of a few short passes.
+
+    Args:
+        model: from `stepsal.load`.
 
     Raises:
-        ValueError: a window so short that they do not fit in.
+        ValueError: a sliding window is so short that the passes do not fit in.
+
+    Example:
+        >>> flops = decoding_flops(stepsal.load("mini"))
+        >>> flops.of(n_prompt=100, n_new=50) < flops.of(n_prompt=100, n_new=51)
+        True
     """
     windows = tuple(sliding_window(model, layer) for layer in range(model.cfg.n_layers))
     if (shortest := min((w for w in windows if w), default=None)) and shortest <= LENGTHS[-1]:

@@ -89,9 +89,11 @@ def write(
 
     Example:
         >>> model = stepsal.load("mini")
-        >>> ids = model.tokenizer("<|endoftext|><|user|>Anna is 3. What is Anna?<|assistant|><think>")["input_ids"]
-        >>> tokens, ended = write(model, [ids], decoding=stepsal.Decoding(max_new_tokens=100), seeds=[0])[0]
-        >>> model.tokenizer.decode(tokens), ended
+        >>> text = "<|endoftext|><|user|>Anna is 3 plus 3. What is Anna?<|assistant|><think>"
+        >>> ids = model.tokenizer(text)["input_ids"]
+        >>> tokens, ended = write(model, [ids], decoding=stepsal.Decoding(stop=["Anna = 6"]), seeds=[0])[0]
+        >>> ended, model.tokenizer.decode(tokens)[-8:]
+        ('stop', 'Anna = 6')
     """
     requested = [decoding.max_new_tokens] * len(prompt_ids) if max_new_tokens is None else max_new_tokens
     rooms = [model.cfg.n_ctx - len(ids) for ids in prompt_ids]
