@@ -204,8 +204,9 @@ def test_more_of_everything_goes_on_with_what_is_there(mini: TransformerBridge, 
     pd.testing.assert_frame_equal(Evaluation(few.folder, few.variants, 3, 1).answers, before)
     columns = ["variant", "draw", "problem", "response", "correct"]
     pd.testing.assert_frame_equal(more.answers[columns], whole.answers[columns])
-    with pytest.raises(ValueError, match="temperature"):
-        evaluate(mini, TASK, VARIANTS[:1], 3, folder=tmp_path / "grown", decoding=SAMPLED.but(temperature=0.5))
+    other = SHORT["decoding"].but(temperature=0.5)
+    with pytest.raises(ValueError, match=r"decoding.temperature=2.0, not 0.5"):
+        evaluate(mini, TASK, VARIANTS[:1], 3, folder=tmp_path / "grown", decoding=other)
 
 
 def answer_files(folder: Path) -> list[Path]:
