@@ -19,6 +19,7 @@ from stepsal import Decoding, StepFlowConfig, calibrate
 from stepsal.experiments.calibrate import halving, plan
 from stepsal.experiments.calibration import BASELINE, CHOSEN, Calibration
 from stepsal.experiments.proposals import ALPHAS, TAUS, bands, describe, possible, profile_evidence, propose
+from stepsal.harness.arguments import read_stepflow
 from stepsal.stats.paired import paired_difference
 from stepsal.storage import digest
 from stepsal.tasks import Problem, Task
@@ -130,10 +131,7 @@ class TestCalibrate:
         preset = StepFlowConfig.load(null.save_preset(tmp_path / "null.json"))
         assert preset == null.stepflow
         assert preset.resolve(mini.cfg.n_layers) == ((), ())
-        assert (
-            pytest.importorskip("stepsal.harness.provider").stepflow_of({"preset": str(tmp_path / "null.json")})
-            == preset
-        )
+        assert read_stepflow({"preset": str(tmp_path / "null.json")}) == preset  # what -M preset= does
         question = CHAIN.sample(0).question
         plain, under = (stepsal.generate(mini, question, stepflow=s, max_new_tokens=50) for s in (None, preset))
         assert under.response == plain.response
@@ -215,8 +213,7 @@ class TestCalibrate:
     def test_the_preset_says_where_it_comes_from(self, planted: Calibration, tmp_path: Path) -> None:
         path = planted.save_preset(tmp_path / "preset.json")
         assert StepFlowConfig.load(path) == PLANTED
-        provider = pytest.importorskip("stepsal.harness.provider")
-        assert provider.stepflow_of({"preset": str(path)}) == PLANTED  # what -M preset= does
+        assert read_stepflow({"preset": str(path)}) == PLANTED
         about = json.loads(path.read_text())["calibration"]
         assert about["beats_baseline"] is True
         assert about["model_name"] == "mini"
