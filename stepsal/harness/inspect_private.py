@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
-OLDEST, NEWEST = "0.3.280", "0.3.285"  # the versions of inspect-ai that were tested
+TESTED = "0.3.285"  # the version of inspect-ai that the tests run with
 
 try:
     from inspect_ai.log._samples import sample_active
@@ -17,7 +17,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"stepsal uses internals of inspect-ai that are not where they were ({error}): version {version('inspect-ai')} "
-        f"is installed, and stepsal was tested with {OLDEST} to {NEWEST}; pip install inspect-ai=={NEWEST}"
+        f"is installed, and stepsal was tested with {TESTED}; pip install inspect-ai=={TESTED}"
     ) from error
 
 

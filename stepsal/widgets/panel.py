@@ -64,7 +64,7 @@ class StepFlowPanel(ipywidgets.VBox):
         model: TransformerBridge,
         question: str,
         *,
-        decoding: Decoding = Decoding(max_new_tokens=256),  # noqa: B008  # it is frozen
+        decoding: Decoding = Decoding(max_new_tokens=256),  # it is frozen
         seed: int = 0,
         segmentation: Segmentation | None = None,
     ) -> None:
