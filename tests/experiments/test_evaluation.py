@@ -119,6 +119,7 @@ def test_times_are_compared_on_the_same_answers(mini: TransformerBridge, tmp_pat
     assert evaluation.costs().set_index("variant").loc["one", "time_ratio"] == 1.0
 
 
+@pytest.mark.slow
 def test_every_attribute_of_a_variant_reaches_the_model(mini: TransformerBridge, tmp_path: Path) -> None:
     variants = [
         Variant("baseline"), Variant("asked", instruction="What is Anna?"), Variant("forced", budget_forcing=1),
