@@ -90,10 +90,11 @@ def trace_metrics(saliency: StepSaliency) -> pd.Series:
 
     Example:
         >>> model = stepsal.load("mini")
-        >>> thinking = " Bob is Ann plus 1. Ann is 1. So Bob is 2."
+        >>> thinking = " Bob is Ann plus 1. So Ann is the only one known. Ann is 1, so Bob is 2."
         >>> trace = stepsal.Trace.from_text("Ann is 1. Who is 2?", f"{thinking}</think>It is Bob.", model)
-        >>> bool(stepsal.metrics.trace_metrics(stepsal.step_saliency(model, trace))["shallow_lock_in"] > 0)
-        True
+        >>> numbers = stepsal.metrics.trace_metrics(stepsal.step_saliency(model, trace))
+        >>> round(numbers["shallow_lock_in"], 2)
+        0.45
     """
     import pandas as pd
 
