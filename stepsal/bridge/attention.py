@@ -24,7 +24,7 @@ _ONE_WINDOW = ("mistral", "mixtral", "ministral3", "starcoder2")
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """What a layer does to scores and pattern besides the softmax.
+    """Everything that a layer does to scores and pattern besides the softmax.
 
     Attributes:
         scale: factor of q . k.
@@ -47,6 +47,7 @@ def attention_of(model: TransformerBridge, layer: int) -> Attention:
         layer: layer index.
 
     Example:
+        >>> from stepsal.bridge.attention import attention_of
         >>> attention_of(stepsal.load("mini"), 0).window is None
         True
     """

@@ -28,6 +28,8 @@ def devices_of(model: nn.Module) -> tuple[torch.device, ...]:
         model: the model, on one or several devices.
 
     Example:
+        >>> import torch
+        >>> from stepsal.bridge.devices import devices_of
         >>> devices_of(torch.nn.Linear(2, 3))
         (device(type='cpu'),)
     """

@@ -25,7 +25,7 @@ Hook = Callable[..., Tensor | None]
 
 
 class Fault(NamedTuple):
-    """What keeps a model from being served: the layer in which it shows, and the reason in words."""
+    """A reason why a model can't be served, and the layer in which it shows."""
 
     layer: int
     reason: str
@@ -43,6 +43,7 @@ def attention_hooks(layer: int) -> dict[str, str]:
         query_pos, key_pos].
 
     Example:
+        >>> from stepsal.bridge.hooks import attention_hooks
         >>> attention_hooks(3)["pattern"]
         'blocks.3.attn.hook_pattern'
     """
@@ -103,6 +104,7 @@ def check_model(model: TransformerBridge) -> None:
         ValueError: the model can't be served; names the model, the layer and the reason.
 
     Example:
+        >>> from stepsal.bridge.hooks import check_model
         >>> check_model(stepsal.load("mini"))
     """
     if model in _checked:

@@ -101,6 +101,8 @@ def blueprint(
         OSError: a hub id or a folder that can't be read.
 
     Example:
+        >>> import torch
+        >>> from stepsal.bridge.loading import blueprint
         >>> {parameter.device.type for parameter in blueprint("mini", torch.bfloat16).parameters()}
         {'meta'}
     """

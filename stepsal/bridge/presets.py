@@ -33,6 +33,7 @@ def family(name: str) -> str | None:
         name: the name that a model was loaded by: a word, a hub id, or a path.
 
     Example:
+        >>> from stepsal.bridge.presets import family
         >>> family("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B")
         'deepseek-r1'
         >>> family("/models/qwen3-zoo/llama") is None
@@ -51,6 +52,7 @@ def preset_format(model: TransformerBridge) -> str | None:
         model: a bridge, with or without a tokenizer.
 
     Example:
+        >>> from stepsal.bridge.presets import preset_format
         >>> preset_format(stepsal.load("mini"))
         'think'
     """

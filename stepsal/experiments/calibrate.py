@@ -207,7 +207,7 @@ class Round(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How the answers of a calibration are spent.
+    """The division of a calibration's answers among its three parts.
 
     Attributes:
         n_profile: traces of the profile.

@@ -115,7 +115,7 @@ def evaluate(
 
 
 class Draw(NamedTuple):
-    """Which sample of which problem an answer is."""
+    """One sample of one problem, as what an answer is kept."""
 
     draw: int
     problem: int

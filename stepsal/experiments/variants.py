@@ -130,7 +130,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class LostEdit:
-    """What stands for the edit of a variant that was read from a folder, since a folder keeps no functions.
+    """A stand-in for the edit of a variant that was read from a folder, since a folder keeps no functions.
 
     Attributes:
         variant: name of the variant.

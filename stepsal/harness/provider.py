@@ -58,7 +58,7 @@ Place = tuple[str, ...]
 
 
 class KeptAnswer(NamedTuple):
-    """What an answer is made of, for a trace of exactly its tokens.
+    """The tokens of an answer and what else a trace of exactly these needs.
 
     Attributes:
         tokens: prompt and answer.

@@ -72,6 +72,15 @@ def hub(benchmark: str, file: str | None = None, epochs: int | None = None) -> T
         benchmark: "aime24", "aime25", "amc23", "math500" or "gpqa-diamond".
         file: take the records from this JSONL file instead of the hub.
         epochs: samples per problem; as many as in the paper by default.
+
+    Example:
+        >>> import json, tempfile
+        >>> record = {"question": "What is 1 + 1?", "answer": "2"}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = f"{folder}/amc23.jsonl"
+        ...     _ = open(path, "w").write(json.dumps(record))
+        ...     [sample.target for sample in stepsal.harness.hub("amc23", file=path).dataset]
+        ['2']
     """
     from inspect_ai.dataset import Sample
 
@@ -88,7 +97,13 @@ def hub(benchmark: str, file: str | None = None, epochs: int | None = None) -> T
 
 @scorer(metrics=[accuracy(), stderr()])
 def graded() -> Scorer:
-    """Grade by `stepsal.tasks.answers`; an answer that was cut off is wrong."""
+    """Grade by `stepsal.tasks.answers`; an answer that was cut off is wrong.
+
+    Example:
+        >>> import inspect
+        >>> inspect.iscoroutinefunction(stepsal.harness.graded())
+        True
+    """
 
     async def score(state: TaskState, target: Target) -> Score:
         from stepsal.tasks.answers import Problem, Verdict

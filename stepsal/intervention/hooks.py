@@ -100,9 +100,9 @@ def active_flow(model: TransformerBridge) -> StepFlow | None:
     Example:
         >>> model = stepsal.load("mini")
         >>> with stepsal.stepflow(model):
-        ...     active_flow(model).segmentation.format
+        ...     stepsal.intervention.active_flow(model).segmentation.format
         'think'
-        >>> active_flow(model)
+        >>> stepsal.intervention.active_flow(model)
     """
     return _active.get(model)
 
@@ -120,7 +120,7 @@ def agreed_segmentation(model: TransformerBridge, segmentation: Segmentation | N
     Example:
         >>> model = stepsal.load("mini")
         >>> with stepsal.stepflow(model, segmentation=stepsal.Segmentation(split="line")):
-        ...     agreed_segmentation(model, None).split
+        ...     stepsal.intervention.agreed_segmentation(model, None).split
         'line'
     """
     flow = active_flow(model)
@@ -142,7 +142,13 @@ class StepFlow:
         log: what was edited.
 
     Raises:
-        ValueError: If the model can't be followed or edited; see `stepflow`.
+        ValueError: the model can't be followed or edited; see `stepflow`.
+
+    Example:
+        >>> model = stepsal.load("mini")
+        >>> with stepsal.stepflow(model):
+        ...     stepsal.intervention.active_flow(model).oeb_layers
+        (0, 1)
     """
 
     _ledger: Ledger

@@ -52,7 +52,7 @@ class FlowLog:
     # ------------------------------------------------------------------------------------- written by StepFlow
 
     def begin(self, batch: int) -> None:
-        """Number new sequences, which the next passes read.
+        """Give numbers to new sequences, which the next passes read.
 
         Args:
             batch: how many rows they are.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 class Injections(NamedTuple):
-    """Where to inject, and the tokens whose values are averaged: the members of the previous steps, flattened.
+    """Places to inject at, and the tokens whose values are averaged: the members of the previous steps, flattened.
 
     Attributes:
         row: batch row of each injection.
@@ -50,6 +50,7 @@ class Injections(NamedTuple):
             device: where the tensors are to be.
 
         Example:
+            >>> from stepsal.intervention.smi import Injections
             >>> Injections.of(places=[(0, 7)], members=[[3, 4, 5, 6]]).weight.tolist()
             [0.25, 0.25, 0.25, 0.25]
         """
@@ -96,6 +97,8 @@ def previous_step_means(
         Means in float32.
 
     Example:
+        >>> import torch
+        >>> from stepsal.intervention.smi import Injections, previous_step_means
         >>> values = torch.arange(4.0).view(1, 4, 1, 1)
         >>> previous_step_means(values, Injections.of([(0, 3)], [[1, 2]])).flatten().tolist()
         [1.5]
@@ -120,6 +123,8 @@ def inject(
         alpha: strength.
 
     Example:
+        >>> import torch
+        >>> from stepsal.intervention.smi import Injections, inject
         >>> injections = Injections.of([(0, 1)], [[0]])
         >>> inject(torch.zeros(1, 2, 1, 1), torch.ones(1, 1, 1), injections, alpha=0.5).flatten().tolist()
         [0.0, 0.5]

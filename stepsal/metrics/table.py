@@ -112,7 +112,7 @@ class LayerMetric:
 
     @property
     def of(self) -> Literal["layer"]:
-        """What it is a number of."""
+        """The thing that it is a number of: "layer" or "trace"."""
         return "layer"
 
     @property
@@ -141,7 +141,7 @@ class TraceMetric:
 
     @property
     def of(self) -> Literal["trace"]:
-        """What it is a number of."""
+        """The thing that it is a number of: "layer" or "trace"."""
         return "trace"
 
     @property

@@ -50,7 +50,7 @@ class FlowView:
 
     @cached_property
     def parts(self) -> Bool[np.ndarray, "part row key_step"]:
-        """Which keys are own, previous, earlier and question of each thinking row."""
+        """Masks of the own, previous, earlier and question keys of each thinking row."""
         parts = np.zeros((4, len(self.rows), self.saliency.n_steps), dtype=bool)
         for n, i in enumerate(self.rows):
             parts[0, n, i] = True

@@ -155,7 +155,7 @@ def mean_profile(
 
 
 def strata_of(lengths: pd.DataFrame, bins: int | None) -> Int[np.ndarray, " trace"]:
-    """Number the strata of traces that agree in every column, after cutting each into quantile bins.
+    """Assign strata to traces that agree in every column, after cutting each into quantile bins.
 
     Args:
         lengths: one row per trace, one column per length variable.

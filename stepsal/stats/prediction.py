@@ -136,7 +136,7 @@ def _check_data(
 def _folds(
     problems: Int[np.ndarray, " trace"], is_wrong: Bool[np.ndarray, " trace"], n_folds: int, seed: int
 ) -> Int[np.ndarray, " trace"]:
-    """Number the fold of each trace: problems stay whole, and outcomes are spread evenly."""
+    """Assign a fold to each trace: problems stay whole, and outcomes are spread evenly."""
     from sklearn.model_selection import StratifiedGroupKFold
 
     n_wrong, n_correct = (len(np.unique(problems[members])) for members in (is_wrong, ~is_wrong))

@@ -101,7 +101,7 @@ class JsonlTask:
 
 
 class Fields(NamedTuple):
-    """What a file says of a problem, before any check."""
+    """The fields of a problem as a file has them, before any check."""
 
     question: object
     answer: object

@@ -23,6 +23,8 @@ def step_ids(spans: Sequence[Span], offsets: Iterable[tuple[int, int]], text: st
         breaks: positions at which template text ends; white space after one belongs to no step before it.
 
     Example:
+        >>> from stepsal.trace.assignment import step_ids
+        >>> from stepsal.trace.segment import Span
         >>> spans = [Span("thinking", 0, 8), Span("summary", 9, 12)]
         >>> step_ids(spans, [(0, 3), (3, 8), (8, 12)], "One two. End", breaks=[])
         [0, 0, 1]
@@ -54,6 +56,7 @@ class StepTracker:
         role: of the step of the last token; None for template.
 
     Example:
+        >>> from stepsal.trace.assignment import StepTracker
         >>> tracker = StepTracker(stepsal.Segmentation(format="think").segmenter())
         >>> [tracker.push(piece) for piece in ("One and one", " is two.", "</think>", "Two.")]
         [0, 0, -1, 1]

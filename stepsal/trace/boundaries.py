@@ -53,6 +53,7 @@ def boundary_rule(split: Split) -> BoundaryRule:
         ValueError: an expression that does not compile, one for bytes, or a name that is almost right.
 
     Example:
+        >>> from stepsal.trace.boundaries import boundary_rule
         >>> boundary_rule("sentence").begins_step("We add one.", " ", "T", 0)
         True
         >>> boundary_rule("sentence").begins_step("See Fig.", " ", "2", 0)
@@ -83,6 +84,8 @@ def split_to_json(split: Split) -> str | dict[str, Any]:
         split: as for `boundary_rule`.
 
     Example:
+        >>> import re
+        >>> from stepsal.trace.boundaries import split_to_json
         >>> split_to_json(re.compile("so", re.IGNORECASE))
         {'pattern': 'so', 'flags': ['IGNORECASE', 'UNICODE']}
     """
@@ -104,6 +107,8 @@ def split_from_json(split: Mapping[str, Any]) -> re.Pattern[str]:
         ValueError: it is a callable, or no expression.
 
     Example:
+        >>> import re
+        >>> from stepsal.trace.boundaries import split_from_json, split_to_json
         >>> split_from_json(split_to_json(re.compile("so", re.IGNORECASE))).flags == re.IGNORECASE | re.UNICODE
         True
     """

@@ -73,6 +73,7 @@ def encode(tokenizer: Any, text: str) -> TokenizedText:
         ValueError: the spans do not fit the text.
 
     Example:
+        >>> from stepsal.trace.encoding import encode
         >>> encode(stepsal.load("mini").tokenizer, "Anna is here").offsets[:2]
         ((0, 4), (4, 7))
     """

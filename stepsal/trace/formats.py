@@ -23,7 +23,7 @@ class Format:
             the last line, then the last step, unless it is the only one).
 
     Example:
-        >>> tags = Format("tags", None, {None: {"<plan>": "thinking"}, "thinking": {"</plan>": "summary"}})
+        >>> tags = stepsal.trace.Format("tags", None, {None: {"<plan>": "thinking"}, "thinking": {"</plan>": "summary"}})
         >>> tags.all_markers
         ('<plan>', '</plan>')
     """
@@ -44,7 +44,7 @@ class Format:
             ValueError: the marker is empty.
 
         Example:
-            >>> Format.with_marker("Final answer:").all_markers
+            >>> stepsal.trace.Format.with_marker("Final answer:").all_markers
             ('Final answer:',)
         """
         if not marker.strip():
@@ -77,7 +77,7 @@ class Format:
         """Return the format JSON-ready; "template" stands for the place outside all sections.
 
         Example:
-            >>> Format.from_dict(FORMATS["think"].to_dict()) == FORMATS["think"]
+            >>> stepsal.trace.Format.from_dict(stepsal.trace.FORMATS["think"].to_dict()) == stepsal.trace.FORMATS["think"]
             True
         """
         markers = {section or _TEMPLATE: dict(ends) for section, ends in self.markers.items()}
@@ -129,6 +129,7 @@ def recognised_format(prompt: str, response: str) -> str:
         response: everything after it.
 
     Example:
+        >>> from stepsal.trace.formats import recognised_format
         >>> recognised_format("What is 1 + 1?", "<think>One more than one.</think>Two.")
         'think'
     """

@@ -29,6 +29,11 @@ class Prompt:
         text: the question with the chat template around it.
         start: first character of the question in `text`, white space at its beginning left out.
         end: the character after its last one, white space at its end left out.
+
+    Example:
+        >>> prompt = stepsal.trace.render_prompt(stepsal.load("mini").tokenizer, "What is Anna?")
+        >>> prompt.text[prompt.start : prompt.end], prompt.tail
+        ('What is Anna?', '<|assistant|><think>')
     """
 
     question: str
@@ -48,6 +53,11 @@ class TokenizedPrompt(Prompt):
 
     Attributes:
         ids: token ids of `text`.
+
+    Example:
+        >>> tokenizer = stepsal.load("mini").tokenizer
+        >>> tokenizer.decode(stepsal.trace.tokenize_prompt(tokenizer, stepsal.trace.render_prompt(tokenizer, "What is Anna?")).ids[-2:])
+        '<|assistant|><think>'
     """
 
     ids: tuple[int, ...]
@@ -65,7 +75,7 @@ def render_prompt(tokenizer: Any, question: str, system: str | None = None) -> P
         ValueError: an empty question, or a template that alters it.
 
     Example:
-        >>> prompt = render_prompt(stepsal.load("mini").tokenizer, "What is Anna?")
+        >>> prompt = stepsal.trace.render_prompt(stepsal.load("mini").tokenizer, "What is Anna?")
         >>> prompt.text[: prompt.start], prompt.tail
         ('<|endoftext|><|user|>', '<|assistant|><think>')
     """
@@ -82,6 +92,11 @@ def render_prompts(tokenizer: Any, questions: Sequence[str], system: str | None 
 
     Raises:
         ValueError: an empty question, or a template that alters it.
+
+    Example:
+        >>> prompts = stepsal.trace.render_prompts(stepsal.load("mini").tokenizer, ["What is Anna?", "And Hugo?"])
+        >>> [prompt.text[prompt.start : prompt.end] for prompt in prompts]
+        ['What is Anna?', 'And Hugo?']
     """
     for question in questions:
         require_text("question", question)
@@ -111,7 +126,7 @@ def tokenize_prompt(tokenizer: Any, prompt: Prompt) -> TokenizedPrompt:
 
     Example:
         >>> tokenizer = stepsal.load("mini").tokenizer
-        >>> len(tokenize_prompt(tokenizer, render_prompt(tokenizer, "What is Anna?")).ids)
+        >>> len(stepsal.trace.tokenize_prompt(tokenizer, stepsal.trace.render_prompt(tokenizer, "What is Anna?")).ids)
         9
     """
     ids = tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
@@ -148,6 +163,7 @@ def locate_question(text: str, question: str, tail: str) -> tuple[int, int]:
         ValueError: the text does not hold the question.
 
     Example:
+        >>> from stepsal.trace.prompt import locate_question
         >>> locate_question("user: Who is user?<a>", " user", "?<a>")
         (13, 17)
     """
@@ -173,7 +189,7 @@ class PromptFrame:
         tail: what stands between it and the response.
 
     Example:
-        >>> PromptFrame.of(stepsal.load("mini").tokenizer)
+        >>> stepsal.trace.PromptFrame.of(stepsal.load("mini").tokenizer)
         PromptFrame(opening='<|user|>', tail='<|assistant|><think>')
     """
 

@@ -20,6 +20,7 @@ def sections(tokenizer: Any, prompt: str, response: str) -> tuple[str, str]:
         response: everything after it.
 
     Example:
+        >>> from stepsal.trace.sections import sections
         >>> sections(stepsal.load("mini").tokenizer, "What is 1 + 1?<think>", "One more than one.</think> Two.")
         ('One more than one.', 'Two.')
     """

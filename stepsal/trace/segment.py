@@ -61,7 +61,8 @@ class Segmenter:
         ValueError: negative `min_chars`, or a regular expression that does not compile.
 
     Example:
-        >>> segmenter = Segmenter(FORMATS["think"])
+        >>> from stepsal.trace.segment import Segmenter
+        >>> segmenter = Segmenter(stepsal.trace.FORMATS["think"])
         >>> segmenter.push("One and one is two. So it is two.</th")
         >>> segmenter.push("ink>Two.")
         >>> [span.role for span in segmenter.finish()]
@@ -295,7 +296,8 @@ def segment(
         template: further texts that are in no step.
 
     Example:
-        >>> [(span.start, span.end) for span in segment("One and one is two. So it is.", FORMATS["think"])]
+        >>> from stepsal.trace.segment import segment
+        >>> [(span.start, span.end) for span in segment("One and one is two. So it is.", stepsal.trace.FORMATS["think"])]
         [(0, 19), (20, 29)]
     """
     segmenter = Segmenter(format, split=split, min_chars=min_chars, template=template)
@@ -305,7 +307,7 @@ def segment(
 
 @dataclass(frozen=True)
 class Segmentation:
-    """How sections and steps are found in a response: one value for traces, StepFlow and whatever makes traces.
+    """A way to find sections and steps in a response: one value for traces, StepFlow and whatever makes traces.
 
     Attributes:
         format: how the model marks its sections: a `Format`, a name in `FORMATS` ("think", "harmony", "plain"), or

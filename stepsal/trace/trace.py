@@ -37,7 +37,18 @@ _FILE_VERSION = 1
 
 @dataclass(frozen=True)
 class Step:
-    """A step as half-open span of token positions."""
+    """A step as half-open span of token positions.
+
+    Attributes:
+        role: "question", "thinking" or "summary".
+        start: position of the first token.
+        end: position after the last token.
+
+    Example:
+        >>> trace = stepsal.Trace.from_text("What is 1 + 1?", "It is 2.</think>2.", stepsal.load("mini"))
+        >>> trace.steps[0]
+        Step(role='question', start=2, end=10)
+    """
 
     role: Role
     start: int
@@ -46,7 +57,7 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """What a model was asked and what it wrote, step by step.
+    """A question and what a model wrote in answer to it, step by step.
 
     Attributes:
         question: as asked, without the template around it.

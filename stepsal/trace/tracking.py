@@ -23,7 +23,7 @@ from stepsal.trace.segment import Segmenter, Span
 
 
 class Section(IntEnum):
-    """Where a token stands; template tokens are in no section."""
+    """Section in which a token stands; tokens of the template are in `OTHER`."""
 
     OTHER = 0
     QUESTION = 1
@@ -74,9 +74,10 @@ class SequenceTracker:
         in_prompt: whether the prompt of the present turn is still incomplete.
 
     Example:
+        >>> from stepsal.trace.tracking import SequenceTracker
         >>> from stepsal.trace import FORMATS
         >>> tokenizer = stepsal.load("mini").tokenizer
-        >>> tracker = SequenceTracker(tokenizer, PromptFrame.of(tokenizer), FORMATS["think"])
+        >>> tracker = SequenceTracker(tokenizer, stepsal.trace.PromptFrame.of(tokenizer), FORMATS["think"])
         >>> text = "<|endoftext|><|user|>What is Anna?<|assistant|><think> Anna is 1 plus 2. So Anna = 3."
         >>> [start.position for start in tracker.push(tokenizer(text)["input_ids"])]
         [16]
