@@ -37,7 +37,14 @@ SHAPES = {
 RESPONSE = " One is two. It is so again. We see it once more. </think> Two."
 
 
-@pytest.fixture(scope="module", params=SHAPES, ids=lambda name: name.rpartition("/")[2])
+SMALLEST = "Qwen/Qwen3-8B"
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[] if name == SMALLEST else pytest.mark.nightly) for name in SHAPES],
+    ids=[name.rpartition("/")[2] for name in SHAPES],
+)
 def wide(request: pytest.FixtureRequest) -> TransformerBridge:
     """Parameters are stretches of one million random numbers, since drawing a billion takes a minute."""
     architecture, shape = SHAPES[request.param]
