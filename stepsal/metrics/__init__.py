@@ -1,6 +1,8 @@
 """Lock-in and Decay as numbers: how the rows of a step map spread over own, neighbouring, earlier and question steps.
 
-All shares are taken on row-normalised maps, R[i, j] = I[i, j] / sum_j' I[i, j'], so that scaling a row changes nothing.
+`values[l, i, j]` of a `StepSaliency` (layer l, query step i, key step j) is written I[i, j] below. All shares are taken
+on row-normalised maps, R[i, j] = I[i, j] / sum_j' I[i, j'], so that scaling a row changes nothing.
+
 What a share means depends on how long steps are and how many there are; therefore some metrics are set against the map
 U that a *uniform causal* token map would give for the same tokens, row-normalised likewise: under reduce="density" U is
 the same for all steps that exist, under reduce="mass" it grows with their number of tokens. That takes out what uniform
@@ -13,8 +15,8 @@ rows that hold saliency: thinking rows from the third on, i in T[2:], so that a 
 ones and the question all exist; or summary rows, i in S. Intensities are the authors' (arXiv 2604.06695, code), on maps
 that are not row-normalised, over the pairs of steps that exist.
 
-`flow_metrics` computes those of a layer, `trace_metrics` those of a trace. What is undefined is NaN, and the column
-`reason` says why.
+`flow_metrics` computes the metrics of each layer, `trace_metrics` those of the trace as a whole. An undefined metric is
+NaN, and `reason` says why.
 """
 
 from stepsal.metrics.flow import describe, flow_metrics, trace_metrics

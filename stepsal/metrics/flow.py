@@ -30,25 +30,34 @@ def describe() -> pd.DataFrame:
 
 
 def flow_metrics(saliency: StepSaliency, *, last: int = 3) -> pd.DataFrame:
-    """Return the metrics of every layer of a map; `describe` tells what they are.
+    """Return the metrics of every layer of a map, which `describe` defines.
 
     Args:
-        saliency: of one trace.
-        last: how many thinking steps `summary_last` looks at.
+        saliency: step maps of one trace.
+        last: number of thinking steps, counted from the last one back, that `summary_last` looks at.
 
     Returns:
-        One row per layer. Columns: layer, those of `COLUMNS`, n_thinking_rows and n_summary_rows (rows that hold
-        saliency and went into the means), reason (why metrics are NaN; empty where none is).
+        One row per layer, with the columns
+
+            layer
+            own, previous, earlier, question   parts of a thinking row, which sum to one
+            lock_in                            own + previous, minus the same of uniform attention
+            thinking_deficit                   thinking's part of a summary row under uniform attention, minus that
+                                               of the map
+            ...                                the other metrics of `COLUMNS`
+            n_thinking_rows, n_summary_rows    rows that hold saliency and went into the means
+            reason                             why metrics are NaN; empty where none is
 
     Raises:
         ValueError: `last` below 1.
 
     Example:
         >>> model = stepsal.load("mini")
-        >>> trace = stepsal.Trace.from_text("Ann is 1. Who is 2?", " Bob is Ann plus 1.</think>Bob.", model)
-        >>> table = stepsal.metrics.flow_metrics(stepsal.step_saliency(model, trace, layers=[0]))
-        >>> table["reason"][0].partition(";")[0]
-        'thinking has 1 steps, its shares need a third'
+        >>> thinking = " Bob is Ann plus 1. So Ann is the only one known. Ann is 1, so Bob is 2."
+        >>> trace = stepsal.Trace.from_text("Ann is 1. Who is 2?", f"{thinking}</think>It is Bob.", model)
+        >>> table = stepsal.metrics.flow_metrics(stepsal.step_saliency(model, trace, layers=[0, 7]))
+        >>> table[["layer", "lock_in"]].round(2).values.tolist()
+        [[0.0, 0.42], [7.0, 0.26]]
     """
     import pandas as pd
 
@@ -79,14 +88,16 @@ def flow_metrics(saliency: StepSaliency, *, last: int = 3) -> pd.DataFrame:
 
 
 def trace_metrics(saliency: StepSaliency) -> pd.Series:
-    """Return Lock-in and Decay of a trace, one number each; `describe` tells what they are.
+    """Return Lock-in and Decay of a trace, one number each, which `describe` defines.
 
     Args:
-        saliency: of one trace.
+        saliency: step maps of one trace.
 
     Returns:
-        The entries of `SCALARS`, and reason: why any is NaN, as for `flow_metrics`, or because layers of a band were
-        not computed.
+        The entries of `SCALARS`, each positive where the failure is seen: `shallow_lock_in` (mean `lock_in` of the
+        shallow layers), `deep_decay` (mean `thinking_deficit` of the deep layers) and `deep_fade` (how far
+        `summary_thinking` falls from the middle layers to the deep ones). Last, `reason`: why any is NaN, as for
+        `flow_metrics`, or because layers of a band were not computed.
 
     Example:
         >>> model = stepsal.load("mini")

@@ -20,7 +20,7 @@ class Cause:
     Attributes:
         when: in words, for the table of metrics.
         reason: what the column `reason` says, with `{n_thinking}` and `{last}` filled in.
-        holds: tells for which layers it holds; one truth for all layers, or one for each.
+        holds: a function of the map that returns True where the cause holds, for all layers at once or for each.
     """
 
     when: str
@@ -100,8 +100,8 @@ class LayerMetric:
         name: its column in `flow_metrics`.
         formula: in the symbols of the module docstring.
         range: the values that it takes, with the unit where it has one, and what its sign means.
-        causes: for which it is undefined.
-        compute: gives it for every layer; what it gives where a cause holds is not used.
+        causes: the causes for which it is undefined.
+        compute: a function of the map that returns the metric of each layer; where a cause holds, that is not used.
     """
 
     name: str
@@ -112,12 +112,12 @@ class LayerMetric:
 
     @property
     def of(self) -> Literal["layer"]:
-        """The thing that it is a number of: "layer" or "trace"."""
+        """Unit of the metric: "layer", since each layer has one."""
         return "layer"
 
     @property
     def undefined(self) -> str:
-        """When it is undefined, in words."""
+        """Cases in which the metric is undefined, in words."""
         return "; ".join(cause.when for cause in self.causes)
 
 
@@ -127,8 +127,8 @@ class TraceMetric:
 
     Attributes:
         name: its entry in `trace_metrics`.
-        column: the metric of a layer.
-        band: the layers.
+        column: the metric of a layer that is averaged.
+        band: the layers that it is averaged over.
         sign: 1, or -1 where the failure makes the metric of a layer negative.
         range: the values that it takes, and what its sign means.
     """
@@ -141,17 +141,17 @@ class TraceMetric:
 
     @property
     def of(self) -> Literal["trace"]:
-        """The thing that it is a number of: "layer" or "trace"."""
+        """Unit of the metric: "trace", since each trace has one."""
         return "trace"
 
     @property
     def formula(self) -> str:
-        """In words."""
+        """Formula of the metric, in words."""
         return f"{'minus the ' if self.sign < 0 else ''}mean of {self.column} over the {self.band} layers"
 
     @property
     def undefined(self) -> str:
-        """When it is undefined, in words."""
+        """Cases in which the metric is undefined, in words."""
         return f"a layer of the {self.band} band was not computed, or its {self.column} is undefined"
 
 
@@ -260,9 +260,12 @@ TRACE_METRICS: tuple[TraceMetric, ...] = (
 """The metrics of a trace, in the order of the entries of `trace_metrics`; positive where the failure is seen."""
 
 METRICS: tuple[LayerMetric | TraceMetric, ...] = (*LAYER_METRICS, *TRACE_METRICS)
+"""All metrics: those of a layer, then those of a trace."""
 PARTS = tuple(metric.name for metric in LAYER_METRICS[:4])
 """The parts of a thinking row, which sum to one."""
 SUMMARY_PARTS = ("summary_thinking", "summary_question", "summary_summary")
 """The parts of a summary row, which sum to one."""
 COLUMNS = tuple(metric.name for metric in LAYER_METRICS)
+"""Names of the metrics of a layer, as columns of `flow_metrics`."""
 SCALARS = tuple(metric.name for metric in TRACE_METRICS)
+"""Names of the metrics of a trace, as entries of `trace_metrics`."""

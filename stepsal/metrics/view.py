@@ -16,11 +16,11 @@ PerLayer = Float[np.ndarray, " layer"]
 
 
 class FlowView:
-    """A step map as the metrics see it: shares of rows, the same of a uniform map, and which rows and keys are meant.
+    """A step map as the metrics see it: shares of its rows, those of a uniform map, and the rows and keys to average.
 
     Args:
-        saliency: of one trace.
-        last: how many thinking steps `summary_last` looks at.
+        saliency: step maps of one trace.
+        last: number of thinking steps, counted from the last one back, that `summary_last` looks at.
 
     Attributes:
         saliency: the map.
@@ -28,8 +28,8 @@ class FlowView:
         values: the map in float64 [layer, query_step, key_step].
         share: `values`, row-normalised.
         uniform: the row-normalised map of uniform causal attention [layer=1, query_step, key_step].
-        exists: which blocks hold pairs of tokens [query_step, key_step].
-        filled: which rows hold saliency [layer, query_step].
+        exists: True for blocks that hold pairs of tokens [query_step, key_step].
+        filled: True for rows that hold saliency [layer, query_step].
         question: indices of the question step.
         thinking: indices of the thinking steps.
         summary: indices of the summary steps.
@@ -100,7 +100,7 @@ class FlowView:
         return mean_where(share[:, self.summary][:, :, keys].sum(-1), self.filled[:, self.summary])
 
     def mean_of_block(self, steps: Int[np.ndarray, " n"]) -> PerLayer:
-        """Return the mean over the pairs of some steps that hold a pair of tokens; NaN without any.
+        """Return the mean over the blocks between some steps, of those that hold a pair of tokens; NaN if none does.
 
         Args:
             steps: indices of the steps.
@@ -151,13 +151,15 @@ def _normalised(values: Float[np.ndarray, "*layer query key"]) -> Float[np.ndarr
 
 
 def mean_where(x: Float[np.ndarray, "layer row"], where: Bool[np.ndarray, "layer row"]) -> Float[np.ndarray, " layer"]:
-    """Return the mean over rows; NaN where there is none.
+    """Return the mean of each layer over the rows that count; NaN where none does.
 
     Args:
         x: a number of each layer and row.
-        where: which rows to count.
+        where: True for the rows that count.
 
     Example:
+        >>> import numpy as np
+        >>> from stepsal.metrics.view import mean_where
         >>> mean_where(np.array([[1.0, 3.0], [5.0, 7.0]]), np.array([[True, True], [False, False]]))
         array([ 2., nan])
     """

@@ -61,7 +61,7 @@ def check_resampling(n_resamples: int, level: float) -> None:
 
     Args:
         n_resamples: number of resamples, at least 99.
-        level: of the interval, strictly between 0 and 1.
+        level: coverage of the interval, in (0, 1).
 
     Raises:
         ValueError: one of them is out of range.

@@ -56,20 +56,20 @@ def compare_groups(
         wrong: tidy rows of the second group, with the same columns.
         metric: column to compare.
         match: length variables to match on; constant within a trace.
-        bins: number of quantile bins into which each length variable is cut before matching; None matches exactly.
-            Fewer bins keep more traces and more of the difference in length.
-        n_resamples: of the permutation test and of the bootstrap.
-        level: of the interval.
-        seed: of both.
+        bins: number of quantile bins into which each length variable is divided before matching; None matches exactly.
+            Fewer bins keep more traces, but also more of the difference in length.
+        n_resamples: number of permutations, and of bootstrap draws.
+        level: coverage of the interval, in (0, 1).
+        seed: of the bootstrap and of the permutations.
 
     Returns:
         One row per matching ("none", "length") and layer:
 
-            n_correct, n_wrong      traces compared, the same in all layers: those whose metric is NaN in none. (A layer
-                                    in which most traces that have a value anywhere have none is not compared; its row
-                                    is NaN.)
+            n_correct, n_wrong      traces with a finite metric in every compared layer. A layer is compared only if at
+                                    least half of the traces with any value have one there; the rows of other layers
+                                    are NaN.
             n_left_out              traces without a value, or without a partner in their stratum
-            mean_correct, mean_wrong   of those compared; under matching with the weights of their strata
+            mean_correct, mean_wrong   of the compared traces; if matched, with the weights of their strata
             difference, low, high   wrong minus correct, with its percentile bootstrap interval, which is somewhat
                                     narrow for small groups, and NaN below 5 traces
             hedges_g                difference over the pooled standard deviation within groups and strata, corrected
@@ -81,7 +81,7 @@ def compare_groups(
                                     its mass (sum of |z|)
             <variable>_difference   wrong minus correct in each variable of `match`: what matching has left
 
-        A matching without traces in both groups has rows of NaN.
+        Rows are NaN where no stratum has traces of both groups.
 
     Raises:
         ValueError: a missing column, no finite value in one of the groups, a trace in both, or numbers out of range.
@@ -119,8 +119,8 @@ def mean_profile(
         data: tidy rows with columns "trace", "layer", `metric` and `by`, one per trace and layer.
         metric: column to average; traces that have no value in a layer are left out there.
         by: column that tells the groups apart.
-        n_resamples: of the bootstrap over traces, layer by layer.
-        level: of its interval.
+        n_resamples: number of bootstrap draws of traces, layer by layer.
+        level: coverage of the interval, in (0, 1).
         seed: of the bootstrap.
 
     Returns:
@@ -155,7 +155,7 @@ def mean_profile(
 
 
 def strata_of(lengths: pd.DataFrame, bins: int | None) -> Int[np.ndarray, " trace"]:
-    """Assign strata to traces that agree in every column, after cutting each into quantile bins.
+    """Return the stratum of each trace; traces share one if they fall into the same quantile bin of every column.
 
     Args:
         lengths: one row per trace, one column per length variable.

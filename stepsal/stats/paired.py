@@ -1,10 +1,10 @@
-"""Accuracy of answers, and differences between two ways of answering the same problems.
+"""Accuracy of answers, and differences between two variants on the same problems.
 
 All functions take verdicts as [problem, sample]: sample j of two variants has the same problem and the same seed. The
 problem is the unit: samples of one problem are not independent, so bootstraps draw, and permutations flip, whole
 problems. Where problems repeat, `groups` says which are the same, and the group is the unit.
 
-Bootstraps draw as if there were two more problems with opposite outcomes (`_with_two_more`): that all of n problems
+Bootstraps add two pseudo-problems with opposite outcomes before they draw (`_with_two_more`): that all of n problems
 are solved, or that none of them changed, does not mean that every one would be, or that nothing can change.
 """
 
@@ -21,21 +21,25 @@ SIGNIFICANCE = 0.05
 DRAWS_AT_ONCE = 2**20  # numbers drawn at a time by a bootstrap: some 8 MB, whatever the number of problems
 ROUNDING = 1e-9  # sums of changes that differ by less are equal
 Verdicts = Bool[np.ndarray, "problem sample"]
+"""Booleans [problem, sample], True where the answer is correct."""
 Groups = Int[np.ndarray, " problem"]
+"""Numbers [problem], equal where the same problem comes again."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """Hold a share of answers with its interval.
+    """A proportion with its interval.
 
     Attributes:
-        value: the share, in 0..1.
+        value: the proportion, in 0..1.
         low: lower end of the interval.
         high: upper end of the interval.
 
     Example:
-        >>> stepsal.stats.Share(value=0.7, low=0.4, high=0.9).value
-        0.7
+        >>> import numpy as np
+        >>> share = stepsal.stats.accuracy(np.ones((10, 1), dtype=bool))
+        >>> share.value, round(share.low, 2), share.high
+        (1.0, 0.72, 1.0)
     """
 
     value: float
@@ -48,14 +52,14 @@ def accuracy(
 ) -> Share:
     """Return the share of correct answers with its interval.
 
-    One sample of each of different problems has Wilson's interval; otherwise it is a percentile bootstrap over
-    problems, as if there were two more, one solved and one not.
+    The interval is Wilson's where all problems differ and each has one sample. Otherwise it is a percentile bootstrap
+    over problems, to which two pseudo-problems are added, one solved and one not.
 
     Args:
-        correct: the verdicts.
-        groups: a number for each problem, equal for equal problems; None where all are different.
-        level: of the interval.
-        n_resamples: of the bootstrap.
+        correct: booleans [problem, sample], True where the answer is correct.
+        groups: [problem], equal where the same problem comes again; None where all differ.
+        level: coverage of the interval, in (0, 1).
+        n_resamples: number of bootstrap draws.
         seed: of the bootstrap.
 
     Raises:
@@ -80,12 +84,12 @@ def accuracy(
 def pass_at_k(correct: Verdicts, k: int) -> float:
     """Return the chance that at least one of k samples of a problem is correct, averaged over problems.
 
-    Of a problem with c correct ones among n samples it is 1 - C(n - c, k) / C(n, k): the chance that k of them, drawn
-    without replacement, are not all wrong, which is hypergeometric and unbiased (Chen et al. 2021, arXiv 2107.03374,
-    Eq. 1).
+    With n = correct.shape[1] samples of a problem, c of them correct, it is 1 - C(n - c, k) / C(n, k): the chance that
+    k samples, drawn without replacement, are not all wrong. This estimate is unbiased (Chen et al. 2021, arXiv
+    2107.03374, Eq. 1).
 
     Args:
-        correct: the verdicts.
+        correct: booleans [problem, sample], True where the answer is correct.
         k: number of samples drawn, 1..n.
 
     Raises:
@@ -106,30 +110,32 @@ def pass_at_k(correct: Verdicts, k: int) -> float:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Say how accuracy changes from one variant to another, on the same problems and seeds.
+    """The change of accuracy between two variants, on the same problems and seeds.
 
     Attributes:
-        n_problems: problems answered.
-        n_different: different ones among them.
+        n_problems: rows compared, repeats included.
+        n_different: different problems among them.
         n_samples: samples of each problem.
         fixed: pairs that were wrong and become correct.
         broken: pairs that were correct and become wrong.
         difference: of accuracy, after minus before.
-        low: lower end of its percentile bootstrap interval over problems, as if there were two more, of which one is
-            fixed and one broken (for one sample, the adjustment of Bonett and Price 2012).
+        low: lower end of the percentile bootstrap interval of the difference, over problems. Two pseudo-problems, one
+            fixed and one broken, are added before resampling, so that the interval has width even if no pair differs
+            (for one sample, the adjustment of Bonett and Price 2012).
         high: upper end of that interval.
-        mcnemar_p: exact, two-sided: are fixes and breaks equally likely? NaN for several samples or equal problems,
-            which are not independent.
-        p: two-sided permutation p-value; swaps the two variants of whole problems. Not corrected for how many variants
-            are compared; no smaller than 1 / (1 + n_resamples).
-        detectable: the smallest difference that a sample with this spread, and these two more, shows at 5 % with a
-            power of 80 %.
+        mcnemar_p: exact two-sided p-value of McNemar's test that fixes and breaks are equally likely; NaN for several
+            samples or repeated problems, which are not independent.
+        p: two-sided p-value of a permutation test that swaps the two variants of whole problems; at least
+            1 / (1 + n_resamples), and not corrected for the number of variants compared.
+        detectable: smallest true difference that a test at 5 % finds with 80 % power, given this spread
+            (pseudo-problems included).
 
     Example:
         >>> import numpy as np
-        >>> same = np.array([[True], [False]])
-        >>> stepsal.stats.paired_difference(same, same).difference
-        0.0
+        >>> plain, edited = np.array([[True], [False], [False]]), np.array([[True], [True], [False]])
+        >>> change = stepsal.stats.paired_difference(plain, edited)
+        >>> change.fixed, change.broken, round(change.difference, 2)
+        (1, 0, 0.33)
     """
 
     n_problems: int
@@ -157,12 +163,12 @@ def paired_difference(
     """Compare the accuracy of two variants on the same problems and samples.
 
     Args:
-        before: verdicts of the first variant.
-        after: verdicts of the second variant.
-        groups: a number for each problem, equal for equal problems; None where all are different.
-        level: of the interval.
-        n_resamples: of the bootstrap and of the permutation test.
-        seed: of both.
+        before: booleans [problem, sample] of the first variant, True where the answer is correct.
+        after: the same of the second variant.
+        groups: [problem], equal where the same problem comes again; None where all differ.
+        level: coverage of the interval, in (0, 1).
+        n_resamples: number of bootstrap draws, and of permutations.
+        seed: of the bootstrap and of the permutations.
 
     Raises:
         ValueError: shapes that differ, no verdicts, or groups of another length.
@@ -211,7 +217,7 @@ def _by_group(
 def _with_two_more(
     sums: Float[np.ndarray, " group"], sizes: Float[np.ndarray, " group"], n_samples: int, outcomes: tuple[int, int]
 ) -> tuple[Float[np.ndarray, " group"], Float[np.ndarray, " group"]]:
-    """Append two problems with opposite outcomes (sums over their samples)."""
+    """Append two pseudo-problems with opposite outcomes (sums over their samples)."""
     return np.append(sums, outcomes), np.append(sizes, [n_samples, n_samples])
 
 

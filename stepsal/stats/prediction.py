@@ -66,25 +66,25 @@ def tell_apart(
 ) -> pd.DataFrame:
     """Measure how well metrics tell wrong traces from correct ones, cross-validated by problem.
 
-    Intervals are of the scores as they are: that other training traces would have given other fits is not in them. A
+    Intervals take the scores as given; they leave out that other training traces would have given other fits. A
     predictor without any signal has its whole 95 % interval above 0.5 in about 5 % of samples, not in 2.5 %, since a
     chance association is learnt in whichever direction it has.
 
     Args:
         data: one row per trace.
-        predictors: label -> column, or columns.
-        baseline: label of a predictor to compare the others with, on the same draws.
-        correct: boolean column.
+        predictors: name in the table -> column or columns.
+        baseline: name of a predictor to compare the others with, on the same draws; None compares with none.
+        correct: boolean column, True where the answer is correct.
         group: column with the problem of each trace.
-        n_folds: of the cross-validation.
-        n_resamples: of the bootstrap over problems.
-        level: of its interval.
+        n_folds: number of folds of the cross-validation.
+        n_resamples: number of bootstrap draws of problems.
+        level: coverage of the interval, in (0, 1).
         seed: of the folds and of the bootstrap.
 
     Returns:
-        One row per predictor: predictor, n_correct, n_wrong, auroc, low, high (of the interval); over_baseline,
-        over_low, over_high, its AUROC minus that of `baseline`, where one is named; and n_left_out, the traces on which
-        some predictor has no value. All predictors are judged on the same traces and folds.
+        One row per predictor: predictor, n_correct, n_wrong, auroc, low and high (its interval), n_left_out (traces on
+        which some predictor has no value). Where a baseline is named, also over_baseline, over_low and over_high: its
+        AUROC minus that of the baseline, with the interval. All predictors are judged on the same traces and folds.
 
     Raises:
         ValueError: a missing column, numbers out of range, or fewer problems of either outcome than folds.

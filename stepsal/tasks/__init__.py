@@ -1,8 +1,8 @@
 """Tasks: problems that can be graded.
 
-A *task* gives the problem of a seed by `sample(seed)`, and has a `name` that states everything which its problems
-depend on. A *problem* has a `question` and a `reference`, the right final answer, and it grades traces. Any object with
-these attributes can be collected and evaluated.
+A *task* gives the problem of a seed by `sample(seed)`, and has a `name` that states all that its problems depend on.
+A *problem* has a `question` and a `reference`, the right final answer, and it grades traces. Any object with these
+attributes can be collected and evaluated.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Verdict(Protocol):
 
     @property
     def correct(self) -> bool:
-        """Tell whether the answer counts as a success."""
+        """True where the answer counts as a success."""
 
     @property
     def reason(self) -> str:
-        """Say in words why it is correct or not."""
+        """The reason why the answer is correct or not, in words."""
 
 
 class Problem(Protocol):
@@ -43,11 +43,11 @@ class Problem(Protocol):
 
     @property
     def question(self) -> str:
-        """Return what the model is asked."""
+        """The text that the model is asked."""
 
     @property
     def reference(self) -> str:
-        """Return the right final answer, as text."""
+        """The right final answer, as text."""
 
     def grade(self, trace: Trace) -> Verdict:
         """Grade an answer.
@@ -62,7 +62,7 @@ class Task(Protocol):
 
     @property
     def name(self) -> str:
-        """Return a text that differs between tasks with different problems."""
+        """A text that differs between tasks with different problems."""
 
     def sample(self, seed: int) -> Problem:
         """Return the problem of a seed, the same one at every call.

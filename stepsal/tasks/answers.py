@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from stepsal.trace import Trace
 
 Grader = Literal["number", "math", "choice"]
+"""Form of a final answer: a number, a mathematical expression, or the letter of an option."""
 MOST_OPTIONS = 10
 SECONDS = 5  # limit for reading or comparing an expression
 

@@ -35,11 +35,14 @@ MAX_LENGTH = 12
 MAX_VALUE = 30  # every value lies in 0..MAX_VALUE, so each is one token of the embedded tokenizer
 
 Op = Literal["plus", "minus"]
+"""Operation of a definition."""
 Operand = str | int
+"""Operand of a definition: a name or a number."""
 ErrorKind = Literal[
     "wrong premise", "wrong carry", "wrong arithmetic", "missing step", "repeated step", "unneeded step",
     "wrong summary", "malformed", "truncated",
 ]  # fmt: skip
+"""Kind of the first error of a response."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Definition:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Return the names that this definition refers to, in order."""
+        """The names that this definition refers to, in order."""
         return tuple(x for x in (self.left, self.right) if isinstance(x, str))
 
     def __str__(self) -> str:
@@ -97,7 +100,7 @@ class Problem:
         definitions: in the order of the question.
         goal: the name that is asked for.
         length: number of definitions that the goal needs, its own included.
-        seed: by which the problem was drawn.
+        seed: seed that the problem was drawn by.
 
     Example:
         >>> problem = stepsal.tasks.chain.sample(seed=3, length=2)
@@ -113,17 +116,17 @@ class Problem:
 
     @property
     def question(self) -> str:
-        """Return the definitions and what is asked, as text."""
+        """The definitions and what is asked, as text."""
         return " ".join(f"{d}." for d in self.definitions) + f" What is {self.goal}?"
 
     @cached_property
     def by_name(self) -> dict[str, Definition]:
-        """Return the definition of each name."""
+        """The definition of each name."""
         return {d.name: d for d in self.definitions}
 
     @cached_property
     def values(self) -> dict[str, int]:
-        """Return the value of every defined name, distractors included."""
+        """The value of every defined name, distractors included."""
         known: dict[str, int] = {}
 
         def value(x: Operand) -> int:
@@ -140,7 +143,7 @@ class Problem:
 
     @property
     def reference(self) -> str:
-        """Return the right final answer, as text."""
+        """The right final answer, as text."""
         return str(self.values[self.goal])
 
     def solution(self, seed: int = 0) -> str:
@@ -217,8 +220,8 @@ class ChainTask:
     """Chain problems of chosen lengths, as a task (`stepsal.tasks.Task`).
 
     Attributes:
-        length: number of needed definitions: one, or a range (lowest, highest) to draw from; None as for `sample`.
-        distractors: as for `sample`.
+        length: number of needed definitions, or a range (lowest, highest) to draw it from; None draws it from 1..8.
+        distractors: number of definitions that are not needed; None draws it as `sample` does.
 
     Raises:
         ValueError: a number that `sample` refuses, or an empty range.
@@ -241,7 +244,7 @@ class ChainTask:
 
     @property
     def name(self) -> str:
-        """Return a text that names lengths and distractors."""
+        """A text that names lengths and distractors."""
         length = "{}..{}".format(*self.length) if isinstance(self.length, tuple) else self.length
         return f"chain(length={length}, distractors={self.distractors})"
 
@@ -304,9 +307,9 @@ class _StepError(Exception):
 
 
 class _Checker:
-    """Walk the thinking sentence by sentence, up to the first one that does not follow.
+    """A walk through the thinking, sentence by sentence, up to the first one that does not follow.
 
-    Its methods raise `_StepError` there.
+    The methods raise `_StepError` there.
     """
 
     def __init__(self, problem: Problem) -> None:

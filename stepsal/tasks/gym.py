@@ -24,11 +24,11 @@ class GymTask:
     Attributes:
         dataset: one of `DATASETS`, by its name in reasoning-gym.
         config: settings of the dataset, such as {"max_terms": 3, "max_digits": 1}.
-        instruction: put after every question.
+        instruction: text put after every question.
 
     Raises:
         ImportError: reasoning-gym is not installed.
-        ValueError: another dataset, or settings that it refuses.
+        ValueError: a dataset that is not in `DATASETS`, or settings that it refuses.
 
     Example:
         >>> stepsal.tasks.gym.GymTask("chain_sum", {"max_terms": 2}).sample(0).grader
@@ -51,14 +51,14 @@ class GymTask:
 
     @property
     def name(self) -> str:
-        """Return a text that names dataset, settings and instruction."""
+        """A text that names dataset, settings and instruction."""
         return f"reasoning-gym {self.dataset} {json.dumps(self.config, sort_keys=True)} {self.instruction.strip()!r}"
 
     def sample(self, seed: int) -> Problem:
         """Return the problem of a seed.
 
         Args:
-            seed: of the dataset.
+            seed: seed of the dataset, of which the first entry is taken.
         """
         import reasoning_gym
 

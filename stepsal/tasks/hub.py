@@ -26,15 +26,15 @@ class Benchmark:
 
     Attributes:
         path: name of the data set on the hub.
-        split: of the data set.
+        split: split of the data set.
         revision: pinned commit; None takes the newest, whose commit becomes part of the task's name.
         question: name of the field with the question.
         answer: name of the field with the right final answer.
         n_problems: number of problems.
         n_samples: samples of each problem in the paper.
-        wrong: names of the fields with wrong options; if there are any, the problem is a choice.
-        config: of the data set; None for the only one.
-        grader: of problems that are no choice.
+        wrong: names of the fields with wrong options; where there are any, problems are graded by the letter.
+        config: configuration of the data set; None where it has only one.
+        grader: grader of problems without options.
     """
 
     path: str
@@ -52,7 +52,7 @@ class Benchmark:
         """Return the fields of a problem.
 
         Args:
-            record: one of the data set.
+            record: a record of the data set.
         """
         answer = record[self.answer]
         options = [answer, *(record[name] for name in self.wrong)] if self.wrong else None
@@ -84,14 +84,14 @@ class HubTask:
 
     Attributes:
         benchmark: a name in `BENCHMARKS`.
-        file: take the records from this JSONL file instead of the hub, with the same fields; it may hold fewer.
-        revision: use this commit in place of the pinned one.
-        shuffle_seed: of the order of options.
+        file: JSONL file to take the records from instead of the hub, with the same fields; it may hold fewer of them.
+        revision: commit to use in place of the pinned one.
+        shuffle_seed: seed of the order of options.
 
     Raises:
-        ValueError: an unknown benchmark, a record that can't be read, or another number of records than it should have.
+        ValueError: an unknown benchmark, a record that can't be read, or a wrong number of records from the hub.
         ImportError: `datasets` is not installed.
-        OSError: the hub can't be reached, or refuses; names the format of the file that is taken instead.
+        OSError: the hub can't be reached, or refuses; the message names the fields that a `file` needs instead.
     """
 
     benchmark: str
@@ -109,7 +109,7 @@ class HubTask:
 
     @property
     def about(self) -> Benchmark:
-        """Return where the benchmark is and how its records look."""
+        """The place of the benchmark on the hub, and the shape of its records."""
         return BENCHMARKS[self.benchmark]
 
     def __len__(self) -> int:
@@ -117,7 +117,7 @@ class HubTask:
 
     @property
     def name(self) -> str:
-        """Return a text that names the benchmark, its source, and the order of options."""
+        """A text that names the benchmark, its source, and the order of options."""
         if self.file is not None:
             digest = hashlib.sha256(Path(self.file).read_bytes()).hexdigest()[:12]
             return f"{self.benchmark} {Path(self.file).name} {digest} options {self.shuffle_seed}"
@@ -138,13 +138,13 @@ class HubTask:
 
     @cached_property
     def problems(self) -> tuple[Problem, ...]:
-        """Return all problems, in the order of the records."""
+        """All problems, in the order of the records."""
         records = read_jsonl(self.file, self.about.fields) if self.file is not None else self._records()
         return problems_of(records, self.about.grader, self.shuffle_seed)
 
     @cached_property
     def _commit(self) -> str:
-        """Return the pinned revision, or the one asked for; the newest commit if there is neither."""
+        """The revision that was asked for, else the pinned one, else the newest commit."""
         pinned = self.revision or self.about.revision
         if pinned is not None:
             return pinned

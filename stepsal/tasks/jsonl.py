@@ -40,8 +40,8 @@ class JsonlTask:
         question: name of the field with the question.
         answer: name of the field with the right final answer; where there are options, the text of one of them.
         options: name of the field with a list of options.
-        grader: of lines without options.
-        shuffle_seed: another one gives other orders of the options; None keeps that of the file.
+        grader: grader of lines without options.
+        shuffle_seed: seed of the orders of the options; None keeps the order of the file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -71,7 +71,7 @@ class JsonlTask:
 
     @property
     def name(self) -> str:
-        """Return a text that names the file, its contents (by a digest), the fields and the grader."""
+        """A text that names the file, its contents (by a digest), the fields and the grader."""
         digest = hashlib.sha256(Path(self.path).read_bytes()).hexdigest()[:12]
         fields = [self.question, self.answer, self.options]
         return f"jsonl {Path(self.path).name} {digest} {fields} {self.grader} options {self.shuffle_seed}"
@@ -93,7 +93,7 @@ class JsonlTask:
 
     @cached_property
     def problems(self) -> tuple[Problem, ...]:
-        """Return all problems, in the order of the lines."""
+        """All problems, in the order of the lines."""
         return problems_of(read_jsonl(self.path, self._fields), self.grader, self.shuffle_seed)
 
     def _fields(self, line: dict[str, object]) -> Fields:
@@ -113,7 +113,7 @@ def read_jsonl(path: str | Path, fields_of: Callable[[dict[str, object]], Fields
 
     Args:
         path: the file.
-        fields_of: takes the fields from the object of a line.
+        fields_of: function that takes the fields from the JSON object of a line.
 
     Raises:
         ValueError: a line that is no JSON object, or lacks a field.
@@ -136,8 +136,8 @@ def problems_of(
 
     Args:
         records: the fields of each problem, with their place in words.
-        grader: of problems without options.
-        shuffle_seed: of the order of options; None keeps it.
+        grader: grader of problems without options.
+        shuffle_seed: seed of the order of options; None keeps the order.
 
     Raises:
         ValueError: fields that make no problem; the message names the place, and what is wrong.

@@ -24,18 +24,18 @@ class Part:
     """The problems of a task whose questions lie between two shares; itself a task.
 
     Args:
-        task: to be divided; one without a length is read from problem `seed` on.
+        task: task to divide; one without a length is read from problem `seed` on.
         low: share of the questions that lie before the part, in 0..1.
         high: share of the questions that lie before the end of the part.
-        seed: of the order in which questions are divided.
+        seed: seed of the order in which questions are divided.
 
     Attributes:
         name: names the task, the part, and the seed.
-        n_problems: number of problems if the task has a length, otherwise None; after the last the first comes again.
+        n_problems: number of problems if the task has a length, else None; after the last, the first comes again.
 
     Raises:
-        ValueError: shares out of order, or a task with a length that has no problem in the part. When sampled, a task
-            without a length that has none among a thousand.
+        ValueError: shares out of order, or a task with a length that has no problem in the part. For a task without a
+            length, `sample` raises it where none of a thousand problems in a row lies in the part.
 
     Example:
         >>> from stepsal.tasks.parts import Part
