@@ -35,11 +35,8 @@ def save_tensors(
     Raises:
         ValueError: the document cannot be written as JSON.
     """
-    try:
-        header = json.dumps({**document, "format": f"stepsal.{kind}", "version": version}, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"the {kind} cannot be written as JSON ({error}); use text, finite numbers, lists") from error
-    # cloned, since safetensors refuses tensors that share memory
+    header = to_json({**document, "format": f"stepsal.{kind}", "version": version}, f"the {kind}")
+    # cloned, since safetensors refuses tensors that share memory (of one head, mean and map of the head are one)
     copies = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     path = _with_suffix(path)
     write_atomic(path, safetensors.torch.save(copies, metadata={"stepsal": header}))
@@ -73,12 +70,35 @@ def load_tensors(path: str | Path, kind: str, version: int) -> tuple[dict[str, T
         raise ValueError(f"{path} was not written by {kind}.save: it has no stepsal document") from error
     if not isinstance(document, dict) or document.pop("format", None) != f"stepsal.{kind}":
         raise ValueError(f"{path} does not hold a {kind}; load it with the class that saved it")
-    if (file_version := document.pop("version", None)) != version:
+    file_version = document.pop("version", None)
+    if file_version != version:
+        older = isinstance(file_version, int) and file_version < version
+        remedy = f"migrate it by `python scripts/migrate.py {path}`" if older else "use the stepsal that wrote it"
         raise ValueError(
-            f"{path} has format version {file_version}, this stepsal reads {version}; use the matching stepsal, or "
-            f"make the {kind} again"
+            f"{path} has format version {file_version}, this stepsal reads {version}: {remedy}, or make it again"
         )
     return tensors, document
+
+
+def to_json(value: object, name: str) -> str:
+    """Write a value as JSON.
+
+    Args:
+        value: the value.
+        name: what the caller calls it, for the error.
+
+    Raises:
+        ValueError: something in it has no form in JSON.
+
+    Example:
+        >>> from stepsal.tensor_files import to_json
+        >>> to_json({"seed": 3}, "metadata")
+        '{"seed": 3}'
+    """
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} cannot be written as JSON ({error}); use text, finite numbers, lists") from error
 
 
 def _with_suffix(path: str | Path) -> Path:

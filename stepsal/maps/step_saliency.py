@@ -1,4 +1,4 @@
-"""The labelled result: step maps of every layer with their roles, texts and token spans, in and out of files."""
+"""The labelled result: step maps of every layer with roles and texts of steps and tokens, in and out of files."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from stepsal.layers import Layers, layer_indices, names_part_of_depth
-from stepsal.maps import files
 from stepsal.maps.pooling import Reduce, normalise_rows
+from stepsal.tensor_files import load_tensors, save_tensors, to_json
 from stepsal.trace.formats import Role
 
 if TYPE_CHECKING:
@@ -23,40 +23,42 @@ if TYPE_CHECKING:
     from stepsal.trace import Trace
 
 Target = Literal["token", "sequence", "attention"]
-"""Whose loss is differentiated; "attention" is attention alone, without a gradient."""
-FORMAT = "stepsal.StepSaliency"
-"""What files of `StepSaliency.save` call themselves."""
+"""Loss that is differentiated, of one token or of the sequence; "attention" is attention alone, without a gradient."""
+KIND = "StepSaliency"
+"""Name in the header of files that `StepSaliency.save` writes."""
 FORMAT_VERSION = 2
 """Version of these files; 1 had `model` for `model_name`, "mean" for "density" and "sum" for "mass"."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class StepSaliency:
-    """Step-by-step saliency of one trace, one lower-triangular map per layer, with all its labels.
+    """Step-by-step saliency, or attention, of one trace: one lower-triangular map per layer, with its labels.
 
     `values[l, i, j]` says how much step i (query) draws on step j (key) in layer `layers[l]`: saliency per pair of
     tokens under reduce="density", per query token under reduce="mass". The unit is that of the loss, nats; attention
-    alone (target="attention") has none.
+    (target="attention") and row-normalised maps have none.
 
     Attributes:
         values: the maps, float32 on the CPU, zero above the diagonal.
         layers: layer index of each map.
         n_layers: depth of the model, of which `layers` may be a part.
         model_name: the model's name.
-        target: whose loss was differentiated.
-        reduce: how blocks were reduced.
+        target: "token" or "sequence" for the loss that was differentiated (see `stepsal.step_saliency`); "attention"
+            where `values` is attention and nothing was differentiated.
+        reduce: "density" or "mass", the way in which blocks of token pairs were reduced (see `stepsal.step_saliency`).
         roles: role of each step.
         step_texts: text of each step.
         step_lengths: tokens of each step.
-        step_ids: step of each token, -1 for template tokens.
+        step_ids: step of each token; -1 (template) for a token in no step.
         token_texts: text of each token.
-        head_values: the maps of every head, if they were kept.
+        head_values: the maps of every head, if they were kept; `values` is their mean.
         token_values: the token maps, if they were kept.
-        metadata: where the maps come from (engine, dtype, settings of StepFlow); JSON values only.
+        metadata: origin of the maps (engine, dtype, settings of StepFlow), and "row_normalised": True after
+            `row_normalised`; JSON values only.
 
     Raises:
-        ValueError: shapes, labels and maps that do not fit together; `values` with NaN, infinite or negative entries or
-            anything above the diagonal; `metadata` that can't be written as JSON.
+        ValueError: shapes, labels and maps do not fit together; `values` has NaN, infinite or negative entries, or
+            entries above the diagonal; `metadata` can't be written as JSON.
 
     Example:
         >>> model = stepsal.load("mini")
@@ -84,7 +86,7 @@ reduce='density')
     def __post_init__(self) -> None:
         self._check_labels()
         self._check_tensors()
-        files.to_json(self.metadata, "metadata")
+        to_json(self.metadata, "metadata")
 
     def _check_labels(self) -> None:
         n_maps, n_steps = len(self.layers), len(self.roles)
@@ -136,13 +138,14 @@ reduce='density')
     # ------------------------------------------------------------------------------------------------ by layer
 
     def positions(self, layers: Layers) -> list[int]:
-        """Find where the maps of some layers stand in `values`.
+        """Return the indices along the first axis of `values` of some layers.
 
         Args:
-            layers: which layers; of a band or a range of fractions those that were computed, of indices all.
+            layers: the layers (see `stepsal.layers`). A band or a range of fractions stands for those of its layers that
+                were computed; layers that are named by index must all have been computed.
 
         Raises:
-            ValueError: a layer that was not computed, or no layer at all.
+            ValueError: a layer named by index was not computed, or `layers` holds no computed layer.
         """
         requested = self.computed(layers) if names_part_of_depth(layers) else layer_indices(layers, self.n_layers)
         if not requested:
@@ -158,10 +161,10 @@ reduce='density')
         """Return the map of one layer.
 
         Args:
-            index: layer of the model; -1 is its last.
+            index: index of the layer in the model; -1 is the last.
 
         Raises:
-            ValueError: that layer was not computed.
+            ValueError: the layer was not computed.
         """
         return self.values[self.positions(index)[0]]
 
@@ -169,27 +172,28 @@ reduce='density')
         """Return the mean map of several layers.
 
         Args:
-            layers: which layers; see `positions`.
+            layers: the layers; see `positions`.
 
         Raises:
-            ValueError: one of them was not computed, or there are none.
+            ValueError: a layer was not computed, or there are none.
         """
         return self.values[self.positions(layers)].mean(0)
 
     def computed(self, layers: Layers) -> tuple[int, ...]:
-        """Return those of some layers that were computed, by their index in the model.
+        """Return the computed ones among some layers, by their index in the model.
 
         Args:
-            layers: which layers; see `stepsal.layers`.
+            layers: the layers; see `stepsal.layers`.
         """
         return tuple(layer for layer in layer_indices(layers, self.n_layers) if layer in self.layers)
 
     # ----------------------------------------------------------------------------------------- shares and tables
 
     def row_normalised(self) -> StepSaliency:
-        """Return the same saliency with each row summing to one, the share of each key; empty rows stay zero.
+        """Return a copy in which each row is divided by its sum: the share of each key step; empty rows stay zero.
 
-        Maps by head and by token are normalised by their own rows.
+        Maps by head and by token are normalised by their own rows. The result has `metadata["row_normalised"]` True, and
+        its values have no unit.
         """
         return replace(
             self,
@@ -208,21 +212,21 @@ reduce='density')
         query_role: Role | None = None,
         key_role: Role | None = None,
     ) -> pd.DataFrame:
-        """Return the largest links between steps, the largest first, of the mean map of some layers.
+        """Return the largest links between steps in the mean map of some layers, the largest first.
 
         Args:
-            k: number of links, at most; links without saliency are none.
+            k: largest number of links; pairs of steps without saliency are left out.
             layers: the layers to average over; see `positions`.
-            own_step: also count what a step draws on itself.
-            query_role: only rows of steps with this role.
-            key_role: only keys of steps with this role.
+            own_step: include links of a step to itself.
+            query_role: only links whose query step has this role.
+            key_role: only links whose key step has this role.
 
         Returns:
             Columns: query_step, key_step, query_role, key_role, saliency, query_text, key_text. Equal links stand in
             the order of their steps.
 
         Raises:
-            ValueError: `k` below 1, an unknown role, or layers that were not computed.
+            ValueError: `k` is below 1, a role is unknown, or layers were not computed.
 
         Example:
             >>> model = stepsal.load("mini")
@@ -275,13 +279,13 @@ reduce='density')
         """Return one row per layer and pair of steps, of the lower triangle.
 
         Args:
-            layers: which layers; see `positions`.
+            layers: the layers; see `positions`.
 
         Returns:
             Columns: layer, query_step, key_step, query_role, key_role, saliency.
 
         Raises:
-            ValueError: a layer that was not computed.
+            ValueError: a layer was not computed.
         """
         import numpy as np
         import pandas as pd
@@ -303,15 +307,15 @@ reduce='density')
     # --------------------------------------------------------------------------------------------------- files
 
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file, the labels as a JSON document in its header; `.safetensors` is appended.
+        """Write the maps to one safetensors file, the labels as a JSON document in its header.
 
-        One file, moved into place when complete: an interrupted save leaves the old file or none.
+        The file is moved into place when it is complete: an interrupted save leaves the old file or none.
 
         Args:
-            path: the file.
+            path: where to write; `.safetensors` is appended where it is missing, and the folder is made.
 
         Returns:
-            The path of the file.
+            The path of the file, with its suffix.
 
         Example:
             >>> import tempfile
@@ -324,11 +328,11 @@ reduce='density')
         """
         document = {name: getattr(self, name) for name in _LABELS} | {"metadata": self.metadata}
         tensors = {name: tensor for name in _TENSORS if (tensor := getattr(self, name)) is not None}
-        return files.write(path, {"format": FORMAT, "version": FORMAT_VERSION, **document}, tensors)
+        return save_tensors(path, KIND, FORMAT_VERSION, tensors, document)
 
     @classmethod
     def load(cls, path: str | Path) -> StepSaliency:
-        """Read what `save` has written; nothing is unpickled or executed.
+        """Read maps that `save` has written; nothing is unpickled or executed.
 
         Args:
             path: the file; `.safetensors` is appended where it is missing.
@@ -337,7 +341,7 @@ reduce='density')
             FileNotFoundError: there is no such file.
             ValueError: the file is corrupt, foreign, of another format version, or inconsistent in itself.
         """
-        document, tensors = files.read(path, FORMAT, FORMAT_VERSION)
+        tensors, document = load_tensors(path, KIND, FORMAT_VERSION)
         try:
             labels = {name: convert(document.pop(name)) for name, convert in _LABELS.items()}
             fields: dict[str, Any] = {**labels, **tensors, **document}
@@ -361,14 +365,14 @@ _LABELS: dict[str, Callable[[Any], Any]] = {  # field -> how to read it back fro
 
 
 def labels_of(trace: Trace) -> dict[str, Any]:
-    """Return the labels that a StepSaliency has from its trace, as keyword arguments.
+    """Return the labels that a trace gives to its `StepSaliency`, as keyword arguments.
 
     Args:
         trace: the trace.
 
     Example:
         >>> trace = stepsal.Trace.from_text("Ann is 1. Who is 2?", " Bob.</think>Bob.", stepsal.load("mini"))
-        >>> labels_of(trace)["roles"]
+        >>> stepsal.maps.labels_of(trace)["roles"]
         ('question', 'thinking', 'summary')
     """
     return {
