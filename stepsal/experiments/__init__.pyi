@@ -1,5 +1,5 @@
 from . import calibrate, collect, evaluate, store
-from .calibrate import Calibration
+from .calibration import Calibration
 from .population import Population
 from .results import Evaluation
 from .store import Store

@@ -1,4 +1,4 @@
-"""Rows of answers: how `stepsal.evaluate` keeps them in the parts of a store."""
+"""Read and write the answers of `stepsal.evaluate`, as rows in the parts of a store."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def answer_parts(store: Store) -> list[StoredPart]:
     """Return the parts of a store that hold answers.
 
     Args:
-        store: of an evaluation.
+        store: store of an evaluation.
 
     Raises:
         ValueError: a part that is damaged.
@@ -60,10 +60,10 @@ def answer_parts(store: Store) -> list[StoredPart]:
 
 
 def read_table(store: Store) -> pa.Table:
-    """Return all answers of a store as an Arrow table, whichever call has asked for them.
+    """Return all answers of a store as an Arrow table, from all calls of `evaluate`.
 
     Args:
-        store: of an evaluation.
+        store: store of an evaluation.
 
     Raises:
         ValueError: a part that is damaged.
@@ -82,10 +82,10 @@ def read_table(store: Store) -> pa.Table:
 
 
 def read_answers(store: Store) -> pd.DataFrame:
-    """Return all answers of a store, one row each, whichever call has asked for them.
+    """Return all answers of a store, one row each, from all calls of `evaluate`.
 
     Args:
-        store: of an evaluation.
+        store: store of an evaluation.
 
     Raises:
         ValueError: a part that is damaged, or an answer that the store has twice.
@@ -100,9 +100,9 @@ def keep_answers(store: Store, answers: pa.Table, replaces: Sequence[str] = ()) 
     """Add answers to a store as a part of its own.
 
     Args:
-        store: of an evaluation, open to be added to.
-        answers: with the columns of `answer_schema`.
-        replaces: names of the parts whose answers these are.
+        store: store of an evaluation, open to be added to.
+        answers: table with the columns of `answer_schema`.
+        replaces: names of the parts that the new part takes the place of.
     """
     import pyarrow.parquet as pq
 
@@ -114,7 +114,7 @@ def merge_parts(store: Store) -> None:
     """Make one part of all parts with answers.
 
     Args:
-        store: of an evaluation, open to be added to.
+        store: store of an evaluation, open to be added to.
     """
     parts = answer_parts(store)
     if len(parts) > 1:

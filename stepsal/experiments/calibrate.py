@@ -87,25 +87,29 @@ def calibrate(
 
     Args:
         model: from `stepsal.load`.
-        task: gives the problem of a seed. A task that has a length is divided whole; where more answers are asked for,
-            its problems come again with other draws, or, under greedy decoding, fewer answers are written.
-        n_answers: how many answers the model may write. A larger number in the same folder goes on with the answers
-            there. That looks at the held-out problems again, which is counted, and asks for a smaller p.
-        folder: made if it does not exist.
-        settings: how many settings to draw and begin the search with; or the settings, and then there is no profile.
-        base: settings that are not searched (window, bridge, into_summary) where settings are drawn; None is the
-            paper's.
-        decoding: how answers are written.
+        task: gives the problem of a seed. If the task has a length, all its problems are divided among the three parts;
+            a part that is asked for more answers than it has problems repeats them with other draws, or, under greedy
+            decoding, writes fewer answers.
+        n_answers: total number of answers that may be written, over profile, search and held-out comparison, those of
+            the baseline included. A larger number in the same folder goes on with the answers that are there. Each
+            continued call tests on the held-out problems once more; `looks` counts these tests, and `beats_baseline`
+            then requires p <= 0.05 / looks.
+        folder: an empty or new folder, or one to go on with; created if missing.
+        settings: number of settings to draw, which begin the search; or the settings themselves, and then no profile is
+            made.
+        base: what drawn settings have in common (window, bridge, into_summary); None takes the paper's values.
+        decoding: settings of decoding; the default samples at temperature 1. A `Decoding()` of your own is greedy: say
+            `Decoding(temperature=1.0, max_new_tokens=4096)`.
         system: a system prompt; None keeps what the chat template does by itself.
         segmentation: how sections and steps are found, by StepFlow and in the traces; None is `Segmentation()`.
-        seed: of problems and settings. Another seed divides the questions in another way: what is held out under one
+        seed: seed of problems and settings. Each seed divides the questions anew: a problem that is held out under one
             seed may be searched on under another.
-        batch_size: answers decoded together.
-        progress: show bars over answers.
+        batch_size: number of answers that are decoded together.
+        progress: show progress bars.
 
     Raises:
-        ValueError: before any work, fewer than two settings, too few answers or problems for so many settings, or
-            whatever `stepsal.collect` and `stepsal.evaluate` refuse.
+        ValueError: raised before any work: fewer than two settings, too few answers or problems for the number of
+            settings, or what `stepsal.collect` and `stepsal.evaluate` refuse.
 
     Example:
         >>> import tempfile
@@ -154,7 +158,7 @@ def calibrate(
 
 @dataclass(frozen=True)
 class _Run:
-    """Writes the answers of a calibration, by the parts of its task."""
+    """The writer of a calibration's answers, part of the task by part."""
 
     model: TransformerBridge
     parts: Mapping[str, Part]
@@ -198,8 +202,8 @@ class Round(NamedTuple):
     """A round of the search.
 
     Attributes:
-        n_settings: settings in it, the baseline aside.
-        n_problems: problems that each of them has answered at its end.
+        n_settings: number of settings in the round, the baseline not counted.
+        n_problems: number of problems that each of them has answered by the end of the round.
     """
 
     n_settings: int
@@ -210,9 +214,9 @@ class Plan(NamedTuple):
     """The division of a calibration's answers among its three parts.
 
     Attributes:
-        n_profile: traces of the profile.
-        rounds: of the search.
-        n_held_out: held-out problems, each of which is answered twice.
+        n_profile: number of traces of the profile.
+        rounds: rounds of the search.
+        n_held_out: number of held-out problems, each of which is answered twice.
     """
 
     n_profile: int
@@ -224,10 +228,11 @@ def plan(n_answers: int, n_settings: int, profile: bool, most: Mapping[str, int 
     """Divide answers between profile, search and held-out comparison.
 
     Args:
-        n_answers: how many may be written.
-        n_settings: how many settings the search begins with.
-        profile: whether there is one.
-        most: number of problems of each part of the task, where none may come again; not all answers are spent then.
+        n_answers: total number of answers that may be written.
+        n_settings: number of settings that the search begins with.
+        profile: True if a profile is made.
+        most: number of problems of each part of the task, for parts whose problems may not be repeated; then some of
+            the answers may remain unspent.
 
     Example:
         >>> from stepsal.experiments.calibrate import plan
@@ -248,13 +253,13 @@ def plan(n_answers: int, n_settings: int, profile: bool, most: Mapping[str, int 
 
 
 def halving(n_settings: int, n_answers: int) -> tuple[Round, ...]:
-    """Return the rounds of successive halving down to two settings, about the same number of answers in each.
+    """Return the rounds of successive halving down to two settings, with about as many answers in each.
 
     The baseline answers beside the settings, and is never dropped.
 
     Args:
-        n_settings: how many settings the first round has.
-        n_answers: how many answers all rounds may write.
+        n_settings: number of settings in the first round.
+        n_answers: number of answers that all rounds together may write.
 
     Example:
         >>> from stepsal.experiments.calibrate import halving
@@ -271,14 +276,14 @@ def halving(n_settings: int, n_answers: int) -> tuple[Round, ...]:
 def drawn_settings(
     store: Store, evidence: pd.DataFrame, n_settings: int, base: StepFlowConfig, seed: int
 ) -> tuple[StepFlowConfig, ...]:
-    """Return the settings that a folder keeps, drawn once: more traces would draw others, and leave answers unused.
+    """Return the settings that a folder keeps, drawn by its first call alone, so that later calls reuse its answers.
 
     Args:
         store: of the calibration, open to be added to.
-        evidence: of the profile, by which settings are drawn if there are none yet.
-        n_settings: how many to draw.
-        base: all settings that are not searched.
-        seed: of the draw.
+        evidence: evidence of the profile, by which settings are drawn if there are none yet.
+        n_settings: number of settings to draw.
+        base: values of what is not searched.
+        seed: seed of the draw.
     """
     name = f"settings-{n_settings}"
     if name not in store.names():
@@ -292,12 +297,12 @@ def drawn_settings(
 
 
 def count_looks(store: Store, setting: StepFlowConfig, n_problems: int) -> int:
-    """Return how many comparisons were made on the held-out problems, after counting this one.
+    """Count this comparison on the held-out problems, and return how many were made in all.
 
     Args:
         store: of the calibration, open to be added to.
-        setting: that was compared with the baseline.
-        n_problems: number of held-out problems; the same setting on the same problems is one look.
+        setting: the setting that was compared with the baseline.
+        n_problems: number of held-out problems; the same setting on as many problems is counted once.
     """
     description = describe(setting)
     name = LOOK + digest(json.dumps([description, n_problems]).encode())

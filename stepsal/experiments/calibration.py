@@ -40,20 +40,20 @@ LEVEL = 0.05
 
 @dataclass(frozen=True)
 class Calibration:
-    """The settings of StepFlow that were tried, and whether the best of them helps on problems held out.
+    """The settings of StepFlow that were tried, with a held-out comparison of the best of them and the baseline.
 
     Attributes:
         folder: where answers and settings are kept.
         model_name: name of the model.
         task: name of the task.
         n_answers: number of answers that were asked for.
-        seed: of problems and settings.
+        seed: seed of problems and settings.
         n_traces: number of traces of the profile; 0 where settings were passed.
-        evidence: what the profile says, see `stepsal.experiments.proposals.profile_evidence`; None without a profile.
-        settings: those tried; the likelier, or the earlier passed, first.
-        rounds: of the search; each has the answers of the one before, and fewer settings.
-        held_out: the variants "baseline" and "chosen" on problems of their own.
-        looks: number of comparisons that the folder's held-out problems have been used for, this one included.
+        evidence: table of `stepsal.experiments.proposals.profile_evidence`; None without a profile.
+        settings: settings that were tried: drawn ones with the likelier first, passed ones in their order.
+        rounds: rounds of the search; each has fewer settings than the one before, and its answers among its own.
+        held_out: the variants "baseline" and "chosen" on problems that nothing was chosen by.
+        looks: number of tests that were made on the held-out problems of the folder, this one included.
 
     Example:
         >>> import tempfile
@@ -89,7 +89,7 @@ class Calibration:
 
         Raises:
             FileNotFoundError: there is no such folder.
-            ValueError: the folder is no calibration, is damaged, or does not say what it was asked for.
+            ValueError: the folder is no calibration, is damaged, or does not record what the last call asked for.
         """
         folder = Path(folder)
         store = Store.load(folder, KIND, VERSION)
@@ -115,7 +115,7 @@ class Calibration:
         """Copy settings, profile and all answers to another folder, after checking them, and return it.
 
         Args:
-            folder: an empty folder, or one that does not exist.
+            folder: an empty or new folder; created if missing.
 
         Raises:
             ValueError: the folder is not empty, or a part is damaged.
@@ -123,13 +123,13 @@ class Calibration:
         return Store.load(self.folder, KIND, VERSION).save(folder)
 
     def save_preset(self, path: str | Path) -> Path:
-        """Write `stepflow` as a preset in JSON, with what it rests on beside it, and return the path.
+        """Write `stepflow` as a preset in JSON, together with the results that support it, and return the path.
 
-        `StepFlowConfig.load` reads it, and so does `-M preset=` in Inspect. Where no setting beats the baseline, the
-        preset switches both parts off.
+        `StepFlowConfig.load` reads it, and so does `-M preset=<path>` in Inspect. Where no setting beats the baseline,
+        the preset switches both parts off.
 
         Args:
-            path: of the file.
+            path: the file, such as "preset.json"; its folder is created if missing.
         """
         manifest, best = self.held_out.manifest, self._best
         about = {
@@ -159,36 +159,36 @@ class Calibration:
 
     @property
     def chosen(self) -> StepFlowConfig:
-        """Return the best setting of the search, whether it helps or not."""
+        """The best setting of the search, whether it helps or not."""
         return next(config for v in self.held_out.variants if (config := v.stepflow) is not None)
 
     @cached_property
     def difference(self) -> PairedDifference:
-        """Return the accuracy of the chosen setting minus the baseline's, on the held-out problems."""
+        """The `PairedDifference` from the baseline to the chosen setting, on the held-out problems."""
         return self.held_out.difference(BASELINE, CHOSEN)
 
     @property
     def beats_baseline(self) -> bool:
-        """Tell whether the held-out difference has its 95 % interval above zero, and p at most 5 % / `looks`.
+        """True if the held-out difference has its 95 % interval above zero, and p <= 0.05 / `looks`.
 
-        Both, since an interval over few different questions is too short, and since each look is another chance.
+        Both are required: an interval over few different questions is too short, and each look is another chance.
         """
         return self.difference.low > 0 and self.difference.p <= LEVEL / self.looks
 
     @property
     def stepflow(self) -> StepFlowConfig:
-        """Return the chosen setting if it beats the baseline, otherwise one that edits nothing."""
+        """The chosen setting if it beats the baseline, otherwise one that edits nothing."""
         return self.chosen if self.beats_baseline else self.chosen.but(oeb_layers=(), smi_layers=())
 
     @cached_property
     def search(self) -> pd.DataFrame:
-        """Return one row per setting tried, the best first.
+        """Table of the settings that were tried, one row each, the best first.
 
         Columns:
 
             setting, oeb_layers, tau_max, smi_layers, alpha
             rounds       number of rounds that the setting stayed in
-            n_problems   number of problems that it has answered by then
+            n_problems   number of problems that it had answered by the end of its last round
             accuracy     on those problems
             baseline     accuracy of the baseline on the same problems
             difference   accuracy minus baseline
@@ -211,7 +211,7 @@ class Calibration:
 
     @property
     def _best(self) -> pd.Series:
-        """Return the row of the chosen setting in `search`."""
+        """The row of the chosen setting in `search`."""
         return self.search[self.search["setting"] == describe(self.chosen)].iloc[0]
 
     def __str__(self) -> str:
@@ -292,11 +292,11 @@ def held_out_variants(chosen: StepFlowConfig) -> tuple[Variant, Variant]:
 
 
 def evidence_of(folder: Path, n_traces: int, n_layers: int) -> pd.DataFrame:
-    """Return what the profile in a folder says.
+    """Return the evidence of the profile in a folder.
 
     Args:
-        folder: of the calibration.
-        n_traces: how many traces to go by; the folder may have more, from a call that asked for more answers.
+        folder: folder of the calibration.
+        n_traces: number of traces to use, from the first; the folder may have more, from a call with more answers.
         n_layers: depth of the model.
     """
     from stepsal.experiments.population import Population

@@ -16,31 +16,32 @@ def check_counts(**counts: int) -> None:
     """Refuse counts below one.
 
     Args:
-        counts: by the name that the user knows them by.
+        counts: counts by the names of the caller's arguments.
 
     Raises:
         ValueError: a count below one; the message names all of them.
 
     Example:
-        >>> stepsal.experiments.checks.check_counts(n_problems=10, batch_size=4)
+        >>> from stepsal.experiments.checks import check_counts
+        >>> check_counts(n_problems=10, batch_size=4)
     """
     if min(counts.values()) < 1:
         raise ValueError(f"{', '.join(f'{name}={n}' for name, n in counts.items())} must be at least 1")
 
 
 def check_no_open_stepflow(model: TransformerBridge, remedy: str) -> None:
-    """Refuse a model under an open `stepsal.stepflow` context, which a folder would not know of.
+    """Refuse a model under an open `stepsal.stepflow` context, which no folder would record.
 
     Args:
         model: from `stepsal.load`.
-        remedy: how to ask for StepFlow instead, such as "collect(stepflow=...)".
+        remedy: argument that switches StepFlow on instead, such as "collect(stepflow=...)".
 
     Raises:
         ValueError: a context is open.
 
     Example:
-        >>> model = stepsal.load("mini")
-        >>> stepsal.experiments.checks.check_no_open_stepflow(model, "collect(stepflow=...)")
+        >>> from stepsal.experiments.checks import check_no_open_stepflow
+        >>> check_no_open_stepflow(stepsal.load("mini"), "collect(stepflow=...)")
     """
     if active_flow(model) is not None:
         raise ValueError(f"a stepflow context is open, of which the folder would not know: close it and use {remedy}")
@@ -53,10 +54,11 @@ def segmentation_for_manifest(segmentation: Segmentation) -> dict[str, Any]:
         segmentation: how sections and steps are found.
 
     Raises:
-        ValueError: it can't be read back from JSON, such as one that splits by a function.
+        ValueError: a segmentation that can't be read back from JSON, such as one that splits by a function.
 
     Example:
-        >>> stepsal.experiments.checks.segmentation_for_manifest(stepsal.Segmentation(split="line"))["split"]
+        >>> from stepsal.experiments.checks import segmentation_for_manifest
+        >>> segmentation_for_manifest(stepsal.Segmentation(split="line"))["split"]
         'line'
     """
     settings = segmentation.to_dict()

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from stepsal.trace import Trace
 
 Target = Literal["token", "sequence"]
-"""Whose loss the maps of a population differentiate."""
+"""Loss that the maps of a population differentiate: of each next token, or summed over the sequence."""
 
 
 def collect(
@@ -70,33 +70,34 @@ def collect(
     engine: Literal["auto", "pattern", "streamed"] = "auto",
     progress: bool = True,
 ) -> Population:
-    """Answer problems of a task, grade and map the answers, or go on with the answers that a folder has.
+    """Collect graded answers and their step maps in a folder, resuming one that was begun.
 
-    A run that was interrupted, also by a kill or a power cut, goes on where it stopped when it is called again, and so
-    does one that asks for more problems. Nothing is kept twice; the batch that was in the works is done again. Memory
-    is bounded by one batch.
+    Make the same call again to resume a run that was interrupted, even by a kill or a power failure; ask for more
+    problems to extend it. Finished batches are never repeated; an unfinished one is answered again. Memory is bounded
+    by one batch.
 
     Args:
         model: from `stepsal.load`.
         task: gives the problem of a seed and has a name, e.g. `stepsal.tasks.chain.ChainTask(length=(7, 9))`.
         n_problems: number of problems that the folder is to hold answers to, one each.
-        folder: made if it is not there.
-        decoding: how answers are written.
+        folder: an empty or new folder, or one to go on with; created if missing.
+        decoding: settings of decoding; the default samples at temperature 1. A `Decoding()` of your own is greedy: say
+            `Decoding(temperature=1.0, max_new_tokens=4096)`.
         seed: problem i is `task.sample(seed + i)`, and its answer is sampled with seed + i.
         system: a system prompt; None keeps what the chat template does by itself.
-        stepflow: decode, score and map under StepFlow; None does so without.
+        stepflow: settings of StepFlow, under which answers are written, scored and mapped; None goes without it.
         segmentation: how sections and steps are found, by StepFlow and in the traces; None is `Segmentation()`.
         batch_size: answers that are decoded together and written at once.
-        target: see `stepsal.step_saliency`.
-        reduce: see `stepsal.step_saliency`.
+        target: "token" or "sequence", as in `stepsal.step_saliency`.
+        reduce: "density" or "mass", as in `stepsal.step_saliency`.
         layers: layers to map; see `stepsal.layers`.
-        engine: see `stepsal.step_saliency`; it is not part of what the folder is known by.
+        engine: "auto", "pattern" or "streamed", as in `stepsal.step_saliency`; may differ when a folder is resumed.
         progress: show a bar over answers.
 
     Raises:
-        ValueError: before any work, numbers out of range, an open `stepsal.stepflow` context, a segmentation by a
-            function, or a folder that is foreign, damaged, of other parameters or in the hands of another process.
-            A problem that can't be answered or mapped stops the run with its own error, with a note on its batch.
+        ValueError: raised before any work: numbers out of range, an open `stepsal.stepflow` context, a segmentation by
+            a function, or a folder that is foreign, damaged, of other parameters or locked by another process. Later, a
+            problem that can't be answered or mapped stops the run with its own error and a note on its batch.
 
     Example:
         >>> import tempfile
@@ -139,7 +140,7 @@ def missing_batches(spans: Iterable[tuple[int, int]], n_problems: int, batch_siz
 
     Args:
         spans: first trace and number of traces of each part, in order.
-        n_problems: number of traces that there are to be.
+        n_problems: number of traces that the folder is to hold.
         batch_size: size of a batch, which is smaller where the next part begins.
 
     Example:
@@ -157,7 +158,7 @@ def missing_batches(spans: Iterable[tuple[int, int]], n_problems: int, batch_siz
 
 @dataclass(frozen=True)
 class _Batch:
-    """Answers of a batch with their problems and maps; `numbers` are those of the traces."""
+    """The answers of a batch, with their problems and maps; `numbers` are those of the traces."""
 
     numbers: range
     seeds: Sequence[int]
@@ -169,7 +170,7 @@ class _Batch:
 
 @dataclass(frozen=True)
 class _Mapper:
-    """Answers problems of a task, and maps the answers."""
+    """The writer of a population's answers and of their maps."""
 
     model: TransformerBridge
     task: Task

@@ -54,27 +54,32 @@ def evaluate(
     batch_size: int = 32,
     progress: bool = True,
 ) -> Evaluation:
-    """Answer problems of a task under each variant, or go on with the answers that a folder has.
+    """Answer problems of a task under each variant, graded, in a folder, resuming one that was begun.
+
+    Make the same call again to resume a run that was interrupted; ask for more problems, samples or variants to extend
+    it. Answers that the folder has are never written again.
 
     Args:
         model: from `stepsal.load`.
-        task: gives the problem of a seed; problem i is `task.sample(seed + i)`.
-        variants: with names that differ. The first is what the others are compared with, unless told otherwise.
+        task: gives the problem of a seed, such as `stepsal.tasks.chain.ChainTask(length=(7, 9))`.
+        variants: variants with names that differ. The first is the baseline of comparisons.
         n_problems: number of problems.
         n_samples: samples of each problem under each variant; a variant with k votes draws k times as many answers.
-        folder: made if it does not exist.
-        decoding: how answers are written; variants may change the limits.
-        seed: of problems and draws.
+        folder: an empty or new folder, or one to go on with; created if missing.
+        decoding: settings of decoding; the default samples at temperature 1. A `Decoding()` of your own is greedy: say
+            `Decoding(temperature=1.0, max_new_tokens=4096)`.
+            A variant may set `max_new_tokens` and `budget_forcing` of its own.
+        seed: problem i is `task.sample(seed + i)`; draws have seeds of their own, the same under every variant.
         system: a system prompt; None keeps what the chat template does by itself.
         segmentation: how sections and steps are found, by StepFlow and in the traces; None is `Segmentation()`.
-        batch_size: answers decoded together.
+        batch_size: number of answers that are decoded together.
         progress: show a bar over answers.
 
     Raises:
-        ValueError: before any work, numbers out of range, variants of the same name, several greedy draws, an open
-            `stepsal.stepflow` context, a prompt that fills the model's context, or a folder that is foreign, damaged,
-            of other parameters or problems, or in the hands of another process. After the first batch, votes on a task
-            whose verdicts have no `final_answer`.
+        ValueError: raised before any work: numbers out of range, variants of the same name, several greedy draws, an
+            open `stepsal.stepflow` context, a prompt that fills the model's context, or a folder that is foreign,
+            damaged, of other parameters or problems, or locked by another process. Raised after the first batch: votes
+            on a task whose verdicts have no `final_answer`.
 
     Example:
         >>> import tempfile
@@ -115,14 +120,14 @@ def evaluate(
 
 
 class Draw(NamedTuple):
-    """One sample of one problem, as what an answer is kept."""
+    """The place of an answer: number of the sample, and number of the problem."""
 
     draw: int
     problem: int
 
 
 class Turn(NamedTuple):
-    """Answers that one variant writes together."""
+    """The answers that one variant writes together."""
 
     variant: str
     batch: int
@@ -135,7 +140,7 @@ def missing_answers(needed: Mapping[str, int], n_problems: int, answers: pd.Data
     Args:
         needed: number of draws of each problem, by `Variant.key`.
         n_problems: number of problems.
-        answers: those that are kept, with the columns variant, draw and problem.
+        answers: table of the answers that are kept, with the columns variant, draw and problem.
 
     Example:
         >>> import pandas as pd
@@ -151,15 +156,15 @@ def missing_answers(needed: Mapping[str, int], n_problems: int, answers: pd.Data
 
 
 def turns(missing: Mapping[str, set[Draw]], n_draws: int, n_problems: int, batch_size: int) -> Iterator[Turn]:
-    """Yield what is to be answered, batch by batch; within a batch, variants take turns in an order that rotates.
+    """Yield the turns of a run, batch by batch; within a batch, variants take turns in an order that rotates.
 
     Batches are the same whatever is missing, so that times of an interrupted run can be compared, too.
 
     Args:
         missing: answers to write, by `Variant.key`.
-        n_draws: most draws that any variant needs.
+        n_draws: largest number of draws that a variant needs.
         n_problems: number of problems.
-        batch_size: most answers of a batch.
+        batch_size: largest number of answers in a batch.
 
     Example:
         >>> from stepsal.experiments.evaluate import Draw, turns
@@ -177,10 +182,10 @@ def turns(missing: Mapping[str, set[Draw]], n_draws: int, n_problems: int, batch
 
 
 def draw_seed(seed: int, problem: int, draw: int) -> int:
-    """Return the seed by which an answer is sampled; far apart, so that no two answers share random numbers.
+    """Return the seed that an answer is sampled by; seeds lie so far apart that no two answers share random numbers.
 
     Args:
-        seed: of the run.
+        seed: seed of the run.
         problem: number of the problem.
         draw: number of the sample.
 
@@ -194,7 +199,7 @@ def draw_seed(seed: int, problem: int, draw: int) -> int:
 
 @dataclass(frozen=True)
 class _Writer:
-    """Writes answers to the problems of a run, and grades them."""
+    """The writer of graded answers to the problems of a run."""
 
     model: TransformerBridge
     task_name: str

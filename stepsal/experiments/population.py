@@ -46,7 +46,7 @@ class Population:
     """Answers of a model to the problems of a task, with their step maps and metrics, in a folder of `stepsal.collect`.
 
     Attributes:
-        folder: where it lies.
+        folder: folder that holds it.
         manifest: model, task, parameters and versions.
         parts: folder and number of traces of each part, in order.
 
@@ -90,16 +90,16 @@ class Population:
         return cls(store.folder, store.manifest, tuple(parts))
 
     def save(self, folder: str | Path) -> Path:
-        """Copy the population to another folder, which appears when all is there.
+        """Copy the population to another folder, which appears when the copy is complete.
 
         Args:
-            folder: an empty folder, or one that is not there yet.
+            folder: an empty or new folder; created if missing.
 
         Returns:
             The folder.
 
         Raises:
-            ValueError: the folder is not empty, or a part of this population is damaged by now.
+            ValueError: the folder is not empty, or a part of this population is damaged.
         """
         return Store(self.folder, self.manifest).save(folder)
 
@@ -113,15 +113,15 @@ class Population:
 
     @cached_property
     def answers(self) -> pd.DataFrame:
-        """One row per answer: trace, seed, problem, reference, correct, error, reason, n_steps, n_tokens, ...
+        """Table of the answers, one row each: trace, seed, problem, reference, correct, error, n_steps, n_tokens, ...
 
-        Tokens, steps and texts, which `trace` gives, are not among the columns.
+        It leaves out tokens, steps and texts, which `trace` returns.
         """
         return self._table(ANSWERS_FILE, without=[name for name in TRACE_COLUMNS if name != "truncated"])
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
-        """The `flow_metrics` of every trace, one row per trace and layer, beside outcome and length of the trace."""
+        """Table of the `flow_metrics`, one row per trace and layer, with outcome and length of the trace."""
         outcomes = self.answers[["trace", "problem", "correct", "error", "truncated", "n_steps", "n_tokens"]]
         return outcomes.merge(self._table(METRICS_FILE), on="trace", validate="one_to_many")
 
@@ -208,7 +208,7 @@ def numbered(parts: Iterable[StoredPart]) -> list[tuple[int, StoredPart]]:
 
 
 def trace_columns(trace: Trace) -> dict[str, Any]:
-    """Return a trace as columns of answers.parquet, without its segmentation, of which only the format may differ.
+    """Return a trace as columns of answers.parquet; of its segmentation, they hold the format only.
 
     Args:
         trace: the trace.
@@ -234,7 +234,7 @@ def trace_from_columns(columns: Mapping[str, Any], segmentation: Segmentation) -
 
     Args:
         columns: one value per column.
-        segmentation: of the population; a format that it leaves open is that of the columns.
+        segmentation: that of the population; its format is replaced by the one in the columns.
     """
     if columns["format"] != segmentation.format_name:
         segmentation = replace(segmentation, format=columns["format"])

@@ -57,7 +57,7 @@ def profile_evidence(metrics: pd.DataFrame, n_layers: int) -> pd.DataFrame:
     """Compare wrong traces with correct ones in each band of layers, and turn the differences into a prior.
 
     Args:
-        metrics: of a population, with the columns trace, layer, correct, lock_in, thinking_deficit.
+        metrics: metrics of a population, with the columns trace, layer, correct, lock_in, thinking_deficit.
         n_layers: depth of the model.
 
     Returns:
@@ -117,13 +117,13 @@ def possible(n_layers: int) -> int:
 
 
 def propose(evidence: pd.DataFrame, n: int, *, base: StepFlowConfig, seed: int = 0) -> tuple[StepFlowConfig, ...]:
-    """Return settings to try: layers and strengths of the paper, and others drawn by the prior of their layers.
+    """Return settings to try: the layers and strengths of the paper, and others drawn by the prior of their layers.
 
     Args:
-        evidence: of `profile_evidence`.
-        n: how many; at most as many as are `possible`.
-        base: all settings that are not drawn.
-        seed: of the draw.
+        evidence: table of `profile_evidence`.
+        n: number of settings; at most `possible(n_layers)`.
+        base: values of what is not drawn.
+        seed: seed of the draw.
 
     Returns:
         `n` settings that differ, the likelier first.

@@ -1,4 +1,4 @@
-"""What the last completed call has asked a store for: a part named request-<uuid> with the file request.json."""
+"""Record and read what the last completed call asked for: a part named request-<uuid> with the file request.json."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ PREFIX, REQUEST_FILE = "request-", "request.json"
 
 
 def note_request(store: Store, request: Mapping[str, Any]) -> None:
-    """Note what a call has asked for, in place of what the call before it has.
+    """Record what a call has asked for, in place of the record of the call before it.
 
     Args:
-        store: open to be added to.
-        request: JSON-ready.
+        store: store that is open to be added to.
+        request: what the call has asked for, JSON-ready.
     """
     before = [part for part in store.parts() if is_request(part)]
     text = f"{json.dumps(request, indent=2, allow_nan=False)}\n"
@@ -30,12 +30,12 @@ def read_request(store: Store, names: Sequence[str], remedy: str) -> dict[str, A
     """Return what the last completed call has asked a store for.
 
     Args:
-        store: to read from.
+        store: store to read from.
         names: entries that the request must have.
         remedy: what to do without a request, for the error.
 
     Raises:
-        ValueError: the store does not say it.
+        ValueError: the store has no request, or the request lacks one of the entries.
     """
     parts = [part for part in store.parts() if is_request(part)]
     if not parts:
@@ -50,6 +50,6 @@ def is_request(part: StoredPart) -> bool:
     """Tell whether a part holds a request.
 
     Args:
-        part: of any store.
+        part: a part of any store.
     """
     return part.name.startswith(PREFIX)

@@ -33,17 +33,18 @@ if TYPE_CHECKING:
 KIND, VERSION = "evaluation", 2
 
 What = Literal["correct", "final_answer_correct"]
+"""Which verdict: on the answer as a whole, or on its final answer, however that was reached."""
 
 _COSTS = ["n_new_tokens", "flops"]  # of a vote, the sum over its draws
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Answers of several variants to the same problems, and what they say.
+    """The answers of several variants to the same problems, with tables that compare them.
 
     Attributes:
-        folder: where the answers are kept.
-        variants: those compared; the first is the baseline of comparisons.
+        folder: folder that keeps the answers.
+        variants: variants that are compared; the first is the baseline.
         n_problems: number of problems that every variant has answered.
         n_samples: number of samples of each problem under each variant.
 
@@ -77,13 +78,13 @@ class Evaluation:
 
         Args:
             folder: the folder of `stepsal.evaluate`.
-            variants: compare these, the baseline first; None takes those of the last completed call.
-            n_problems: take this many problems; None takes as many as the last completed call.
-            n_samples: take this many samples of each problem; None takes as many as the last completed call.
+            variants: variants to compare, the baseline first; None takes those of the last completed call.
+            n_problems: number of problems; None takes as many as the last completed call.
+            n_samples: number of samples of each problem; None takes as many as the last completed call.
 
         Raises:
             FileNotFoundError: there is no such folder.
-            ValueError: the folder is no evaluation, is damaged, or does not say what is to be compared.
+            ValueError: the folder is no evaluation, is damaged, or records no completed call where one is needed.
         """
         folder = Path(folder)
         store = Store.load(folder, KIND, VERSION)
@@ -102,7 +103,7 @@ class Evaluation:
         """Copy all answers to another folder, after checking them, and return it.
 
         Args:
-            folder: an empty folder, or one that does not exist.
+            folder: an empty or new folder; created if missing.
 
         Raises:
             ValueError: the folder is not empty, or an answer is damaged or missing.
@@ -117,12 +118,12 @@ class Evaluation:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """Return model, task, parameters and versions."""
+        """Model, task, parameters and versions."""
         return dict(Store.load(self.folder, KIND, VERSION).manifest)
 
     @cached_property
     def answers(self) -> pd.DataFrame:
-        """Return one row per answer that the variants need: variant, problem, draw, correct, error, n_new_tokens, ...
+        """Table of the answers that the variants need, one row each: variant, problem, draw, correct, error, ...
 
         `question` is a digest that tells different questions apart; `response` is what the model wrote.
 
@@ -141,15 +142,15 @@ class Evaluation:
         return frame
 
     def answers_of(self, name: str) -> pd.DataFrame:
-        """Return the answers of a variant, one row per problem and sample; where it votes, those voted for.
+        """Return the answers of a variant, one row per problem and sample; where it votes, the winning ones.
 
-        The costs of a voted answer are those of all its draws.
+        The costs of a winning answer (n_new_tokens, flops) are those of all its draws.
 
         Args:
-            name: of the variant.
+            name: name of the variant.
 
         Raises:
-            ValueError: there is no such variant.
+            ValueError: an unknown variant, or answers that the folder lacks.
         """
         variant = self._variant(name)
         frame = self.answers[self.answers["variant"] == variant.key]
@@ -167,11 +168,11 @@ class Evaluation:
         """Return the verdicts on the answers of a variant, as booleans [problem, sample].
 
         Args:
-            name: of the variant.
-            what: "correct", or "final_answer_correct" where a task tells these apart.
+            name: name of the variant.
+            what: which verdict: "correct", or "final_answer_correct" where a task tells these apart.
 
         Raises:
-            ValueError: there is no such variant or verdict.
+            ValueError: an unknown variant or verdict, or answers that the folder lacks.
         """
         if what not in get_args(What):
             raise ValueError(f"what={what!r} is no verdict; use one of {', '.join(map(repr, get_args(What)))}")
@@ -179,7 +180,7 @@ class Evaluation:
 
     @cached_property
     def groups(self) -> Groups:
-        """Return a number for each problem, the same for problems with the same question."""
+        """Numbers [problem], equal where the same question comes again."""
         import pandas as pd
 
         questions = self.answers.drop_duplicates("problem").set_index("problem")["question"].sort_index()
@@ -189,8 +190,15 @@ class Evaluation:
         """Return the accuracy of each variant with its interval, pass@k, and the share of answers that were cut off.
 
         Args:
-            what: the verdict, see `verdicts`.
-            k: numbers of samples for which to give pass@k.
+            what: which verdict: "correct", or "final_answer_correct" where a task tells these apart.
+            k: numbers of samples for which pass@k is returned.
+
+        Returns:
+            One row per variant: variant, n_problems, n_different, n_samples, accuracy, low and high (its 95 %
+            interval), a column "pass@<n>" for each n of `k`, and truncated.
+
+        Raises:
+            ValueError: an unknown verdict, a k outside 1..n_samples, or answers that the folder lacks.
         """
         import pandas as pd
 
@@ -207,13 +215,20 @@ class Evaluation:
         return pd.DataFrame(rows)
 
     def paired(self, baseline: str | None = None, what: What = "correct") -> pd.DataFrame:
-        """Compare each variant with the baseline: one row per variant with the fields of `PairedDifference`.
+        """Compare the accuracy of each variant with that of the baseline, on the same problems and samples.
 
         Sample j of a variant that votes has other draws than sample j of one that does not, from j = 1 on.
 
         Args:
-            baseline: name of a variant; None is the first.
-            what: the verdict, see `verdicts`.
+            baseline: name of a variant; None takes the first.
+            what: which verdict: "correct", or "final_answer_correct" where a task tells these apart.
+
+        Returns:
+            One row per variant but the baseline: variant, baseline, and the fields of `stepsal.stats.PairedDifference`
+            (difference, low, high, fixed, broken, p, ...).
+
+        Raises:
+            ValueError: an unknown variant or verdict, or answers that the folder lacks.
         """
         import pandas as pd
 
@@ -226,12 +241,15 @@ class Evaluation:
         return pd.DataFrame(rows, columns=["variant", "baseline", *(f.name for f in fields(PairedDifference))])
 
     def difference(self, before: str, after: str, what: What = "correct") -> PairedDifference:
-        """Return how accuracy changes from one variant to another.
+        """Return the change of accuracy from one variant to another.
 
         Args:
-            before: name of the one.
-            after: name of the other.
-            what: the verdict, see `verdicts`.
+            before: name of the variant to start from.
+            after: name of the variant to compare with it.
+            what: which verdict: "correct", or "final_answer_correct" where a task tells these apart.
+
+        Raises:
+            ValueError: an unknown variant or verdict, or answers that the folder lacks.
         """
         return paired_difference(self.verdicts(before, what), self.verdicts(after, what), groups=self.groups)
 
@@ -239,8 +257,15 @@ class Evaluation:
         """Count answers by the kind of their first error under the baseline (rows) and under a variant (columns).
 
         Args:
-            name: of the variant. Its correct answers, and the baseline's, have the kind "none".
-            baseline: name of a variant; None is the first.
+            name: name of the variant.
+            baseline: name of a variant; None takes the first.
+
+        Returns:
+            A table of counts; its rows ("before") and columns ("after") are kinds of errors, and "none" for correct
+            answers.
+
+        Raises:
+            ValueError: an unknown variant, or answers that the folder lacks.
         """
         import pandas as pd
 
@@ -251,8 +276,8 @@ class Evaluation:
         """Count what a variant fixes and breaks, by the kind of the first error.
 
         Args:
-            name: of the variant.
-            baseline: name of a variant; None is the first.
+            name: name of the variant.
+            baseline: name of a variant; None takes the first.
 
         Returns:
             One row per kind:
@@ -263,6 +288,9 @@ class Evaluation:
                 changed   of those, the ones that get another first error
                 broken    correct baseline answers that get this error
                 after     answers of the variant with this error
+
+        Raises:
+            ValueError: an unknown variant, or answers that the folder lacks.
         """
         import pandas as pd
 
@@ -282,14 +310,21 @@ class Evaluation:
         return counts.sort_values("before", ascending=False, kind="stable").reset_index()
 
     def costs(self, baseline: str | None = None) -> pd.DataFrame:
-        """Return what an answer of each variant costs: mean new tokens, FLOPs, and time next to the baseline's.
+        """Return the mean cost of an answer of each variant: new tokens, FLOPs, and time relative to the baseline.
 
-        FLOPs are those of decoding, of all draws that vote, prompt included (`stepsal.generation.flops`); what an
-        `edit` computes is not counted. The time ratio is the median, with quartiles, over batches that answered the
-        same draws under both in one run, times the number of votes over the baseline's; NaN without such a batch.
+        Where draws vote, the costs of all of them count. FLOPs are those of decoding, prompt included
+        (`stepsal.generation.flops`); what an `edit` computes is not counted.
 
         Args:
-            baseline: name of a variant; None is the first.
+            baseline: name of a variant; None takes the first.
+
+        Returns:
+            One row per variant: variant, new_tokens, flops, flops_ratio (to the baseline), time_ratio (to the
+            baseline: the median over batches that answered the same draws under both in one run, times the ratio of
+            their votes; NaN without such a batch), time_low and time_high (its quartiles), batches (their number).
+
+        Raises:
+            ValueError: an unknown variant, or answers that the folder lacks.
         """
         import pandas as pd
 
@@ -310,7 +345,7 @@ class Evaluation:
 
     @cached_property
     def _batches(self) -> pd.DataFrame:
-        """Return seconds and (draw, problem) pairs of every batch in the folder, by variant, run and batch."""
+        """Seconds and (draw, problem) pairs of every batch in the folder, by variant, run and batch."""
         frame = read_answers(Store.load(self.folder, KIND, VERSION)).sort_values(["draw", "problem"])
         frame["pair"] = list(zip(frame["draw"], frame["problem"], strict=True))
         return frame.groupby(["variant", "run", "batch"]).agg(seconds=("seconds", "sum"), pairs=("pair", tuple))
@@ -331,10 +366,10 @@ class Evaluation:
 
 
 def voted_for(final_answers: pd.Series) -> Any:
-    """Return the index of the first answer that states what most state; of the first of all if none states anything.
+    """Return the index of the first answer with the most frequent final answer; of the first answer if none has one.
 
     Args:
-        final_answers: what each answer states, in the order of draws; missing where it states nothing.
+        final_answers: final answer of each answer, in the order of draws; missing where it states none.
 
     Example:
         >>> import pandas as pd

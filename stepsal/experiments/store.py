@@ -54,11 +54,11 @@ class StoredPart:
     """A part of a store: a folder whose files are as they were written.
 
     Attributes:
-        folder: where its files are.
-        about: what its writer says about it, as given when it was added.
-        replaces: names of the parts whose contents it holds.
+        folder: folder with its files.
+        about: what its writer said about it when it was added.
+        replaces: names of the parts that it takes the place of.
         files: size and SHA-256 of each file, by name.
-        versions: of the packages that made it.
+        versions: versions of the packages that made it.
     """
 
     folder: Path
@@ -85,8 +85,8 @@ class Store:
     """A folder of immutable parts with a manifest.
 
     Attributes:
-        folder: where it lies.
-        manifest: what it holds: the parameters that it was begun with, and versions of packages.
+        folder: folder that holds it.
+        manifest: parameters that it was begun with, and versions of packages.
 
     Example:
         >>> import tempfile
@@ -105,9 +105,9 @@ class Store:
         """Return the store in a folder, to read from it or to add parts beside other processes.
 
         Args:
-            folder: where it lies.
+            folder: folder that holds it.
             kind: what it must hold, such as "population".
-            version: the format version that the caller reads.
+            version: format version that the caller reads.
 
         Raises:
             FileNotFoundError: there is no such folder.
@@ -124,13 +124,14 @@ class Store:
         Processes that the run starts add their parts through `load`.
 
         Args:
-            folder: made if it is not there.
+            folder: an empty or new folder, or one to go on with; created if missing.
             kind: what it holds, such as "population".
-            version: the format version that the caller writes.
-            parameters: JSON-ready. A store that has parts must have been begun with the same ones.
+            version: format version that the caller writes.
+            parameters: parameters of the run, JSON-ready. A store that has parts must have been begun with the same.
 
         Raises:
-            ValueError: the folder is foreign, damaged, of another version, of other parameters, or held by another run.
+            ValueError: the folder is foreign, damaged, of another version, of other parameters, or locked by another
+                process.
         """
         folder = Path(folder)
         document = {"format": f"stepsal.{kind.title()}", "version": version, **parameters}
@@ -172,15 +173,15 @@ class Store:
 
     @contextmanager
     def adding(self, name: str, about: Mapping[str, Any] | None = None, replaces: Sequence[str] = ()) -> Iterator[Path]:
-        """Give a folder to write a part's files into, and put it in its place when the block ends without an error.
+        """Yield a folder to write a part's files into, and put it in its place when the block ends without an error.
 
         Args:
-            name: of the part. If there is a part of that name already, it stays, and the new files are dropped.
+            name: name of the part. If there is a part of that name already, it stays, and the new files are dropped.
             about: what there is to say about the part, JSON-ready.
-            replaces: names of the parts whose contents it holds; they are deleted once it is in its place.
+            replaces: names of the parts that it takes the place of; they are deleted once it is in place.
 
         Raises:
-            ValueError: a name that is no name of a visible folder.
+            ValueError: a name that begins with a dot, or is no plain name of a folder.
         """
         if name.startswith(".") or Path(name).name != name:
             raise ValueError(f"name={name!r} must be a plain name of a folder that does not begin with a dot")
@@ -199,12 +200,12 @@ class Store:
             self._delete(part.replaces)
 
     def save(self, folder: str | Path) -> Path:
-        """Copy the store, and the stores in its subfolders, to another folder, which appears when all is there.
+        """Copy the store, and the stores in its subfolders, to another folder, which appears when the copy is complete.
 
         Of the parts, those that count are copied, after a check of their files.
 
         Args:
-            folder: an empty folder, or one that is not there yet.
+            folder: an empty or new folder; created if missing.
 
         Returns:
             The folder.
@@ -290,10 +291,10 @@ def seal(
     """Write part.json about the files in a folder, and return when all of it is on the disk.
 
     Args:
-        folder: of the part; it holds files and no folders.
+        folder: folder of the part; it holds files and no folders.
         about: what there is to say about the part, JSON-ready.
-        replaces: names of the parts whose contents it holds.
-        versions: of the packages that made the files; None for those that are installed.
+        replaces: names of the parts that it takes the place of.
+        versions: versions of the packages that made the files; None takes those that are installed.
     """
     document = {
         "files": {path.name: _measure(path) for path in sorted(folder.iterdir())},
@@ -307,7 +308,7 @@ def seal(
 
 
 def identity_of(model: TransformerBridge) -> dict[str, Any]:
-    """Return what tells a model from others, JSON-ready, for manifests.
+    """Return what identifies a model in a manifest, JSON-ready.
 
     Args:
         model: from `stepsal.load`.
@@ -350,7 +351,7 @@ def fingerprint(model: TransformerBridge) -> str:
 
 @contextmanager
 def _hidden_beside(place: Path) -> Iterator[Path]:
-    """Give the path of a hidden folder beside the place of a part; what is there at the end of the block is deleted.
+    """Yield the path of a hidden folder beside the place of a part; what is there at the end of the block is deleted.
 
     It is held by a lock, which dies with its process. So `Store._clean` can tell the folder of a killed writer from one
     that is in use.

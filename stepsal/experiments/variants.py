@@ -1,4 +1,4 @@
-"""Variants: how an answer is written, and how many answers vote."""
+"""Variants, the arms of an evaluation: how an answer is written, and how many answers vote."""
 
 from __future__ import annotations
 
@@ -24,25 +24,27 @@ PLAN_AND_SOLVE = (  # PS+ of Wang et al. 2023 (arXiv 2305.04091), Table 5
 HINT = "Before each step, look again at what the question says and at the results of your earlier steps."
 
 Edit = Callable[["TransformerBridge", "Problem"], AbstractContextManager[object]]
-"""An intervention: given the model and a problem, it returns a context in which that problem is answered."""
+"""An intervention: a callable (model, problem) -> context manager, entered around the answer to the problem."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to write answers, to be compared with others on the same problems.
+    """One arm of a comparison on the same problems: how its answers are written, and how many of them vote.
 
     Variants that differ only in `name` and `votes` share their answers.
 
     Attributes:
-        name: how tables call it.
-        stepflow: decode under StepFlow with these settings; None decodes without.
+        name: name of the variant in tables.
+        stepflow: settings of StepFlow, under which answers are written; None writes them without it.
         instruction: text put after every question, such as `PLAN_AND_SOLVE` or `HINT`.
-        edit: another intervention; each problem is answered alone inside its context. A folder knows an edit by the
-            variant's name: give a changed edit another name.
+        edit: another intervention, a callable (model, problem) -> context manager, entered around the answer to each
+            problem, which is then answered alone. A folder knows an edit by the variant's name alone, so that a changed
+            edit needs another name.
         max_new_tokens: limit of an answer; None keeps that of the run.
-        budget_forcing: how many times "Wait" replaces the end of the thinking; 0 keeps the number of the run.
-        votes: number of draws that vote (self-consistency): the first draw with the most frequent final answer counts.
-            Sample j is voted for by draws j * votes, ..., (j + 1) * votes - 1.
+        budget_forcing: number of times that "Wait" replaces the end of the thinking; 0 keeps the number of the run.
+        votes: number of draws per sample that vote (self-consistency). Sample j is the majority over draws j * votes to
+            (j + 1) * votes - 1; without voting a sample is one draw. The first draw with the winning final answer
+            stands for it.
 
     Raises:
         ValueError: a number out of range.
@@ -73,7 +75,7 @@ class Variant:
 
     @property
     def key(self) -> str:
-        """Return what tells this way of answering from others, as JSON: all attributes but `name` and `votes`."""
+        """All attributes but `name` and `votes`, as JSON; variants with equal keys share their answers."""
         how: dict[str, Any] = {
             "stepflow": None if self.stepflow is None else self.stepflow.to_dict(),
             "instruction": self.instruction,
@@ -93,10 +95,11 @@ class Variant:
         return problem.question + ("" if self.instruction is None else f"\n\n{self.instruction}")
 
     def decoding_of(self, decoding: Decoding) -> Decoding:
-        """Return how this variant's answers are written.
+        """Return the settings of decoding for this variant's answers.
 
         Args:
-            decoding: that of the run; the limits of the variant replace its own.
+            decoding: that of the run; `max_new_tokens` and `budget_forcing` of the variant replace its own where they
+                are set.
         """
         return decoding.but(
             max_new_tokens=self.max_new_tokens or decoding.max_new_tokens,
@@ -104,7 +107,7 @@ class Variant:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the variant JSON-ready, for `from_dict`; of an edit, only that there is one."""
+        """Return the variant JSON-ready, for `from_dict`; an edit is kept as the name of its variant alone."""
         return {"name": self.name, "votes": self.votes, **json.loads(self.key)}
 
     @classmethod
@@ -148,8 +151,8 @@ class LostEdit:
         """Refuse to run.
 
         Args:
-            model: of no use here.
-            problem: of no use here.
+            model: not used.
+            problem: not used.
 
         Raises:
             ValueError: always, with the remedy.
@@ -164,10 +167,10 @@ def check_names(variants: Sequence[Variant]) -> None:
     """Refuse variants that tables could not tell apart.
 
     Args:
-        variants: those to be compared.
+        variants: variants to be compared.
 
     Raises:
-        ValueError: there is none, or two have the same name.
+        ValueError: no variants, or two with the same name.
 
     Example:
         >>> from stepsal.experiments.variants import check_names
@@ -179,10 +182,10 @@ def check_names(variants: Sequence[Variant]) -> None:
 
 
 def draws_needed(variants: Iterable[Variant], n_samples: int) -> dict[str, int]:
-    """Return how many draws of each problem every way of answering needs, by `Variant.key`.
+    """Return how many draws of each problem are needed, by `Variant.key`.
 
     Args:
-        variants: those to be compared; of several with one key, that with the most votes decides.
+        variants: variants to be compared; of several with one key, the one with the most votes decides.
         n_samples: samples of each problem under each variant.
 
     Example:
