@@ -35,9 +35,9 @@ def trace(
     out: Annotated[Path, typer.Option(help="Where to write: OUT.safetensors (the maps), OUT.png.")] = Path("trace"),
     target: Annotated[
         Literal["token", "sequence"],
-        typer.Option(help="**token**: loss of each row; **sequence**: summed loss."),
+        typer.Option(help="**token**: loss of each next token; **sequence**: their sum."),
     ] = "token",
-    stepflow: Annotated[bool, typer.Option("--stepflow", help="Answer, and map, under StepFlow.")] = False,
+    stepflow: Annotated[bool, typer.Option("--stepflow", help="Write and map the answer under StepFlow.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Limit of the answer, in tokens.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 decodes greedily.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,

@@ -4,8 +4,8 @@
     inspect eval inspect_evals/aime2025 --model stepsal/mini -M tau_max=0.15 -M alpha=0.06    # with it
     inspect eval stepsal/hub -T benchmark=math500 --model stepsal/mini                        # `stepsal.tasks.hub`
 
-Needs the extra `stepsal[inspect]`, once one of its names is used; those stand in `stepsal.harness.registry`, by which
-Inspect finds them.
+Install `stepsal[inspect]` to use these names. Importing the module works without it. Inspect finds them through
+`stepsal.harness.registry`.
 """
 
 from __future__ import annotations

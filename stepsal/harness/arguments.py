@@ -28,7 +28,7 @@ class ModelArguments:
 
     Attributes:
         loading: keywords of `stepsal.load`, as they were given.
-        batch_size: most answers that are written together.
+        batch_size: largest number of answers that are written together.
         stepflow: settings of StepFlow; None leaves the model as it is.
         segmentation: how sections and steps are found, by StepFlow and in traces.
     """
@@ -43,15 +43,17 @@ class ModelArguments:
         """Read model arguments.
 
         Args:
-            arguments: names are those of `KNOWN`.
+            arguments: values by name; the names are those of `KNOWN`.
 
         Raises:
             ValueError: an unknown name, or a value out of range, naming it.
             FileNotFoundError: a preset that is no file.
 
         Example:
-            >>> ModelArguments.read({"oeb_layers": "0,1", "tau_max": "0.3", "split": "paragraph"}).stepflow.oeb_layers
-            (0, 1)
+            >>> from stepsal.harness.arguments import ModelArguments
+            >>> arguments = ModelArguments.read({"oeb_layers": "0,1", "tau_max": "0.3", "split": "paragraph"})
+            >>> arguments.stepflow.oeb_layers, arguments.segmentation.split
+            ((0, 1), 'paragraph')
         """
         if unknown := sorted(set(arguments) - set(KNOWN)):
             raise ValueError(f"unknown model arguments {unknown}; there are {', '.join(KNOWN)}")
@@ -77,15 +79,16 @@ def read_stepflow(arguments: Mapping[str, Any]) -> StepFlowConfig | None:
     """Read the settings of StepFlow among model arguments.
 
     Args:
-        arguments: any field of `StepFlowConfig` switches StepFlow on, and so does `preset` (the name of published
-            settings, or a file of `StepFlowConfig.save` or `Calibration.save`), which the fields change, or
-            `stepflow=true` (the paper's settings); `stepflow=false` overrules them all.
+        arguments: values by name. StepFlow is switched on by `preset` (the name of published settings, or a file of
+            `StepFlowConfig.save` or `Calibration.save_preset`), by `stepflow=true` (the paper's settings), or by any
+            field of `StepFlowConfig`, which changes those settings; `stepflow=false` overrules them all.
 
     Raises:
-        ValueError: a bad value, or a preset that can't be read.
+        ValueError: a value out of range, or a preset that can't be read.
         FileNotFoundError: a preset that is no file.
 
     Example:
+        >>> from stepsal.harness.arguments import read_stepflow
         >>> read_stepflow({"smi_layers": "none"}).smi_layers, read_stepflow({"device": "cpu"})
         ((), None)
     """
@@ -111,9 +114,10 @@ def read_layers(value: Any) -> Any:
 
     Args:
         value: a band such as "shallow"; indices or fractions, as a list or with commas between them; "none" or "()" for
-            no layers. What it can't read is returned as it is, for the check of the settings.
+            no layers. What can't be read is returned as it is; `StepFlowConfig` refuses it then.
 
     Example:
+        >>> from stepsal.harness.arguments import read_layers
         >>> read_layers("deep"), read_layers(["0", "-1"]), read_layers("0.25,0.5"), read_layers("none")
         ('deep', (0, -1), (0.25, 0.5), ())
     """
@@ -132,9 +136,10 @@ def read_number(value: Any) -> Any:
     """Read a number from the command line, and "none" as None; return what is neither as it is.
 
     Args:
-        value: often a text.
+        value: the value, often as text.
 
     Example:
+        >>> from stepsal.harness.arguments import read_number
         >>> read_number("4"), read_number("1e-1"), read_number("none"), read_number("prompt")
         (4, 0.1, None, 'prompt')
     """
@@ -154,12 +159,13 @@ def read_dtype(value: Any) -> Any:
     """Read a dtype by its name; return what is no text as it is.
 
     Args:
-        value: such as "bfloat16".
+        value: the name, such as "bfloat16", or a dtype.
 
     Raises:
         ValueError: an unknown name.
 
     Example:
+        >>> from stepsal.harness.arguments import read_dtype
         >>> read_dtype("bfloat16")
         torch.bfloat16
     """

@@ -1,4 +1,4 @@
-"""Step maps of samples, beside their scores."""
+"""Write the step maps of samples beside their scores."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ async def capture(
 
     Args:
         state: the sample.
-        folder: where to write; made if it is not there.
-        layers: as for `step_saliency`.
-        target: as for `step_saliency`.
-        keep_tokens: as for `step_saliency`.
+        folder: folder to write to; created if missing.
+        layers: as in `step_saliency`.
+        target: as in `step_saliency`.
+        keep_tokens: as in `step_saliency`.
 
     Returns:
-        A summary, JSON-ready; or the `error` alone, where there can be no maps.
+        A summary, JSON-ready; where the answer can't be mapped, only {"error": why}.
 
     Raises:
         ValueError: a model of another provider.

@@ -1,4 +1,4 @@
-"""Chats of Inspect as a model's template has them, and tool calls out of what a model writes."""
+"""Render chats of Inspect by a model's template, and read tool calls in what a model writes."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def render(
     """Render a chat by the model's template, up to where the answer begins.
 
     Args:
-        tokenizer: has the template; without one, the messages' texts follow each other, a line each.
-        model_name: for the errors.
+        tokenizer: the model's tokenizer; if it has no chat template, the prompt is one line per message.
+        model_name: name of the model, for the errors.
         messages: the chat; its last message is not the assistant's.
-        tools: what the model may call; described in a system message where the template does not do it by itself.
+        tools: functions that the model may call; a system message describes them where the template does not.
 
     Raises:
         ValueError: there is nothing to answer, a message has content that is no text, tools for a Harmony model, or a
@@ -77,7 +77,7 @@ def _by_template(tokenizer: PreTrainedTokenizerBase, model_name: str, chat: Chat
 
 
 def reasoning_of(message: ChatMessageAssistant) -> str:
-    """Return the thinking of an answer; empty where it has none.
+    """Return the thinking of an answer; "" where it has none.
 
     Args:
         message: the answer.
@@ -90,8 +90,8 @@ def as_template_input(message: ChatMessage, template: str, native: bool) -> dict
 
     Args:
         message: a message of Inspect.
-        template: the chat template, which tells where it looks for reasoning.
-        native: whether the template knows tool calls and their results; otherwise they are written as text.
+        template: the chat template, which decides under which name reasoning is passed.
+        native: True if the template knows tool calls and their results; otherwise they are written as text.
 
     Raises:
         ValueError: content that is no text.
@@ -137,7 +137,7 @@ def joined(chat: Chat) -> Chat:
 
 
 def without_system(chat: Chat) -> Chat:
-    """Return a chat whose system prompt stands before what the user says first.
+    """Return a chat whose system prompt is put at the beginning of the first user message.
 
     Args:
         chat: as `joined` returns it.
@@ -157,10 +157,11 @@ def tool_calls(text: str) -> tuple[str, list[ToolCall]]:
         text: an answer without its thinking. Braces elsewhere in it are text.
 
     Returns:
-        The words besides the calls, and the calls. One that can't be read carries a `parse_error`, which Inspect tells
-        the model, so that it may try again.
+        The words besides the calls, and the calls. A call that can't be read has a `parse_error`, which Inspect passes
+        on to the model, so that it may try again.
 
     Example:
+        >>> from stepsal.harness.chat import tool_calls
         >>> words, (call,) = tool_calls('Look: <tool_call>{"name": "add", "arguments": {"x": 2}}</tool_call>')
         >>> words, call.function, call.arguments
         ('Look:', 'add', {'x': 2})

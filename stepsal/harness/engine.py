@@ -34,9 +34,9 @@ class Reply(NamedTuple):
 
     Attributes:
         tokens: the new tokens, with the one that ended the answer.
-        ended: what ended it.
+        ended: what ended the answer.
         log: `FlowLog.summary` of this answer, or None without StepFlow.
-        n_together: how many answers were written in the batch.
+        n_together: number of answers that were written in the batch.
     """
 
     tokens: list[int]
@@ -51,12 +51,12 @@ class Request:
 
     Attributes:
         prompt_ids: the tokens of the rendered prompt.
-        decoding: how the answer is written.
+        decoding: settings of decoding.
         seed: seed of the sampling.
         stepflow: settings of StepFlow; None leaves the model as it is.
         segmentation: how StepFlow finds sections and steps.
-        batch_size: most requests that are answered together with this one.
-        reply: the answer, once it is there.
+        batch_size: largest batch that this request may be answered in.
+        reply: future of the answer.
         cancelled: set by `cancel`.
     """
 
@@ -82,17 +82,17 @@ class Request:
 
 
 class _Job(NamedTuple):
-    """Other work with the model."""
+    """Work with the model other than answers."""
 
     work: Callable[[TransformerBridge], Any]
     result: Future[Any]
 
 
 class Engine:
-    """Run a model in a thread of its own.
+    """A model with a thread of its own, which alone runs it.
 
     Args:
-        model: from `stepsal.load`; nobody else may run it in the meantime.
+        model: from `stepsal.load`; nothing else may run it while the engine is open.
     """
 
     def __init__(self, model: TransformerBridge) -> None:
@@ -106,7 +106,7 @@ class Engine:
         """Answer a request in its turn, and return its reply as a future.
 
         Args:
-            request: what to answer.
+            request: the request.
 
         Raises:
             RuntimeError: the engine is closed.
@@ -115,10 +115,10 @@ class Engine:
         return request.reply
 
     def run(self, work: Callable[[TransformerBridge], T]) -> Future[T]:
-        """Do other work with the model in its turn, unless the future that is returned is cancelled before.
+        """Do other work with the model in its turn, and return its result as a future; cancel that to drop the work.
 
         Args:
-            work: called with the model, in the engine's thread.
+            work: function of the model, called in the engine's thread.
 
         Raises:
             RuntimeError: the engine is closed.
@@ -128,7 +128,7 @@ class Engine:
         return job.result
 
     def close(self) -> None:
-        """End the thread after all that is in the queue."""
+        """End the thread once all in the queue is done."""
         self._closed = True
         self._queue.put(None)
 
@@ -222,7 +222,7 @@ async def result_of(future: Future[T]) -> T:
     thread of a wait that is cancelled goes on until the future has a result or is cancelled, too.
 
     Args:
-        future: of `Engine.ask` or `Engine.run`.
+        future: what `Engine.ask` or `Engine.run` returned.
     """
     limiter = anyio.CapacityLimiter(1)
     return await anyio.to_thread.run_sync(future.result, abandon_on_cancel=True, limiter=limiter)
@@ -236,8 +236,8 @@ def shared_engine(key: tuple[Any, ...], load: Callable[[], TransformerBridge]) -
     """Return the engine of a key, and make it if there is none; `release` gives it back.
 
     Args:
-        key: what tells engines apart: the model's name and how it is loaded.
-        load: called for the model of a new engine.
+        key: identity of an engine: the model's name and how it is loaded.
+        load: function that loads the model of a new engine.
     """
     with _lock:
         engine, n_users = _engines.get(key, (None, 0))
@@ -250,7 +250,7 @@ def release(key: tuple[Any, ...]) -> None:
     """Give an engine back; once nobody uses it, it is closed and its model forgotten.
 
     Args:
-        key: as for `shared_engine`.
+        key: as in `shared_engine`.
     """
     with _lock:
         engine, n_users = _engines.pop(key)

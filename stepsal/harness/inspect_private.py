@@ -26,7 +26,7 @@ class ActiveSample(NamedTuple):
 
     Attributes:
         sample_id: its id in the task.
-        epoch: which repetition it is.
+        epoch: number of the repetition.
         attempt: id of this try; a sample that is run again gets a new one.
     """
 

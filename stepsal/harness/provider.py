@@ -62,9 +62,9 @@ class KeptAnswer(NamedTuple):
 
     Attributes:
         tokens: prompt and answer.
-        n_prompt: how many of them are the prompt's.
-        question: what the user said last.
-        truncated: whether a limit ended the answer.
+        n_prompt: number of tokens of the prompt.
+        question: the last message of the user.
+        truncated: True if a limit ended the answer.
     """
 
     tokens: Int[Tensor, " pos"]
@@ -74,29 +74,29 @@ class KeptAnswer(NamedTuple):
 
 
 class StepsalAPI(ModelAPI):
-    """Run a model of `stepsal.load` in Inspect.
+    """A model of `stepsal.load` as a provider of Inspect.
 
     Args:
         model_name: what `stepsal.load` takes: "mini", "smollm2", a hub id, a local folder.
-        base_url: of no use here; every provider has it.
-        api_key: of no use here; every provider has it.
+        base_url: not used; every provider has it.
+        api_key: not used; every provider has it.
         config: generation options of Inspect. max_tokens, temperature (0 if not set), top_p, stop_seqs and seed are
-            honoured; what can't be (`UNSUPPORTED`) is refused.
-        **model_args: `device`, `device_map`, `dtype`, `revision`, `trust_remote_code` of `stepsal.load`; `batch_size`:
-            most answers at once (default 16); the fields of `StepFlowConfig` (`tau_max`, `alpha`, `oeb_layers`, ...),
-            any of which switches StepFlow on, as does `stepflow=true` with the paper's settings, while `stepflow=false`
-            overrules them; `preset`: published settings by name, or a JSON file of `StepFlowConfig.save` or
-            `Calibration.save`, which the other fields change; `format`, `split` and `min_chars` of `Segmentation`, for
-            StepFlow and for traces.
+            honoured; those in `UNSUPPORTED` are refused.
+        **model_args: `device`, `device_map`, `dtype`, `revision` and `trust_remote_code` of `stepsal.load`;
+            `batch_size`, the largest number of answers written together (default 16); `preset`, published settings of
+            StepFlow by name or a JSON file of `StepFlowConfig.save` or `Calibration.save_preset`; `stepflow=true` for
+            the paper's settings; the fields of `StepFlowConfig` (`tau_max`, `alpha`, `oeb_layers`, ...), which change
+            these settings, and any of which switches StepFlow on; `stepflow=false`, which overrules them all; `format`,
+            `split` and `min_chars` of `Segmentation`, for StepFlow and for traces.
 
     Attributes:
         stepflow: settings of StepFlow; None leaves the model as it is.
         segmentation: how sections and steps are found.
-        batch_size: most answers that are written together.
+        batch_size: largest number of answers that are written together.
         engine: the model and its thread, shared by models of the same name and loading options.
 
     Raises:
-        ValueError: an unknown argument, or a bad value.
+        ValueError: an unknown argument, or a value out of range.
         FileNotFoundError: a preset that is no file.
     """
 
@@ -135,17 +135,17 @@ class StepsalAPI(ModelAPI):
 
     @property
     def model(self) -> TransformerBridge:
-        """The model; to be run through `engine`."""
+        """The model, which only `engine` may run."""
         return self.engine.model
 
     async def generate(
         self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
     ) -> ModelOutput:
-        """Answer a chat; Inspect calls it for each sample, concurrently.
+        """Answer a chat; Inspect calls this for many samples concurrently.
 
         Args:
             input: the chat.
-            tools: what the model may call.
+            tools: functions that the model may call.
             tool_choice: "auto" or "none".
             config: generation options.
 
@@ -181,7 +181,7 @@ class StepsalAPI(ModelAPI):
 
         Args:
             messages: the chat.
-            tools: what the model may call.
+            tools: functions that the model may call.
 
         Raises:
             ValueError: content that is no text, or a template that refuses the chat.
@@ -204,7 +204,7 @@ class StepsalAPI(ModelAPI):
     def _message(
         self, prompt: str, reply: Reply, stop: Sequence[str], with_calls: bool
     ) -> tuple[ChatMessageAssistant, StopReason]:
-        """Return an answer as a message, cut before its stop text, and why it ended."""
+        """Return an answer as a message, which ends before the stop text, and why it ended."""
         ids = reply.tokens[:-1] if reply.ended == "end" else reply.tokens  # without the token that ends it
         text = self.model.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         for stop_text in stop if reply.ended == "stop" else ():
@@ -275,7 +275,7 @@ class StepsalAPI(ModelAPI):
             output: what `generate` returned.
 
         Raises:
-            ValueError: its tokens are not kept any more, or never were.
+            ValueError: the tokens of the answer are not kept any more, or never were.
         """
         kept = self._kept.get(str(output.message.id)) if output.choices else None
         if kept is None:
@@ -294,20 +294,20 @@ class StepsalAPI(ModelAPI):
         """Return how many tokens a text has.
 
         Args:
-            text: any text; nothing is added to it.
+            text: any text; no special tokens are added to it.
         """
         return self._n_tokens(text)
 
     def max_connections(self) -> int:
-        """Return how many samples are answered together, unless Inspect is told otherwise."""
+        """Return how many samples Inspect keeps in work at a time, unless it is told otherwise."""
         return self.batch_size
 
     def connection_key(self) -> str:
-        """Return what tells models apart that run on their own: the name, and how it is loaded."""
+        """Return the identity of the engine: the model's name, and how it is loaded."""
         return str(self._key)
 
     def max_tokens(self) -> int | None:
-        """Return the limit of an answer where the evaluation sets none."""
+        """Return the limit of an answer, in tokens, for evaluations that set none."""
         return min(MAX_TOKENS, self.model.cfg.n_ctx)
 
     def collapse_user_messages(self) -> bool:

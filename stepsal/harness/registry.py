@@ -1,4 +1,4 @@
-"""What Inspect finds in stepsal by name: the provider, the task, the solver and the scorer.
+"""Register with Inspect, by name, what stepsal has for it: the provider, the task, the solver and the scorer.
 
 Inspect imports this module by the package's entry point, whenever it looks up a model or a solver; so what is heavy is
 imported when it is used.
@@ -18,7 +18,7 @@ from stepsal.layers import Layers
 
 @modelapi(name="stepsal")
 def stepsal_provider() -> type[ModelAPI]:
-    """Return the provider; see `stepsal.harness.provider.StepsalAPI`."""
+    """Return the class of the provider, `stepsal.harness.provider.StepsalAPI`."""
     from stepsal.harness.provider import StepsalAPI
 
     return StepsalAPI
@@ -27,23 +27,25 @@ def stepsal_provider() -> type[ModelAPI]:
 @solver
 def capture_step_saliency(
     folder: str = "step_saliency",
+    *,
     layers: Layers = "all",
     target: Literal["token", "sequence"] = "token",
     keep_tokens: bool = False,
 ) -> Solver:
-    """Compute step maps of each sample's last answer, and keep them beside the scores.
+    """Compute step maps of each Inspect sample's last answer, and keep them beside the scores.
 
-    The maps are written to `folder`, and the sample's store gets `step_saliency`: the path, and a summary. StepFlow is
-    on if it was on for the answer. The solver goes after `generate()`, with a `stepsal/...` model.
+    Put the solver after `generate()`, and use a `stepsal/...` model. The maps of each Inspect sample's last answer are
+    written to `folder`; the entry `step_saliency` of the sample's store holds the path and a summary. Maps are computed
+    under StepFlow if the answer was written under it.
 
     Args:
-        folder: made if it is not there.
-        layers: as for `stepsal.step_saliency`.
-        target: as for `stepsal.step_saliency`.
-        keep_tokens: as for `stepsal.step_saliency`.
+        folder: folder to write to; created if missing.
+        layers: as in `stepsal.step_saliency`.
+        target: "token" or "sequence", as in `stepsal.step_saliency`.
+        keep_tokens: as in `stepsal.step_saliency`.
 
     Raises:
-        ValueError: no layers are named; or, when it runs, a model of another provider.
+        ValueError: no layers are named; or, when the solver runs, a model of another provider.
 
     Example:
         >>> from inspect_ai.solver import generate
@@ -66,12 +68,13 @@ def capture_step_saliency(
 
 @task
 def hub(benchmark: str, file: str | None = None, epochs: int | None = None) -> Task:
-    """Make a task of a benchmark of `stepsal.tasks.hub`, graded as there.
+    """Make an Inspect task of a benchmark of `stepsal.tasks.hub`, graded by `graded`.
 
     Args:
         benchmark: "aime24", "aime25", "amc23", "math500" or "gpqa-diamond".
-        file: take the records from this JSONL file instead of the hub.
-        epochs: samples per problem; as many as in the paper by default.
+        file: JSONL file to take the records from instead of the hub.
+        epochs: number of samples of each problem. None: the paper's number (16 for AIME and AMC23, 8 for GPQA-Diamond,
+            1 for MATH-500).
 
     Example:
         >>> import json, tempfile
@@ -97,7 +100,7 @@ def hub(benchmark: str, file: str | None = None, epochs: int | None = None) -> T
 
 @scorer(metrics=[accuracy(), stderr()])
 def graded() -> Scorer:
-    """Grade by `stepsal.tasks.answers`; an answer that was cut off is wrong.
+    """Score an answer by comparing its final answer with the reference; a truncated answer is wrong.
 
     Example:
         >>> import inspect

@@ -5,6 +5,10 @@ Every plot takes `ax=None` and returns the Axes it drew on. What is to be shown 
 data can look at the state instead of the pixels. Nothing here changes matplotlib's settings on import; wrap figures in
 `style()`.
 
+    import matplotlib.pyplot as plt
+    from stepsal import plots
+
+    # wrong, correct: from `stepsal.step_saliency`
     with plots.style():
         fig, (left, right) = plt.subplots(1, 2, figsize=(plots.DOUBLE_COLUMN, 3.2), layout="constrained")
         norm = plots.shared_norm([wrong.mean_over("shallow"), correct.mean_over("shallow")])

@@ -1,4 +1,4 @@
-"""Arc diagrams of the flow between steps."""
+"""Draw arc diagrams of the flow between steps."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def flow_arcs(
         saliency: a `StepSaliency`, or a bare map together with `roles`.
         layers: layers of a StepSaliency, such as 5, [0, 3] or "deep"; of several the mean is shown.
         roles: role of each step of a bare map.
-        ax: where to draw; default the current Axes.
-        top_k: number of arcs into each step, its own step excluded.
-        full_share: share of the row at which an arc has full width; panels of one value can be compared.
+        ax: where to draw; None draws on the current Axes.
+        top_k: number of arcs into each step, none of them from the step itself.
+        full_share: share of the row at which an arc has full width; use the same value in panels to be compared.
 
     Returns:
         The Axes.

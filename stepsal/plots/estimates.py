@@ -1,4 +1,4 @@
-"""Plots of estimates with intervals: layer by layer, and category by category.
+"""Draw estimates with intervals: layer by layer, and category by category.
 
 Each plot is prepared by a pure function (`profile_view`, `forest_view`), which checks the table and settles positions
 and colours, and is drawn after that.
@@ -31,15 +31,15 @@ CATEGORY_HEIGHT = 0.7  # share of a row of a forest over which its estimates are
 
 @dataclass(frozen=True, eq=False)
 class ProfileLine:
-    """Hold one line of a layer profile, by ascending layer.
+    """One line of a layer profile, by ascending layer.
 
     Attributes:
-        name: of the line, in the legend.
-        color: of the line and its band.
-        layers: where its values are.
-        values: the values.
-        low: lower ends of their intervals; None without intervals.
-        high: upper ends of their intervals; None without intervals.
+        name: name of the line in the legend.
+        color: colour of the line and of its band.
+        layers: the layers.
+        values: value of each layer.
+        low: lower ends of the intervals; None without intervals.
+        high: upper ends of the intervals; None without intervals.
 
     Example:
         >>> import pandas as pd
@@ -58,10 +58,10 @@ class ProfileLine:
 
 @dataclass(frozen=True, eq=False)
 class ProfileView:
-    """Hold what a layer profile shows.
+    """The lines and shaded bands of a layer profile.
 
     Attributes:
-        lines: in the order of the data.
+        lines: lines in the order of the data.
         bands: shaded bands of layers: name, first and last layer.
         n_layers: depth of the model; None where it was not given.
         has_legend: True where a column tells lines apart.
@@ -97,7 +97,7 @@ def profile_view(
         hue: column that tells the lines apart.
         low: column with the lower ends of an interval.
         high: column with its upper ends.
-        n_layers: depth of the model.
+        n_layers: depth of the model; if given, its shallow and deep layers are shaded.
         palette: colour of each value of `hue`.
 
     Raises:
@@ -148,9 +148,9 @@ def layer_profile(
         hue: column that tells the lines apart. "correct" and "wrong" have fixed colours.
         low: column with the lower ends of an interval, drawn as a band.
         high: column with its upper ends.
-        n_layers: depth of the model; shades its shallow and deep layers (bottom and top quarter).
+        n_layers: depth of the model; if given, its shallow and deep layers (first and last quarter) are shaded.
         palette: colour of each value of `hue`.
-        ax: where to draw; default the current Axes.
+        ax: where to draw; None draws on the current Axes.
 
     Returns:
         The Axes.
@@ -191,12 +191,13 @@ def layer_profile(
 
 @dataclass(frozen=True, eq=False)
 class ForestSeries:
-    """Hold the estimates of a forest that have one colour.
+    """The estimates of a forest plot that share a colour.
 
     Attributes:
-        name: in the legend; None where no column tells estimates of a category apart.
-        color: of the points and intervals.
-        positions: rows of the points, 0 for the first category; estimates of one category lie below each other.
+        name: name in the legend; None where no column tells estimates of a category apart.
+        color: colour of the points and intervals.
+        positions: height of each point, counted in rows from 0, the first category; points of one category are spread
+            around its row.
         values: the estimates.
         low: lower ends of their intervals.
         high: upper ends of their intervals.
@@ -218,11 +219,11 @@ class ForestSeries:
 
 @dataclass(frozen=True, eq=False)
 class ForestView:
-    """Hold what a forest plot shows.
+    """The rows and estimates of a forest plot.
 
     Attributes:
-        categories: from top to bottom.
-        series: in the order of the data.
+        categories: categories from top to bottom.
+        series: series in the order of the data.
 
     Example:
         >>> import pandas as pd
@@ -257,7 +258,7 @@ def forest_view(
         palette: colour of each value of `hue`.
 
     Raises:
-        ValueError: a column is missing, there are no rows, or a category (and hue) has several.
+        ValueError: a column is missing, there are no rows, or a category (and hue) has several rows.
 
     Example:
         >>> import pandas as pd
@@ -304,15 +305,15 @@ def forest(
         low: column with the lower ends of the intervals; NaN draws a point alone.
         high: column with their upper ends.
         hue: column that tells several estimates of a category apart; they are drawn below each other.
-        reference: where to draw a vertical line, as at no difference.
+        reference: where to draw a vertical line, such as 0 for no difference; None draws none.
         palette: colour of each value of `hue`.
-        ax: where to draw; default the current Axes.
+        ax: where to draw; None draws on the current Axes.
 
     Returns:
         The Axes.
 
     Raises:
-        ValueError: a column is missing, there are no rows, or a category (and hue) has several.
+        ValueError: a column is missing, there are no rows, or a category (and hue) has several rows.
 
     Example:
         >>> import matplotlib.pyplot as plt, pandas as pd

@@ -1,4 +1,4 @@
-"""Heat maps of step and token saliency, with role strips and a colour bar in the empty half."""
+"""Draw heat maps of step and token saliency, with role strips and a colour bar in the empty half."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ def step_map(
         saliency: a `StepSaliency`, or a bare map together with `roles`.
         layers: layers of a StepSaliency, such as 5, [0, 3] or "deep"; of several the mean is shown.
         roles: role of each step of a bare map.
-        ax: where to draw; default the current Axes.
-        norm: colour scale; default `shared_norm` of this map alone. Zero takes the first colour.
+        ax: where to draw; None draws on the current Axes.
+        norm: colour scale; None takes `shared_norm` of this map alone. Zero takes the first colour.
         cmap: sequential colour map.
         labels: write Q, Thinking and Summary along the role strips at the top and on the right.
-        colorbar: draw a colour bar in the empty half; a text says what its numbers are, if not the saliency.
+        colorbar: draw a colour bar in the empty half; a text replaces its title, "saliency" or "attention".
 
     Returns:
         The Axes.
@@ -96,8 +96,8 @@ def token_map(
         saliency: a `StepSaliency` with `token_values`, or a bare map together with `roles`.
         layers: layers of a StepSaliency; of several the mean is shown.
         roles: role of each token of a bare map, "template" among them.
-        ax: where to draw; default the current Axes.
-        norm: colour scale; default one that begins at the median of this map.
+        ax: where to draw; None draws on the current Axes.
+        norm: colour scale; None takes one that begins at the median of this map's positive values.
         cmap: sequential colour map.
         labels: write the names of the roles along their strips.
         colorbar: as in `step_map`.

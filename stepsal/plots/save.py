@@ -1,4 +1,4 @@
-"""Write a figure together with the numbers it shows and where they come from.
+"""Write a figure together with the numbers that it shows and their provenance.
 
     figures/<name>.png   figures/<name>.pdf   figures/data/<name>.csv   figures/data/<name>.json
 
@@ -42,7 +42,7 @@ def save_figure(
         name: file name without ending: letters and digits joined by "-" or "_".
         data: the plotted values, tidy; written with seven significant digits, without the index.
         provenance: model, seed, parameters: JSON values. Package versions are added.
-        folder: where the figures go.
+        folder: folder to write to; created if missing.
 
     Returns:
         Path of each file: "png", "pdf", "csv", "json".

@@ -72,8 +72,8 @@ def hue_colors(names: Sequence[str], palette: Mapping[str, str] | None = None) -
     `LINE_COLORS` that are not in use, in order, and the colour of the text when they run out.
 
     Args:
-        names: what the lines are called.
-        palette: colours for names of your choice.
+        names: names of the lines.
+        palette: colours by name.
 
     Example:
         >>> stepsal.plots.hue_colors(["wrong", "other"], {"other": "black"})

@@ -26,7 +26,7 @@ def step_ticks(n_steps: int, at_most: int) -> list[int]:
 
     Args:
         n_steps: number of steps.
-        at_most: number of intervals between them.
+        at_most: largest number of intervals between numbered steps.
 
     Example:
         >>> stepsal.plots.ticks.step_ticks(14, at_most=4)
@@ -42,7 +42,7 @@ def fitted_step_ticks(n_steps: int, length: float, font_size: float) -> list[int
     Args:
         n_steps: number of steps.
         length: length of the axis in points.
-        font_size: of the numbers, in points.
+        font_size: font size of the numbers, in points.
 
     Example:
         >>> [stepsal.plots.ticks.fitted_step_ticks(200, length, 7.0) for length in (200, 60)]
@@ -75,7 +75,7 @@ def fitted_log_ticks(low: float, high: float, length: float, font_size: float) -
         low: lower end of the axis.
         high: upper end of the axis.
         length: length of the axis in points.
-        font_size: of the labels, in points.
+        font_size: font size of the labels, in points.
 
     Example:
         >>> [stepsal.plots.ticks.fitted_log_ticks(1e-4, 1e-2, length, 6.0) for length in (90, 30)]
@@ -134,8 +134,8 @@ def text_width(text: str, font_size: float) -> float:
     """Return the width of a text in points.
 
     Args:
-        text: the text; mathtext between dollar signs.
-        font_size: in points.
+        text: the text, with mathtext between dollar signs.
+        font_size: font size in points.
 
     Example:
         >>> stepsal.plots.ticks.text_width("Thinking", 7) > stepsal.plots.ticks.text_width("T", 7)
@@ -145,10 +145,10 @@ def text_width(text: str, font_size: float) -> float:
 
 
 class FittedLocator(Locator):
-    """Choose ticks for the length in points that the axis turns out to have when it is drawn.
+    """A locator that chooses ticks for the length in points that the axis has when it is drawn.
 
     Args:
-        choose: ticks for a length.
+        choose: function that returns the ticks for a length.
 
     Example:
         >>> import matplotlib.pyplot as plt
@@ -172,10 +172,10 @@ class FittedLocator(Locator):
 
 
 class FittedFormatter(Formatter):
-    """Write the labels of a `FittedLocator`'s ticks, for the same length.
+    """A formatter that labels the ticks of a `FittedLocator`, for the same length.
 
     Args:
-        write: one label per tick, for a length.
+        write: function that returns the labels, one per tick, for a length.
 
     Example:
         >>> stepsal.plots.ticks.FittedFormatter(lambda length: ["Q", "Thinking"])(0.5)  # what the cursor shows
@@ -215,7 +215,7 @@ def font_points(name: Any) -> float:
     """Return a font size setting in points, with "medium" and the like resolved.
 
     Args:
-        name: of the setting.
+        name: name of the setting, such as "xtick.labelsize".
 
     Example:
         >>> with stepsal.plots.style():

@@ -24,11 +24,12 @@ if TYPE_CHECKING:
     from stepsal.layers import Layers
 
     Map: TypeAlias = StepSaliency | Float[ArrayLike, "query key"]
+    """What a plot of a map takes: a `StepSaliency`, or the bare numbers [query, key]."""
 
 
 @dataclass(frozen=True)
 class RoleSpan:
-    """Hold a run of consecutive rows with one role, half-open.
+    """A run of consecutive rows with one role, [start, stop).
 
     Attributes:
         role: "question", "thinking", "summary" or "template".
@@ -52,10 +53,10 @@ class RoleSpan:
 
 @dataclass(frozen=True, eq=False)
 class MapView:
-    """Hold a triangular map that is ready to be drawn.
+    """A triangular map that is ready to be drawn.
 
     Attributes:
-        values: [query, key], masked above the diagonal.
+        values: the map [query, key], masked above the diagonal.
         spans: runs of equal roles, in order.
 
     Example:
@@ -74,21 +75,21 @@ class MapView:
 
     @property
     def separators(self) -> list[float]:
-        """Edges between roles, one per change: a gap of template tokens counts with the role before it."""
+        """Edges between roles, one per change; template tokens count as part of the role before them."""
         named = [span for span in self.spans if span.role != "template"]
         return [span.start - 0.5 for span in named[1:]]
 
 
 @dataclass(frozen=True, eq=False)
 class FlowView:
-    """Hold the strongest links into each step, weakest first (so that the strongest is drawn on top).
+    """The strongest links into each step, weakest first (so that the strongest is drawn on top).
 
     Attributes:
-        key_steps: where each arc comes from.
-        query_steps: where each arc goes to.
-        shares: of the query row's saliency, in 0..1.
-        roles: of each step.
-        labels: of each step: Q, 1, 2, ..., S.
+        key_steps: step that each arc comes from.
+        query_steps: step that each arc goes to.
+        shares: share of the query row's saliency that each arc stands for, in 0..1.
+        roles: role of each step.
+        labels: label of each step: Q, 1, 2, ..., S.
 
     Example:
         >>> view = stepsal.plots.flow_view([[1, 0], [3, 1]], ["question", "thinking"])
@@ -144,7 +145,7 @@ def map_view(values: Float[ArrayLike, "query key"], roles: Sequence[str]) -> Map
 def flow_view(values: Float[ArrayLike, "query_step key_step"], roles: Sequence[str], top_k: int = 2) -> FlowView:
     """Choose the strongest key steps of each query step, its own step excluded.
 
-    Shares are of the whole row, own step included: a row locked into itself has weak arcs.
+    Shares are of the whole row, own step included, so that a step which looks mostly at itself has weak arcs.
 
     Args:
         values: the map.
@@ -185,7 +186,7 @@ def shared_norm(maps: Iterable[Map] | StepSaliency, quantile_floor: float = 0.05
     """Make one logarithmic colour scale for several maps, from a low quantile of their positive values to the maximum.
 
     Args:
-        maps: step maps, token maps, or whole `StepSaliency` objects (all their layers).
+        maps: step maps, token maps, or `StepSaliency` objects, of which all layers count.
         quantile_floor: quantile of the positive values at which the colours begin; smaller values take the first
             colour, so that a handful of vanishing entries does not use up the scale.
 
@@ -216,7 +217,7 @@ def role_labels(view: MapView, length: float, font_size: float) -> tuple[list[fl
     Args:
         view: the map.
         length: length of the axis in points.
-        font_size: in points.
+        font_size: font size in points.
 
     Returns:
         Positions in data coordinates, and names; none if even the short names do not fit.
@@ -266,7 +267,7 @@ def sparse_labels(view: FlowView, at_most: int) -> dict[int, str]:
 
     Args:
         view: the steps.
-        at_most: number of labels that have room.
+        at_most: largest number of labels that have room.
 
     Returns:
         Step -> label.

@@ -1,5 +1,6 @@
-"""The explorer: look at step maps of one trace, or of several side by side, layer by layer and cell by cell.
+"""Explore step maps of one trace, or of several side by side, layer by layer and cell by cell.
 
+    # wrong, correct: from `stepsal.step_saliency`
     explorer = stepsal.widgets.Explorer({"wrong": wrong, "correct": correct})
     explorer                                # in a notebook cell
     explorer.state = {"layer": 5, "metric": "share"}
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class ExplorerView(anywidget.AnyWidget):
-    """Draw the canvases and the text of an explorer; its choices are indices (`Scene.to_view`)."""
+    """The canvases and the text of an explorer; its choices are indices (`Scene.to_view`)."""
 
     _esm = STATIC / "explorer.js"
     _css = STATIC / "explorer.css"
@@ -51,22 +52,22 @@ class ExplorerView(anywidget.AnyWidget):
 
 
 class Explorer(ipywidgets.VBox):
-    """Explore step maps in a notebook, or as a page of their own.
+    """A widget to explore step maps in a notebook, or on a page of their own.
 
     Args:
         saliency: step maps of one trace, or of several by label, which can be shown side by side and subtracted.
-        attention: maps of `stepsal.step_attention` of the same traces, for the metric "attention".
+        attention: maps of the same traces by `stepsal.step_attention`, for the metric "attention"; None leaves it out.
 
     Attributes:
-        pinned: the pinned cell, {"trace": label, "query": step, "key": step}, or None; to be observed.
+        pinned: the pinned cell, {"trace": label, "query": step, "key": step}, or None; a trait that can be observed.
 
     Raises:
-        ValueError: maps that do not go together.
+        ValueError: no maps, or attention of an unknown label or of other steps or layers than the saliency.
 
     Example:
         >>> model = stepsal.load("mini")
         >>> trace = stepsal.generate(model, "Anna is 3. What is Anna?", max_new_tokens=40)
-        >>> explorer = Explorer(stepsal.step_saliency(model, trace, progress=False))
+        >>> explorer = stepsal.widgets.Explorer(stepsal.step_saliency(model, trace, progress=False))
         >>> explorer.state = {"layer": 5, "metric": "share"}
         >>> explorer.state["layer"], explorer.state["band"]
         (5, None)
@@ -91,7 +92,7 @@ class Explorer(ipywidgets.VBox):
 
     @property
     def state(self) -> State:
-        """Every choice, as a plain dict; assign it, or a part of it, to restore it.
+        """All choices, as a plain dict; assign it, or a part of it, to restore them.
 
         trace, compare (label, or None for nothing beside it), layer (index in the model), band (None, "shallow",
         "middle", "deep"), metric ("saliency", "share" of its row, "attention", "difference" of shares), scale ("log",
@@ -114,7 +115,7 @@ class Explorer(ipywidgets.VBox):
         """Write one self-contained page, in which hover, pins, layers and metrics work without a kernel and offline.
 
         Args:
-            path: the file; its folder exists.
+            path: the file, such as "maps.html"; its folder must exist.
 
         Returns:
             The path.

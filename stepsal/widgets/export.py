@@ -57,9 +57,9 @@ def page(scene: Scene, view: dict[str, Any], path: Path) -> Path:
     """Write the page of a scene.
 
     Args:
-        scene: what is to be seen.
+        scene: the maps to show.
         view: the choices with which the page begins, as indices (`Scene.to_view`).
-        path: the file; its folder exists.
+        path: the file, such as "maps.html"; its folder must exist.
 
     Returns:
         The path.

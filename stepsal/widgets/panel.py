@@ -1,8 +1,10 @@
-"""StepFlow live: choose layers and strength, let the model answer without and with it, see where the answers part.
+"""Try StepFlow live: choose layers and strength, let the model answer without and with it, see where the answers part.
 
-panel = stepsal.widgets.StepFlowPanel(model, "Hugo is 4 plus 3. Anna is Hugo plus 9. What is Anna?")
-panel                        # in a notebook cell: sliders, run and stop
-panel.run()                  # or from code; panel.traces, panel.saliency, panel.explorer
+    panel = stepsal.widgets.StepFlowPanel(model, "Hugo is 4 plus 3. Anna is Hugo plus 9. What is Anna?")
+    panel                        # in a notebook cell: sliders, run and stop
+    panel.run()                  # or from code; panel.traces, panel.saliency, panel.explorer
+
+Only one panel of a process runs at a time.
 """
 
 from __future__ import annotations
@@ -31,29 +33,31 @@ _running = threading.Lock()  # one run at a time in a process: panels may share 
 
 
 class Stopped(Exception):
-    """Signal that the reader has pressed stop."""
+    """The signal that the reader has pressed stop."""
 
 
 class StepFlowPanel(ipywidgets.VBox):
-    """Answer a question without and with StepFlow, and look at both.
+    """A widget that answers a question without and with StepFlow, and shows both answers with their maps.
 
-    The answers are written in a thread, so that the stop button is heard; it takes effect before the next forward pass.
+    The run button writes the answers in a thread, so that the stop button is heard; it takes effect before the next
+    forward pass.
 
     Args:
         model: from `stepsal.load`.
-        question: the question to begin with; it can be edited.
-        decoding: how both answers are written.
+        question: the question to begin with; it can be edited in the widget.
+        decoding: settings of decoding for both answers; the default is greedy, with 256 new tokens at most.
         seed: seed of the sampling of both answers.
         segmentation: how sections and steps are found, by StepFlow and in the traces; None is `Segmentation()`.
 
     Attributes:
         traces: the answers of the last run, by "without StepFlow" and "with StepFlow".
-        saliency: their maps, those of the edited answer under StepFlow.
+        saliency: step maps by the same names; the map "with StepFlow" is computed under StepFlow.
         explorer: an explorer of these maps, side by side; None before the first run.
+        status: HTML widget that says what the panel is doing, or the error that ended a run of the run button.
 
     Example:
         >>> decoding = stepsal.Decoding(max_new_tokens=40)
-        >>> panel = StepFlowPanel(stepsal.load("mini"), "Anna is 3. What is Anna?", decoding=decoding)
+        >>> panel = stepsal.widgets.StepFlowPanel(stepsal.load("mini"), "Anna is 3. What is Anna?", decoding=decoding)
         >>> panel.run()
         >>> list(panel.traces), panel.explorer.state["compare"]
         (['without StepFlow', 'with StepFlow'], 'with StepFlow')
@@ -148,7 +152,7 @@ class StepFlowPanel(ipywidgets.VBox):
         self._thread.join(timeout)
 
     def run(self) -> None:
-        """Answer without and with StepFlow, compute both maps, show them.
+        """Answer without and with StepFlow, compute the maps of both answers, and show them.
 
         Raises:
             ValueError: a question or settings that `stepsal.generate` refuses.
@@ -222,8 +226,8 @@ def first_difference(plain: Trace, edited: Trace) -> int | None:
     """Return the position of the first token that differs, or that only one answer has; None if there is none.
 
     Args:
-        plain: an answer.
-        edited: another answer to the same question.
+        plain: the answer without StepFlow.
+        edited: the answer with it, to the same question.
     """
     n = min(len(plain), len(edited))
     differ = (plain.tokens[:n] != edited.tokens[:n]).nonzero()
@@ -236,8 +240,8 @@ def tell_parting(plain: Trace, edited: Trace) -> str:
     """Say in words where two answers to the same question part.
 
     Args:
-        plain: an answer.
-        edited: another answer to the same question.
+        plain: the answer without StepFlow.
+        edited: the answer with it, to the same question.
     """
     position = first_difference(plain, edited)
     if position is None:

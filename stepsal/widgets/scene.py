@@ -1,4 +1,4 @@
-"""What an explorer shows, without a browser: the maps as buffers and labels, the choices, and the map they select."""
+"""Settle what an explorer shows, without a browser: maps as buffers and labels, choices, and the map they select."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ State = dict[str, Any]
 
 @dataclass(frozen=True)
 class Scene:
-    """Hold step maps to look at, and select from them what an explorer's choices show.
+    """The step maps of an explorer, from which its choices select what is shown.
 
     Attributes:
         maps: step maps by label.
@@ -48,6 +48,7 @@ class Scene:
     Example:
         >>> model = stepsal.load("mini")
         >>> trace = stepsal.generate(model, "Anna is 3. What is Anna?", max_new_tokens=40)
+        >>> from stepsal.widgets.scene import Scene
         >>> scene = Scene.of(stepsal.step_saliency(model, trace, progress=False))
         >>> scene.title("mini", scene.first_state() | {"band": "deep"})
         'mini · deep layers 6–7 · saliency'
@@ -65,7 +66,7 @@ class Scene:
         """Make a scene of maps that go together.
 
         Args:
-            saliency: step maps of one trace, which goes by its model's name, or of several by label.
+            saliency: step maps of one trace, which is labelled by its model's name, or of several by label.
             attention: attention maps of the one trace, or of some of the labels.
 
         Raises:
@@ -86,7 +87,7 @@ class Scene:
         return cls(maps, dict(attention or {}))
 
     def describe(self) -> dict[str, Any]:
-        """Return all that the browser needs but the numbers: labels, texts, layers, colours; JSON-ready."""
+        """Return what the browser needs besides the numbers, JSON-ready: labels, texts, layers, colours."""
         return {
             "maps": [self._describe(label, saliency) for label, saliency in self.maps.items()],
             "colors": dict(ROLE_COLORS),
@@ -127,7 +128,7 @@ class Scene:
         return None if tokens is None or tokens.numel() * 2 > LARGEST_TOKEN_MAP else tokens
 
     def buffers(self) -> dict[str, bytes]:
-        """Return the numbers: of each layer the lower triangle, row by row, as little-endian float32."""
+        """Return the numbers of the maps: the lower triangle of each layer, row by row, as little-endian float32."""
         buffers = {}
         for i, (label, saliency) in enumerate(self.maps.items()):
             buffers[f"{i}/saliency"] = _packed(saliency.values)
@@ -148,17 +149,17 @@ class Scene:
         }  # fmt: skip
 
     def changed(self, state: State, choices: Mapping[str, Any]) -> State:
-        """Return the state with some choices made anew.
+        """Return the state after a change of some choices.
 
-        A metric that a trace does not have is no error: it shows saliency instead, and says so. A trace that is chosen
-        without a layer shows the layer in the place of the old one.
+        A metric that a trace does not have is no error: it shows saliency instead, and says so. If another trace is
+        chosen without a layer, the position of the layer among those computed is kept.
 
         Args:
-            state: every choice as it was.
-            choices: some of them anew.
+            state: all choices before the change.
+            choices: the choices that change.
 
         Raises:
-            ValueError: an unknown choice, naming what there is.
+            ValueError: an unknown choice; the message names what there is.
         """
         if unknown := set(choices) - set(state):
             raise ValueError(f"unknown choices {sorted(unknown)}; there are {', '.join(state)}")
@@ -204,7 +205,7 @@ class Scene:
         """Return choices as the indices of explorer.js.
 
         Args:
-            state: every choice, as `changed` returns it.
+            state: all choices, as `changed` returns them.
         """
         labels = list(self.maps)
 
@@ -259,7 +260,7 @@ class Scene:
         """Return the labels of the traces that are shown side by side.
 
         Args:
-            state: every choice.
+            state: all choices.
         """
         beside = state["compare"] not in (None, state["trace"])
         one = not beside or self.metric(state["trace"], state) == "difference"
@@ -270,7 +271,7 @@ class Scene:
 
         Args:
             label: the trace.
-            state: every choice.
+            state: all choices.
         """
         requested: str = state["metric"]
         other = self.maps.get(state["compare"] or "")
@@ -285,7 +286,7 @@ class Scene:
 
         Args:
             label: the trace.
-            state: every choice.
+            state: all choices.
         """
         metric = self.metric(label, state)
         layers = [self.maps[label].layers[p] for p in self._chosen(label, state)]
@@ -300,19 +301,20 @@ class Scene:
 
         Args:
             label: the trace.
-            state: every choice.
+            state: all choices.
         """
         return self._values(label, state, self._chosen(label, state))
 
     def color_range(self, label: str, state: State) -> tuple[float, float]:
         """Return the lowest and the highest value of a trace's colours.
 
-        Traces that show the same metric share them. They span what is shown and, if `shared` is chosen, all layers. A
-        logarithmic scale begins at the 5 % quantile of what is not zero, at most four decades below the top.
+        Traces that show the same metric share their colours, which span what is shown and, if `shared` is chosen, all
+        layers. A logarithmic scale begins at the 5 % quantile of the positive values, at most four decades below the
+        top.
 
         Args:
             label: the trace.
-            state: every choice.
+            state: all choices.
         """
         metric, shown = self.metric(label, state), []
         for other in self.traces(state):
