@@ -340,7 +340,7 @@ def shared_parameters(manifest: Mapping[str, Any], n_layers: int | None) -> dict
         "chat_template": manifest["chat_template"],
         "task": manifest["task"],
         "seed": manifest["seed"],
-        "decoding": Decoding(**decoding).to_dict(),
+        "decoding": Decoding.from_dict(decoding).to_dict(),
         "system": system,
     }
 

@@ -97,7 +97,7 @@ class Calibration:
             store, ("n_answers", "n_traces", "settings", "rounds", "chosen", "n_held_out"),
             "make the same call of stepsal.calibrate again, which keeps the answers that are there",
         )  # fmt: skip
-        settings = tuple(StepFlowConfig(**setting) for setting in request["settings"])
+        settings = tuple(StepFlowConfig.from_dict(setting) for setting in request["settings"])
         n_traces = request["n_traces"]
         evidence = evidence_of(folder, n_traces, store.manifest["n_layers"]) if n_traces else None
         rounds = [

@@ -123,7 +123,7 @@ class Variant:
         settings = dict(settings)
         try:
             if settings.get("stepflow") is not None:
-                settings["stepflow"] = StepFlowConfig(**settings["stepflow"])
+                settings["stepflow"] = StepFlowConfig.from_dict(settings["stepflow"])
             if "edit" in settings:
                 settings["edit"] = LostEdit(settings["edit"])
             return cls(settings.pop("name"), **settings)

@@ -1,10 +1,10 @@
-"""How an answer is written: limits, sampling, and what may end it, as one value."""
+"""The settings with which an answer is written: limits, sampling and endings, as one value."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 
@@ -13,18 +13,18 @@ class Decoding:
     """The settings with which answers are written, for `collect`, `evaluate`, `calibrate`, the panel and Inspect.
 
     Attributes:
-        max_new_tokens: limit of an answer.
-        temperature: of the sampling; 0 decodes greedily.
-        top_p: nucleus of the sampling distribution, in (0, 1].
-        stop: texts that end an answer where one of them has been written; kept as a tuple.
-        budget_forcing: how many times the end of the thinking is replaced by "Wait", so that the model thinks on (s1,
+        max_new_tokens: most tokens that an answer may have, thinking and summary together; the prompt does not count.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_p: sample from the smallest set of tokens whose probability reaches top_p, in (0, 1]; 1 keeps all.
+        stop: end an answer as soon as one of these texts appears; it is kept in the response.
+        budget_forcing: number of times that "Wait" replaces the end of the thinking, so that the model thinks on (s1,
             arXiv 2501.19393). The end is `</think>`, or the end of the answer where the tokenizer has no such token.
 
     Raises:
-        ValueError: a number out of range, or an empty stop text.
+        ValueError: a number is out of range, or a stop text is empty.
 
     Example:
-        >>> stepsal.Decoding(temperature=0.6).but(max_new_tokens=64).to_dict()["max_new_tokens"]
+        >>> stepsal.Decoding(temperature=0.6).but(max_new_tokens=64).max_new_tokens
         64
     """
 
@@ -59,11 +59,11 @@ class Decoding:
         """Return a copy with some settings changed; None keeps a setting.
 
         Args:
-            max_new_tokens: limit of an answer.
-            temperature: of the sampling.
-            top_p: nucleus of the sampling distribution.
+            max_new_tokens: most tokens that an answer may have.
+            temperature: divides the logits.
+            top_p: probability that the set of tokens to sample from reaches.
             stop: texts that end an answer.
-            budget_forcing: how many times the end of the thinking is replaced.
+            budget_forcing: number of times that the end of the thinking is replaced.
 
         Raises:
             ValueError: as for the class.
@@ -78,5 +78,26 @@ class Decoding:
         return replace(self, **{name: value for name, value in changes.items() if value is not None})  # type: ignore[arg-type]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings JSON-ready, for provenance; `Decoding(**settings)` reads them."""
+        """Return the settings JSON-ready, for provenance; `from_dict` reads them."""
         return asdict(self) | {"stop": list(self.stop)}
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> Decoding:
+        """Read settings that `to_dict` has written.
+
+        Args:
+            settings: attributes by name; a missing one has its default.
+
+        Raises:
+            ValueError: a setting is unknown, or a value is out of range; the message names it.
+
+        Example:
+            >>> stepsal.Decoding.from_dict({"temperature": 0.6}) == stepsal.Decoding(temperature=0.6)
+            True
+        """
+        known = [field.name for field in fields(cls)]
+        if unknown := sorted(set(settings) - set(known)):
+            raise ValueError(
+                f"unknown settings of decoding: {', '.join(unknown)}; leave them out, and use {', '.join(known)}"
+            )
+        return cls(**settings)

@@ -1,4 +1,4 @@
-"""The settings of StepFlow: in which layers, how strongly, and towards what attention is bridged."""
+"""The settings of StepFlow: its layers, its strengths, and the text to which attention is bridged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SEGMENTATION = ("format", "split", "min_chars")  # settings of another value, w
 
 
 class StepFlowChanges(TypedDict, total=False):
-    """Settings of a `StepFlowConfig` that are to differ; see there."""
+    """Settings to change in a `StepFlowConfig`, which documents them."""
 
     oeb_layers: Layers
     smi_layers: Layers
@@ -36,18 +36,18 @@ class StepFlowConfig:
     """Settings of StepFlow; the defaults are those of the paper (arXiv 2604.06695, Table 8).
 
     Attributes:
-        oeb_layers: layers of the Odds-Equal Bridge; () switches it off.
-        smi_layers: layers of Step Momentum Injection; () switches it off.
+        oeb_layers: layers that OEB, the Odds-Equal Bridge, edits; () switches it off.
+        smi_layers: layers that SMI, Step Momentum Injection, edits; () switches it off.
         tau_max: largest share of attention that the bridge is given, in (0, 1).
         alpha: strength of the injection, >= 0; 0 switches it off.
         window: average only the last `window` tokens of the previous step (4 in the authors' code); None averages all
             of it.
-        bridge: what is bridged to while the model thinks. "question" is the user's words; "prompt" is everything
-            before the thinking, system prompt and BOS included, as in the authors' code.
+        bridge: text that the thinking is bridged to. "question" is the user's words; "prompt" is everything before the
+            thinking, system prompt and BOS included, as in the authors' code.
         into_summary: also inject at the first token of the summary.
 
     Raises:
-        ValueError: If a value is out of range; the message names it.
+        ValueError: a value is out of range; the message names it.
 
     Example:
         >>> config = stepsal.StepFlowConfig(oeb_layers="first-half", smi_layers=())
@@ -89,12 +89,12 @@ class StepFlowConfig:
         """Return published settings by name, with `changes` made to them.
 
         Args:
-            name: "paper" (Table 8, the same for all of its models), or "authors-code" (the whole prompt as bridge, mean
-                of the last four tokens of a step).
-            **changes: settings that are to differ from it.
+            name: "paper" (its Table 8, the same for all models), or "authors-code" (the whole prompt as bridge, mean of
+                the last four tokens of a step).
+            **changes: settings to change, by the names of the attributes.
 
         Raises:
-            ValueError: If there is no preset of that name.
+            ValueError: there is no preset of that name, or a changed value is out of range.
 
         Example:
             >>> stepsal.StepFlowConfig.preset("authors-code", alpha=0.1).window
@@ -109,7 +109,10 @@ class StepFlowConfig:
         """Return a copy with some settings changed.
 
         Args:
-            **changes: the settings that are to differ.
+            **changes: settings to change, by the names of the attributes.
+
+        Raises:
+            ValueError: a value is out of range.
 
         Example:
             >>> stepsal.StepFlowConfig().but(alpha=0.0).alpha
@@ -118,7 +121,7 @@ class StepFlowConfig:
         return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings JSON-ready, for provenance.
+        """Return the settings JSON-ready, for provenance; `from_dict` reads them.
 
         Example:
             >>> stepsal.StepFlowConfig(oeb_layers=[0, 1]).to_dict()["oeb_layers"]
@@ -126,12 +129,33 @@ class StepFlowConfig:
         """
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
-    def save(self, path: str | Path, *, calibration: Mapping[str, Any] | None = None) -> Path:
-        """Write the settings as JSON, to be read by `load` and by whatever takes a `preset`.
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> StepFlowConfig:
+        """Read settings that `to_dict` has written.
 
         Args:
-            path: the file to write.
-            calibration: what the settings rest on, JSON-ready; it is kept in the file beside them.
+            settings: attributes by name; a missing one has its default.
+
+        Raises:
+            ValueError: a setting is unknown, or a value is out of range; the message names it.
+
+        Example:
+            >>> stepsal.StepFlowConfig.from_dict({"tau_max": 0.3}) == stepsal.StepFlowConfig(tau_max=0.3)
+            True
+        """
+        known = [field.name for field in fields(cls)]
+        if unknown := sorted(set(settings) - set(known)):
+            raise ValueError(
+                f"unknown settings of StepFlow: {', '.join(unknown)}; leave them out, and use {', '.join(known)}"
+            )
+        return cls(**settings)
+
+    def save(self, path: str | Path, *, calibration: Mapping[str, Any] | None = None) -> Path:
+        """Write the settings as JSON, to be read by `load` and by `-M preset=<path>` in Inspect.
+
+        Args:
+            path: the file to write, under the name that it is to have (no suffix is appended); its folder is made.
+            calibration: origin of the settings, JSON-ready; it is kept in the file beside them.
 
         Returns:
             The path.
@@ -151,14 +175,14 @@ class StepFlowConfig:
 
     @classmethod
     def load(cls, path: str | Path) -> StepFlowConfig:
-        """Read settings that `save` has written; whatever else the file holds is ignored.
+        """Read settings that `save` has written; other contents of the file are ignored.
 
         Args:
             path: the file to read.
 
         Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If the file holds no settings, unknown ones, or values out of range.
+            FileNotFoundError: there is no such file.
+            ValueError: the file holds no settings, unknown ones, or values out of range.
         """
         try:
             settings = json.loads(Path(path).read_text(encoding="utf-8"))["stepflow"]
@@ -172,12 +196,8 @@ class StepFlowConfig:
                 f"{path} names {', '.join(moved)}, which are no settings of StepFlow any more: take them out of the "
                 "file, and pass segmentation=stepsal.Segmentation(...) beside the settings"
             )
-        if unknown := sorted(names - {field.name for field in fields(cls)}):
-            raise ValueError(
-                f"{path} names unknown settings of StepFlow: {', '.join(unknown)}; take them out of the file"
-            )
         try:
-            return cls(**settings)
+            return cls.from_dict(settings)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -188,7 +208,7 @@ class StepFlowConfig:
             n_layers: depth of the model.
 
         Raises:
-            ValueError: If a layer is named that the model does not have.
+            ValueError: a layer is named that the model does not have.
 
         Example:
             >>> stepsal.StepFlowConfig().resolve(n_layers=8)

@@ -40,4 +40,12 @@ def test_changes_make_a_copy() -> None:
 
 def test_settings_survive_json() -> None:
     decoding = Decoding(9, 0.5, 0.9, ("a", "b"), 2)
-    assert Decoding(**json.loads(json.dumps(decoding.to_dict()))) == decoding
+    assert Decoding.from_dict(json.loads(json.dumps(decoding.to_dict()))) == decoding
+    assert Decoding.from_dict({}) == Decoding()
+
+
+def test_unknown_settings_are_named() -> None:
+    with pytest.raises(ValueError, match="unknown settings of decoding: budget, temp; leave them out, and use max_new"):
+        Decoding.from_dict({"temp": 0.5, "budget": 9, "top_p": 0.9})
+    with pytest.raises(ValueError, match="top_p=2"):
+        Decoding.from_dict({"top_p": 2})

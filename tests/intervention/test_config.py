@@ -88,6 +88,14 @@ def test_presets() -> None:
         StepFlowConfig.preset("gpt-2")
 
 
+def test_dictionaries() -> None:
+    assert StepFlowConfig.from_dict({}) == StepFlowConfig()
+    with pytest.raises(ValueError, match="unknown settings of StepFlow: alpah, tau; leave them out, and use oeb"):
+        StepFlowConfig.from_dict({"tau": 0.1, "alpah": 0.1, "window": 4})
+    with pytest.raises(ValueError, match="alpha=-1 must be"):
+        StepFlowConfig.from_dict({"alpha": -1})
+
+
 class TestFiles:
     @pytest.mark.parametrize(
         "config",
@@ -103,7 +111,7 @@ class TestFiles:
     def test_there_and_back(self, config: StepFlowConfig, tmp_path: Path) -> None:
         path = config.save(tmp_path / "folder" / "settings.json")
         assert StepFlowConfig.load(path) == config
-        assert StepFlowConfig(**json.loads(json.dumps(config.to_dict()))) == config
+        assert StepFlowConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
     def test_what_the_settings_rest_on_is_kept(self, tmp_path: Path) -> None:
         path = StepFlowConfig().save(tmp_path / "settings.json", calibration={"task": "chain"})
@@ -117,7 +125,7 @@ class TestFiles:
             ("[1]", "holds no settings of StepFlow"),
             ("no JSON", "holds no settings of StepFlow"),
             ('{"stepflow": 3}', "holds no settings of StepFlow"),
-            ('{"stepflow": {"alpah": 0.1}}', "names unknown settings of StepFlow: alpah"),
+            ('{"stepflow": {"alpah": 0.1}}', "unknown settings of StepFlow: alpah; leave them out"),
             ('{"stepflow": {"alpha": -1}}', "alpha=-1 must be"),
             ('{"stepflow": {"oeb_layers": "bottom-quarter"}}', "oeb_layers='bottom-quarter' names no layers"),
             (
