@@ -39,6 +39,7 @@ def checked_layers(layers: Layers, name: str = "layers") -> CheckedLayers:
         ValueError: the choice names no layers.
 
     Example:
+        >>> from stepsal.layers import checked_layers
         >>> checked_layers([3, -1]), checked_layers((0.25, 0.5)), checked_layers("deep")
         ((3, -1), (0.25, 0.5), 'deep')
     """
@@ -73,6 +74,7 @@ def layer_indices(layers: Layers, n_layers: int, name: str = "layers") -> tuple[
         ValueError: the choice names no layers, or one that the model does not have; a model without layers.
 
     Example:
+        >>> from stepsal.layers import layer_indices
         >>> layer_indices("shallow", 8), layer_indices(-1, 8), layer_indices((0.25, 0.5), 8)
         ((0, 1), (7,), (2, 3))
     """
@@ -103,6 +105,7 @@ def names_part_of_depth(layers: Layers) -> bool:
         ValueError: the choice names no layers.
 
     Example:
+        >>> from stepsal.layers import names_part_of_depth
         >>> names_part_of_depth("deep"), names_part_of_depth((0.25, 0.5)), names_part_of_depth(3)
         (True, True, False)
     """
@@ -114,10 +117,10 @@ def layer_ranges(indices: Iterable[int]) -> str:
     """Write ascending layer indices as ranges, for tables and titles.
 
     Args:
-        indices: distinct layer indices, ascending; of none, the text is empty.
+        indices: distinct layer indices, ascending; without any, the text is empty.
 
     Example:
-        >>> layer_ranges([0, 1, 2, 5])
+        >>> stepsal.layers.layer_ranges([0, 1, 2, 5])
         '0-2,5'
     """
     runs = []

@@ -1,7 +1,8 @@
 """Models whose attention patterns can be read, differentiated and edited.
 
-`loading` makes a `TransformerBridge` by name. `hooks` names the hook points and refuses models that can't be served.
-`attention` reads what a model does around its softmaxes off the Hugging Face modules. `presets` knows how model
-families mark thinking and summary. `gradients` puts a model into the state in which it is differentiated, and back.
-`devices` tells where a model is and how much memory is free there.
+`stepsal.load` makes a `TransformerBridge` by name; `stepsal.bridge.hooks.check_model` refuses one that can't be served.
+
+Files: `loading` (models by name), `hooks` (hook points, and which models are served), `attention` (scale, window,
+soft-cap and sinks, read off the Hugging Face modules), `presets` (how model families mark thinking and summary),
+`gradients` (a model ready to be differentiated, and back), `devices` (where a model is, and the memory that is free).
 """

@@ -40,7 +40,7 @@ class Attention:
 
 
 def attention_of(model: TransformerBridge, layer: int) -> Attention:
-    """Return what a layer's attention does, read off the module that the bridge wraps.
+    """Read the attention of a layer off the module that the bridge wraps.
 
     Args:
         model: a bridge that `stepsal.bridge.hooks.check_model` accepts.
@@ -62,10 +62,10 @@ def attention_of(model: TransformerBridge, layer: int) -> Attention:
 
 
 def sliding_window(model: TransformerBridge, layer: int) -> int | None:
-    """Return how many keys a query of a layer sees at most, itself included; None for all of them.
+    """Return the sliding window of a layer: the number of keys that a query sees, itself included; None without one.
 
     Args:
-        model: a bridge; its parameters may be without memory.
+        model: a bridge; its parameters may be on the "meta" device, which takes no memory.
         layer: layer index.
     """
     wrapped, config = model.blocks[layer].attn.original_component, _text_config(model)

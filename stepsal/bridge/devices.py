@@ -22,7 +22,7 @@ _LEARNED_TRIM_THRESHOLD = 2**26
 
 
 def devices_of(model: nn.Module) -> tuple[torch.device, ...]:
-    """Return the devices that hold a model's parameters, that of the first parameter first.
+    """Return the devices that hold a model's parameters, in the order of the parameters.
 
     Args:
         model: the model, on one or several devices.
@@ -37,7 +37,7 @@ def devices_of(model: nn.Module) -> tuple[torch.device, ...]:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return how much memory can be had on a device; on a CPU, also what this process' container allows.
+    """Return the bytes of memory that are free on a device; on a CPU at most what its container leaves this process.
 
     Args:
         device: a CPU or a CUDA device.
@@ -49,14 +49,16 @@ def free_bytes(device: torch.device) -> int:
 
 
 def free_in_control_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
-    """Return what each control group of this process, such as a container, leaves it: limit minus use without caches.
+    """Return the bytes that each control group of this process, such as a container, leaves it.
+
+    That is the limit of the group minus the memory in use, file caches left out.
 
     Args:
-        root: where the control groups (of the second version) are mounted.
-        own: the file that names those of this process.
+        root: folder at which the control groups (of the second version) are mounted.
+        own: the file that names the control groups of this process.
 
     Returns:
-        Bytes, one number for each group with a limit; nothing where there are no control groups.
+        One number for each group with a limit; none where there are no control groups.
     """
     remainders: list[int] = []
     try:
@@ -85,7 +87,7 @@ def freed_at_once(device: torch.device) -> Iterator[None]:
     would have ended up by itself.
 
     Args:
-        device: where the tensors are; nothing is done on anything but a CPU under Linux with glibc.
+        device: device of the tensors; nothing is done unless it is a CPU under Linux with glibc.
     """
     on_linux = device.type == "cpu" and sys.platform == "linux"
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if on_linux else None

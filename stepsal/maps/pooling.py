@@ -28,16 +28,18 @@ ROWS_PER_BLOCK = 256
 
 
 class StepSums:
-    """Block sums of token maps, added up from blocks of query rows.
+    """Sums of token maps over blocks of query step x key step, added up from groups of query rows.
 
     Args:
         step_ids: step of each token; -1 (template) is in no block.
         n_steps: number of steps S.
         batch: leading dimensions of the maps, e.g. the number of heads.
         has_target: query rows that predict a token; None for all but the last.
-        dtype: the type in which to add up.
+        dtype: type of the sums.
 
     Example:
+        >>> import torch
+        >>> from stepsal.maps.pooling import StepSums
         >>> pool = StepSums(torch.tensor([0, 0, 1, 1]), 2)
         >>> pool.add(torch.ones(4, 4).tril(), first_row=0)
         >>> pool.sums
@@ -70,13 +72,13 @@ class StepSums:
         first_key: int = 0,
         part: slice | None = None,
     ) -> None:
-        """Add a block of consecutive rows, or those of a `part` of the (one) batch dimension.
+        """Add consecutive rows of a token map to the sums.
 
         Args:
             block: rows `first_row, first_row + 1, ...` and keys `first_key, ...` of a token map, zero at keys after
                 their row.
-            first_row: position of its first row in the trace.
-            first_key: position of its first key.
+            first_row: position in the trace of the first row.
+            first_key: position in the trace of the first key.
             part: the entries of the batch dimension that the block holds; None for all.
 
         Raises:
@@ -107,7 +109,7 @@ def pool_steps(
     """Sum a token map over the blocks query step x key step.
 
     Args:
-        token_map: saliency of key position k for query position t; what stands above the diagonal is ignored.
+        token_map: saliency of key position k for query position t; entries above the diagonal are ignored.
         step_ids: step of each token; -1 (template) is in no block.
         n_steps: number of steps S.
         has_target: query rows that predict a token; None for all but the last.
@@ -119,6 +121,8 @@ def pool_steps(
         ValueError: the map is not square over the positions of `step_ids`.
 
     Example:
+        >>> import torch
+        >>> from stepsal.maps.pooling import pool_steps
         >>> pool_steps(torch.ones(4, 4), torch.tensor([0, 0, 1, 1]), 2)
         tensor([[3., 0.],
                 [2., 1.]])
@@ -155,6 +159,8 @@ def pair_counts(
             authors' code does: an own-step block of n tokens of a uniform map then comes out at (n + 1) / 2n.
 
     Example:
+        >>> import torch
+        >>> from stepsal.maps.pooling import pair_counts
         >>> pair_counts(torch.tensor([0, 0, 1, 1]), 2)
         tensor([[3, 0],
                 [2, 1]])
@@ -187,6 +193,8 @@ def row_counts(
         has_target: query rows that predict a token; None for all but the last.
 
     Example:
+        >>> import torch
+        >>> from stepsal.maps.pooling import row_counts
         >>> row_counts(torch.tensor([0, 0, 1, 1]), 2)
         tensor([2, 1])
     """
@@ -203,9 +211,9 @@ def reduce_blocks(
     """Turn block sums into a step map.
 
     Args:
-        sums: block sums, of `pool_steps`.
-        counts: pairs of each block, of `pair_counts`.
-        rows_per_step: query rows of each step, of `row_counts`.
+        sums: block sums, from `pool_steps`.
+        counts: pairs of each block, from `pair_counts`.
+        rows_per_step: query rows of each step, from `row_counts`.
         how: "density" for saliency per pair, "mass" for saliency per query token. They agree in that
             density * counts == mass * rows_per_step == sums. Blocks without pairs are zero.
 
@@ -213,6 +221,8 @@ def reduce_blocks(
         ValueError: `how` is neither.
 
     Example:
+        >>> import torch
+        >>> from stepsal.maps.pooling import reduce_blocks
         >>> sums, counts, rows = torch.tensor([[3.0, 0], [2, 1]]), torch.tensor([[3, 0], [2, 1]]), torch.tensor([2, 1])
         >>> reduce_blocks(sums, counts, rows, "density").tolist(), reduce_blocks(sums, counts, rows, "mass").tolist()
         ([[1.0, 0.0], [1.0, 1.0]], [[1.5, 0.0], [2.0, 1.0]])
@@ -230,6 +240,8 @@ def normalise_rows(values: Float[Tensor, "*batch query key"]) -> Float[Tensor, "
         values: non-negative maps.
 
     Example:
+        >>> import torch
+        >>> from stepsal.maps.pooling import normalise_rows
         >>> normalise_rows(torch.tensor([[1.0, 3.0], [0.0, 0.0]]))
         tensor([[0.2500, 0.7500],
                 [0.0000, 0.0000]])

@@ -141,8 +141,8 @@ reduce='density')
         """Return the indices along the first axis of `values` of some layers.
 
         Args:
-            layers: the layers (see `stepsal.layers`). A band or a range of fractions stands for those of its layers that
-                were computed; layers that are named by index must all have been computed.
+            layers: the layers; see `stepsal.layers`. A band or a range of fractions stands for its computed layers;
+                layers that are named by index must all have been computed.
 
         Raises:
             ValueError: a layer named by index was not computed, or `layers` holds no computed layer.
@@ -192,8 +192,8 @@ reduce='density')
     def row_normalised(self) -> StepSaliency:
         """Return a copy in which each row is divided by its sum: the share of each key step; empty rows stay zero.
 
-        Maps by head and by token are normalised by their own rows. The result has `metadata["row_normalised"]` True, and
-        its values have no unit.
+        Maps by head and by token are normalised by their own rows. `metadata["row_normalised"]` is True on the result,
+        whose values have no unit.
         """
         return replace(
             self,

@@ -1,9 +1,12 @@
-"""From text to traces: sections and steps, whole or token by token.
+"""Traces: a question, what a model wrote, and the steps into which that falls.
 
-`formats` says how models mark their sections, `boundaries` where steps end; `segment` is the state machine that finds
-both, and `assignment` says which token belongs to which step. `prompt` renders chat templates and finds the question in
-them; `encoding` goes from text to tokens and back; `trace` holds tokens, text and steps; `sections` gives the texts
-alone; `tracking` follows a sequence by its token ids while it is written.
+Make a `Trace` from text or tokens; a `Segmentation` says how its sections and `Step`s are found, and a `Format` how a
+model marks the sections (`FORMATS` has the usual ones, `Format.with_marker` makes one of your own). `render_prompt` and
+`tokenize_prompt` put a chat template around a question and keep where the question stands.
+
+Files: `formats` (marks of sections), `boundaries` (ends of steps), `segment` (the state machine that finds both),
+`assignment` (tokens to steps), `prompt` (chat templates), `encoding` (text to tokens and back), `trace` (the result),
+`sections` (the texts alone), `tracking` (a sequence followed by its token ids while it is written).
 """
 
 from stepsal.trace.formats import FORMATS, Format, Role

@@ -1,7 +1,7 @@
-"""Tokens to steps: which step each token belongs to, of a whole text or while the tokens come in.
+"""Assign tokens to steps, in a whole text or while the tokens come in.
 
-A token belongs to the step of its first non-space character; a token of white space (or of no text yet) belongs to the
-step before it, unless template text stands between. Every other token is template, -1.
+A token belongs to the step of its first non-space character. A token of white space, or without text of its own,
+belongs to the step before it, unless template text stands between the two. All other tokens are template, -1.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from stepsal.trace.segment import Segmenter, Span
 
 
 def step_ids(spans: Sequence[Span], offsets: Iterable[tuple[int, int]], text: str, breaks: Iterable[int]) -> list[int]:
-    """Return the step of each token of a whole text; -1 for template.
+    """Return the number of the step that each token of a whole text belongs to; -1 for template.
 
     Args:
-        spans: steps, ordered, as characters of `text`.
+        spans: steps in order, as character spans of `text`.
         offsets: half-open character span of each token.
-        text: what the tokens spell.
-        breaks: positions at which template text ends; white space after one belongs to no step before it.
+        text: the text that the tokens spell.
+        breaks: character positions at which template text ends; white space right after one belongs to no step.
 
     Example:
         >>> from stepsal.trace.assignment import step_ids
@@ -46,14 +46,14 @@ def step_ids(spans: Sequence[Span], offsets: Iterable[tuple[int, int]], text: st
 
 
 class StepTracker:
-    """Tell which step each token of a response belongs to, while the tokens come in.
+    """A tracker that tells the step of each token of a response, while the tokens come in.
 
     Args:
-        segmenter: that of the response, which the tracker feeds.
+        segmenter: finds the steps of the response; the tracker pushes the tokens into it.
 
     Attributes:
         segmenter: as given.
-        role: of the step of the last token; None for template.
+        role: role of the step to which the last token belongs; None for template.
 
     Example:
         >>> from stepsal.trace.assignment import StepTracker
@@ -67,7 +67,7 @@ class StepTracker:
         self.role: Role | None = None
 
     def push(self, token_text: str) -> int:
-        """Read one token and return its step, counted from the first step of the response; -1 for template.
+        """Read one token and return the number of its step, 0 for the first of the response; -1 for template.
 
         Args:
             token_text: the characters of the token.

@@ -12,6 +12,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Split = Literal["sentence", "paragraph", "line"] | str | re.Pattern[str] | Callable[[str, str], bool]
+"""Ends of steps: a named rule, a regular expression, or a callable `f(step_so_far, next_char) -> bool`.
+
+The callable is asked at each non-space character `next_char` and returns True where a new step begins with it;
+`step_so_far` is the text of the open step, white space at its end included.
+"""
 
 CLOSERS = "\"'”’»)]}*_`"
 WIDE_CLOSERS = "」』）】》"
@@ -32,10 +37,10 @@ class BoundaryRule:
     """A rule that decides whether a new step begins.
 
     Attributes:
-        begins_step: asked with the step so far, the white space after it, the next character, and the index in the step
-            at which its last line begins.
-        look_back: how many characters of the step the rule sees, counted from its end; None is all of them.
-        within_words: asked at each character, not only after white space or after wide punctuation.
+        begins_step: called with the step so far, the white space after it, the next character, and the index in the
+            step at which its last line begins; returns True where the next character begins a new step.
+        look_back: number of characters at the end of the step that the rule sees; None is all of the step.
+        within_words: the rule is asked at each character, not only after white space or wide punctuation.
     """
 
     begins_step: Callable[[str, str, str, int], bool]
@@ -44,10 +49,10 @@ class BoundaryRule:
 
 
 def boundary_rule(split: Split) -> BoundaryRule:
-    """Return the rule of a `split`, as `Segmenter` describes its values.
+    """Return the boundary rule that a `split` stands for.
 
     Args:
-        split: "sentence", "paragraph", "line", a regular expression or a callable.
+        split: "sentence", "paragraph", "line", a regular expression or a callable; see `Segmenter`.
 
     Raises:
         ValueError: an expression that does not compile, one for bytes, or a name that is almost right.
@@ -101,10 +106,10 @@ def split_from_json(split: Mapping[str, Any]) -> re.Pattern[str]:
     """Read a compiled expression that `split_to_json` has written.
 
     Args:
-        split: with its "pattern" and "flags".
+        split: a mapping with the keys "pattern" and "flags".
 
     Raises:
-        ValueError: it is a callable, or no expression.
+        ValueError: what was written is a callable, or is not an expression.
 
     Example:
         >>> import re

@@ -14,9 +14,9 @@ class TokenizedText:
     """A text with its tokens.
 
     Attributes:
-        text: what the tokens spell.
+        text: the text that the tokens spell.
         ids: token ids.
-        offsets: half-open character span of each token in `text`; they are ordered, and may be empty or overlap.
+        offsets: half-open character span of each token in `text`; spans are ordered, and may be empty or overlap.
     """
 
     text: str
@@ -31,7 +31,7 @@ def tokenizer_of(model_or_tokenizer: Any) -> Any:
         model_or_tokenizer: a model with a tokenizer, or a tokenizer.
 
     Raises:
-        ValueError: there is none, or a slow one, which does not tell which characters a token spells.
+        ValueError: there is no tokenizer, or a slow one, which does not tell which characters a token spells.
     """
     tokenizer = getattr(model_or_tokenizer, "tokenizer", model_or_tokenizer)
     if tokenizer is None:
@@ -45,14 +45,14 @@ def tokenizer_of(model_or_tokenizer: Any) -> Any:
 
 
 def check_context(n_tokens: int, model_or_tokenizer: Any) -> None:
-    """Check that tokens fit into a model's context, where there is a model to tell it.
+    """Check that tokens fit into the context of a model.
 
     Args:
-        n_tokens: how many.
-        model_or_tokenizer: a tokenizer has no limit.
+        n_tokens: number of tokens.
+        model_or_tokenizer: the model; with a tokenizer in its place nothing is checked.
 
     Raises:
-        ValueError: they do not fit.
+        ValueError: the tokens do not fit.
     """
     n_ctx = getattr(getattr(model_or_tokenizer, "cfg", None), "n_ctx", None)
     if n_ctx is not None and n_tokens > n_ctx:
@@ -63,11 +63,11 @@ def check_context(n_tokens: int, model_or_tokenizer: Any) -> None:
 
 
 def encode(tokenizer: Any, text: str) -> TokenizedText:
-    """Tokenise a text; the spans are those that the tokenizer tells.
+    """Tokenise a text, with the character spans that the tokenizer reports.
 
     Args:
         tokenizer: a fast one.
-        text: with all special tokens that it is to have.
+        text: the text, with the special tokens written out; none are added.
 
     Raises:
         ValueError: the spans do not fit the text.
@@ -85,7 +85,7 @@ def encode(tokenizer: Any, text: str) -> TokenizedText:
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> TokenizedText:
-    """Spell tokens one by one, so that the spans belong to these tokens and not to those of the text tokenised anew.
+    """Spell given tokens one by one, with the character span of each; the text is not tokenised anew.
 
     A token that ends within a character has an empty span; its character counts to the token that completes it.
 
@@ -109,11 +109,11 @@ def check_offsets(offsets: Sequence[tuple[int, int]], text: str, tokens: Sequenc
 
     Args:
         offsets: half-open character span of each token.
-        text: what the tokens spell.
-        tokens: named in the error.
+        text: the text that the tokens spell.
+        tokens: the tokens, for the error.
 
     Raises:
-        ValueError: they do not, or there is none.
+        ValueError: there are no spans, or they are out of order or outside the text.
     """
     last = 0
     for i, (start, end) in enumerate(offsets):

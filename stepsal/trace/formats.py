@@ -1,4 +1,4 @@
-"""Formats: how models mark the sections of a response, as data."""
+"""Formats of responses, as data: the marks by which models tell thinking and summary apart."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Role = Literal["question", "thinking", "summary"]
+"""Section that a step belongs to."""
 
 _TEMPLATE = "template"  # stands for None, "in no section", where JSON needs a text as a key
 
@@ -19,12 +20,13 @@ class Format:
         name: shown in traces and errors.
         start: the section in which a response begins; None is template text outside all sections.
         markers: for each section, the markers that end it and the section that follows. Markers are template.
-        last_is_summary: no marker tells the summary apart, so the last paragraph becomes it at the end (failing that,
-            the last line, then the last step, unless it is the only one).
+        last_is_summary: no marker tells the summary apart: at the end of the response its last paragraph is taken for
+            the summary; where there is one paragraph only, its last line; where there is one line only, its last step.
+            A single step stays thinking.
 
     Example:
-        >>> tags = stepsal.trace.Format("tags", None, {None: {"<plan>": "thinking"}, "thinking": {"</plan>": "summary"}})
-        >>> tags.all_markers
+        >>> markers = {None: {"<plan>": "thinking"}, "thinking": {"</plan>": "summary"}}
+        >>> stepsal.trace.Format("tags", None, markers).all_markers
         ('<plan>', '</plan>')
     """
 
@@ -52,7 +54,7 @@ class Format:
         return Format(f"marker {marker!r}", "thinking", {"thinking": {marker: "summary"}})
 
     def after(self, prompt: str) -> Format:
-        """Return the format of a response to this prompt: it begins in the section that the prompt's end has opened.
+        """Return the format for the response to a prompt, begun in the section that the end of the prompt opens.
 
         Args:
             prompt: the rendered prompt, or the end of it.
@@ -77,7 +79,8 @@ class Format:
         """Return the format JSON-ready; "template" stands for the place outside all sections.
 
         Example:
-            >>> stepsal.trace.Format.from_dict(stepsal.trace.FORMATS["think"].to_dict()) == stepsal.trace.FORMATS["think"]
+            >>> think = stepsal.trace.FORMATS["think"]
+            >>> stepsal.trace.Format.from_dict(think.to_dict()) == think
             True
         """
         markers = {section or _TEMPLATE: dict(ends) for section, ends in self.markers.items()}
@@ -88,7 +91,7 @@ class Format:
         """Read a format that `to_dict` has written.
 
         Args:
-            settings: the keys are the attributes of a format.
+            settings: attributes of a format by name, as `to_dict` gives them.
 
         Raises:
             ValueError: a key is missing or unknown.
@@ -122,10 +125,10 @@ FORMATS: dict[str, Format] = {
 
 
 def recognised_format(prompt: str, response: str) -> str:
-    """Return the name of the format whose marks stand in a response or open it; "plain" where there are none.
+    """Return the name of the format whose markers a response or the end of its prompt holds; "plain" without any.
 
     Args:
-        prompt: the rendered prompt, whose end may hold the mark that opens the thinking.
+        prompt: the rendered prompt, whose end may hold the marker that opens the thinking.
         response: everything after it.
 
     Example:
@@ -141,15 +144,15 @@ def recognised_format(prompt: str, response: str) -> str:
 
 
 def check_markers(format: Format, prompt: str, response: str) -> None:
-    """Check that a text written elsewhere has one of the markers of the format that was named for it.
+    """Check that a text that was written elsewhere has a marker of the format that was named for it.
 
     Args:
-        format: as named; one without markers fits any text.
+        format: the format; one without markers fits any text.
         prompt: the rendered prompt, whose end may hold a marker.
         response: everything after it.
 
     Raises:
-        ValueError: there is none, so that all of it would be taken for one section.
+        ValueError: the text has no marker of the format, so that all of it would be taken for one section.
     """
     if not format.all_markers or format.opened_by(prompt):
         return

@@ -1,8 +1,7 @@
-"""Prompts: a question inside the chat template of a tokenizer, and where it stands there.
+"""Prompts: a question inside the chat template of a tokenizer, and its place there.
 
-`render_prompts` renders questions and knows where they stand, since it knows the template's text before them. Where
-only the text or the tokens of a prompt are there, the question is found by the template's text around it:
-`locate_question` for a question that is known, a `PromptFrame` for one that is not.
+`render_prompts` renders questions, and so knows their places. In a prompt that was rendered elsewhere the question is
+found by the template's text around it: `locate_question` finds a known question, a `PromptFrame` an unknown one.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ _SYSTEM_STAND_INS = ("\ue002", "x\ue003")  # with nothing in common
 
 @dataclass(frozen=True)
 class Prompt:
-    """A rendered prompt.
+    """A rendered prompt, with the place of the question in it.
 
     Attributes:
         question: as asked.
         text: the question with the chat template around it.
-        start: first character of the question in `text`, white space at its beginning left out.
-        end: the character after its last one, white space at its end left out.
+        start: position in `text` of the first character of the question that is no white space.
+        end: position after its last character that is no white space.
 
     Example:
         >>> prompt = stepsal.trace.render_prompt(stepsal.load("mini").tokenizer, "What is Anna?")
@@ -49,14 +48,15 @@ class Prompt:
 
 @dataclass(frozen=True)
 class TokenizedPrompt(Prompt):
-    """A rendered prompt with its tokens: all that decoding an answer and cutting it into steps need to know of it.
+    """A rendered prompt with its tokens: all that writing an answer and segmenting it into steps need to know of it.
 
     Attributes:
         ids: token ids of `text`.
 
     Example:
         >>> tokenizer = stepsal.load("mini").tokenizer
-        >>> tokenizer.decode(stepsal.trace.tokenize_prompt(tokenizer, stepsal.trace.render_prompt(tokenizer, "What is Anna?")).ids[-2:])
+        >>> prompt = stepsal.trace.render_prompt(tokenizer, "What is Anna?")
+        >>> tokenizer.decode(stepsal.trace.tokenize_prompt(tokenizer, prompt).ids[-2:])
         '<|assistant|><think>'
     """
 
@@ -64,7 +64,9 @@ class TokenizedPrompt(Prompt):
 
 
 def render_prompt(tokenizer: Any, question: str, system: str | None = None) -> Prompt:
-    """Put the tokenizer's chat template around a question; without one, BOS before it and a line break after it.
+    """Put the tokenizer's chat template around a question.
+
+    A tokenizer without a chat template puts BOS before the question and a line break after it.
 
     Args:
         tokenizer: of Hugging Face.
@@ -83,11 +85,11 @@ def render_prompt(tokenizer: Any, question: str, system: str | None = None) -> P
 
 
 def render_prompts(tokenizer: Any, questions: Sequence[str], system: str | None = None) -> list[Prompt]:
-    """Put the chat template around several questions, each of which is rendered once.
+    """Put the tokenizer's chat template around several questions, as `render_prompt` does around one.
 
     Args:
         tokenizer: of Hugging Face.
-        questions: what the user asks.
+        questions: the questions that the user asks.
         system: a system prompt; None keeps what the chat template does by itself.
 
     Raises:
@@ -118,15 +120,16 @@ def render_prompts(tokenizer: Any, questions: Sequence[str], system: str | None 
 
 
 def tokenize_prompt(tokenizer: Any, prompt: Prompt) -> TokenizedPrompt:
-    """Return a prompt with its tokens; none are added to what the template says.
+    """Return a prompt with its tokens; no special tokens are added to those of the template.
 
     Args:
-        tokenizer: that whose chat template was rendered.
+        tokenizer: the tokenizer whose chat template was rendered.
         prompt: from `render_prompt`.
 
     Example:
         >>> tokenizer = stepsal.load("mini").tokenizer
-        >>> len(stepsal.trace.tokenize_prompt(tokenizer, stepsal.trace.render_prompt(tokenizer, "What is Anna?")).ids)
+        >>> prompt = stepsal.trace.render_prompt(tokenizer, "What is Anna?")
+        >>> len(stepsal.trace.tokenize_prompt(tokenizer, prompt).ids)
         9
     """
     ids = tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
@@ -151,13 +154,13 @@ def template_around(tokenizer: Any, system: str | None = None) -> tuple[str, str
 
 
 def locate_question(text: str, question: str, tail: str) -> tuple[int, int]:
-    """Return where a question starts and ends in the text of a prompt.
+    """Return the start and the end of a question in the text of a prompt.
 
     Args:
         text: the prompt, as a tokenizer decodes it.
         question: as asked; the text may hold it in a normalised form.
-        tail: what the chat template puts after a question; where it stands, the question before it is meant, otherwise
-            the last place that spells it.
+        tail: text that the chat template puts after a question. Of several places that spell the question, the one
+            before this text is taken; without such a place, the last one.
 
     Raises:
         ValueError: the text does not hold the question.
@@ -184,9 +187,9 @@ class PromptFrame:
     r"""The chat template's text right before and right after any question, whatever the system prompt.
 
     Attributes:
-        opening: what stands right before it, such as "<|im_start|>user\n"; not the system prompt. A template that puts
-            the system prompt inside the user's turn makes it part of the question, for whoever sees tokens only.
-        tail: what stands between it and the response.
+        opening: text right before the question, such as "<|im_start|>user\n", without the system prompt. Where a
+            template puts the system prompt inside the user's turn, it is taken for part of the question.
+        tail: text between the question and the response.
 
     Example:
         >>> stepsal.trace.PromptFrame.of(stepsal.load("mini").tokenizer)
@@ -204,7 +207,7 @@ class PromptFrame:
             tokenizer: of Hugging Face.
 
         Raises:
-            ValueError: the template, or its absence, leaves nothing that marks the end of a question.
+            ValueError: there is no chat template, or nothing in it marks the end of a question.
         """
         head, tail = template_around(tokenizer)
         heads = [head, *(template_around(tokenizer, system=system)[0] for system in _SYSTEM_STAND_INS)]
@@ -216,10 +219,12 @@ class PromptFrame:
         return cls(_common_end(heads).strip() or head.strip(), tail.strip())
 
     def locate(self, text: str) -> tuple[int, int, int] | None:
-        """Return the start of the question, its end, and the end of the prompt; None while the prompt is not complete.
+        """Return where question and prompt lie in a text: start and end of the question, end of the prompt.
+
+        While the prompt is not complete, the result is None.
 
         Args:
-            text: a sequence, or its beginning; the positions are those of its characters.
+            text: the text of a sequence, or its beginning; positions count its characters.
         """
         end = max(0, text.find(self.opening)) if self.opening in text else len(text)
         while (end := text.find(self.tail, end)) >= 0:
@@ -233,14 +238,14 @@ class PromptFrame:
 
 
 def require_text(name: str, text: str) -> None:
-    """Check that a text is there.
+    """Refuse a text that is empty or white space.
 
     Args:
-        name: what the error calls it.
-        text: anything but white space.
+        name: name of the text, for the error.
+        text: the text.
 
     Raises:
-        ValueError: it is empty.
+        ValueError: the text is empty or white space.
     """
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{name}={text!r} is empty: there is nothing to trace")

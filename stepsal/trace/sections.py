@@ -1,4 +1,4 @@
-"""Thinking and summary as texts, without tokens, for chat messages."""
+"""Split a response into thinking and summary as texts, without tokens, for chat messages."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from stepsal.trace.segment import Segmentation
 
 
 def sections(tokenizer: Any, prompt: str, response: str) -> tuple[str, str]:
-    """Return the thinking of a response, and what is said after it.
+    """Return the thinking of a response and the text after it.
 
-    They are those of a `Trace`; but where nothing marks the thinking, all of the response is said. End tokens are left
-    out.
+    Both are those of a `Trace`, with one difference: where no marker tells the thinking, the thinking is empty and the
+    text is the whole response. End tokens are left out.
 
     Args:
-        tokenizer: whose special tokens are left out.
+        tokenizer: the tokenizer, whose special tokens are left out.
         prompt: the rendered prompt.
         response: everything after it.
 

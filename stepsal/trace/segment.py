@@ -32,30 +32,32 @@ from stepsal.trace.formats import FORMATS, Format, Role, check_markers, recognis
 
 
 class Span(NamedTuple):
-    """A step as half-open character span, without the white space around it."""
+    """A step as a half-open span of characters, without the white space around it."""
 
     role: Role
     start: int
     end: int
 
 
-# what must not be cut, by its opening; a blank line ends math that was never closed, as it does in LaTeX
+# enclosures inside which no step ends, by their openings; a blank line ends math that was never closed, as in LaTeX
 _ENCLOSURES = {"```": "```", "$$": "$$", "\\[": "\\]", "\\(": "\\)", "\\begin{": "\\end{"}
 _CODE = "```"  # holds blank lines
 _LONGEST_ENCLOSURE = max(map(len, _ENCLOSURES))
 
 
 class Segmenter:
-    """Find the steps of a response, pushed in pieces of any size.
+    """A state machine that finds the steps of a response, which is pushed in pieces of any size.
 
     Args:
         format: the model's format.
-        split: where steps end within a section. "sentence", "paragraph" (blank lines), "line"; a regular expression: a
-            step ends where a match ends at its last non-space character or in the white space after it (it
-            sees the last 256 characters); or a callable `f(step_so_far, next_char) -> bool`, asked whether a new step
-            begins at `next_char`, the next non-space character (the step so far includes white space at its end).
-        min_chars: a shorter step does not end: the next piece is merged into it. The last of a section may be shorter.
-        template: further texts that are in no step, such as end-of-sequence tokens.
+        split: where steps end within a section: "sentence", "paragraph" (at blank lines) or "line"; a regular
+            expression, where a match ends with the last non-space character of a step or in the white space after it
+            (only the last 256 characters of a step are searched); or a callable `f(step_so_far, next_char) -> bool`,
+            which returns True where the non-space character `next_char` begins a new step (`step_so_far` includes
+            white space at its end).
+        min_chars: least length of a step in characters; a shorter piece is merged with the one after it. The last step
+            of a section may be shorter.
+        template: extra texts, such as end-of-sequence tokens, that belong to no step.
 
     Raises:
         ValueError: negative `min_chars`, or a regular expression that does not compile.
@@ -104,7 +106,7 @@ class Segmenter:
 
     @property
     def n_steps(self) -> int:
-        """How many steps have begun."""
+        """The number of steps that have begun."""
         return len(self._spans)
 
     @property
@@ -114,17 +116,17 @@ class Segmenter:
 
     @property
     def n_chars(self) -> int:
-        """How many characters have been pushed."""
+        """The number of characters that have been pushed."""
         return self._position + len(self._held)
 
     @property
     def holds_back(self) -> bool:
-        """Whether the last characters may be the beginning of a marker, so that their step is provisional."""
+        """True where the last characters may be the beginning of a marker, so that their step is provisional."""
         return bool(self._held)
 
     @property
     def in_step(self) -> bool:
-        """Whether a step is open: white space that follows counts to it."""
+        """True where a step is open, to which white space that follows belongs."""
         return self._open
 
     def role_of(self, step: int) -> Role:
@@ -135,7 +137,7 @@ class Segmenter:
         """Return the step that covers a character near the end of the text; -1 for template.
 
         Args:
-            position: of the character; it takes longer the further back it lies.
+            position: position of the character; the search takes longer the further back it lies.
         """
         for i in range(len(self._spans) - 1, -1, -1):
             if self._spans[i].start <= position:
@@ -150,7 +152,9 @@ class Segmenter:
         return twin
 
     def push(self, text: str) -> None:
-        """Read more of the response; constant work per character, except for a callable `split`, which is given all.
+        """Read more of the response, with constant work per character.
+
+        A callable `split` is given the whole step so far at each character, so that its work may grow with the step.
 
         Args:
             text: the next characters, however many.
@@ -246,7 +250,7 @@ class Segmenter:
         return self._rule.begins_step("".join(tail), self._gap, char, line_start)
 
     def _track_enclosure(self) -> None:
-        """Note whether the last character opened or closed what must not be cut."""
+        """Keep track of enclosures, inside which no step ends, by the last character."""
         tail = "".join(self._step[-_LONGEST_ENCLOSURE:])
         if self._closing is not None:
             self._depth += tail.endswith("\\begin{")
@@ -292,12 +296,13 @@ def segment(
         text: the response.
         format: the model's format.
         split: where steps end, as for `Segmenter`.
-        min_chars: a shorter step does not end.
-        template: further texts that are in no step.
+        min_chars: least length of a step in characters; a shorter piece is merged with the one after it.
+        template: extra texts, such as end-of-sequence tokens, that belong to no step.
 
     Example:
         >>> from stepsal.trace.segment import segment
-        >>> [(span.start, span.end) for span in segment("One and one is two. So it is.", stepsal.trace.FORMATS["think"])]
+        >>> spans = segment("One and one is two. So it is.", stepsal.trace.FORMATS["think"])
+        >>> [(span.start, span.end) for span in spans]
         [(0, 19), (20, 29)]
     """
     segmenter = Segmenter(format, split=split, min_chars=min_chars, template=template)
@@ -307,15 +312,18 @@ def segment(
 
 @dataclass(frozen=True)
 class Segmentation:
-    """A way to find sections and steps in a response: one value for traces, StepFlow and whatever makes traces.
+    """A way to find the sections and steps of a response, the same for traces and for StepFlow.
 
     Attributes:
         format: how the model marks its sections: a `Format`, a name in `FORMATS` ("think", "harmony", "plain"), or
-            "auto": told by the markers of a text that is there, and by model and chat template for one still to be
+            "auto": told by the markers of a text that is read, and by model and chat template where one is to be
             written.
-        split: where steps end within a section: "sentence", "paragraph" (blank lines), "line", a regular expression, or
-            a callable; see `Segmenter`.
-        min_chars: a shorter step does not end: the next piece is merged into it.
+        split: where steps end within a section: "sentence", "paragraph" (at blank lines) or "line"; a regular
+            expression, where a match ends with a step or in the white space after it; or a callable
+            `f(step_so_far, next_char) -> bool`, which returns True where the non-space character `next_char` begins a
+            new step (`step_so_far` includes white space at its end).
+        min_chars: least length of a step in characters; a shorter piece is merged with the one after it. The last step
+            of a section may be shorter.
 
     Raises:
         ValueError: an unknown format or split, or negative `min_chars`.
@@ -341,15 +349,15 @@ class Segmentation:
         return self.format.name if isinstance(self.format, Format) else self.format
 
     def resolved(self, prompt: str, response: str, *, needs_markers: bool = False) -> Segmentation:
-        """Return the segmentation with a format in place of "auto", told by the markers of a text.
+        """Return a copy whose format is told by the markers of a text, if it was "auto".
 
         Args:
             prompt: the rendered prompt.
             response: everything after it.
-            needs_markers: refuse a text without any marker of a format that was named.
+            needs_markers: raise if a format was named and none of its markers stands in the text.
 
         Raises:
-            ValueError: there is no marker, but one is needed.
+            ValueError: under `needs_markers`, the text has no marker of the named format.
 
         Example:
             >>> stepsal.Segmentation().resolved("What is 1 + 1?", "<think>One more than one.</think>Two.").format
@@ -362,11 +370,11 @@ class Segmentation:
         return self
 
     def segmenter(self, prompt: str = "", template: Iterable[str] = ()) -> Segmenter:
-        """Return a segmenter for the response to a prompt, which begins in the section that the prompt has opened.
+        """Return a segmenter for the response to a prompt, begun in the section that the prompt opens.
 
         Args:
             prompt: the rendered prompt.
-            template: further texts that are in no step, such as end-of-sequence tokens.
+            template: extra texts, such as end-of-sequence tokens, that belong to no step.
 
         Raises:
             ValueError: the format is "auto".
@@ -381,7 +389,7 @@ class Segmentation:
         return Segmenter(format.after(prompt), split=self.split, min_chars=self.min_chars, template=template)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings JSON-ready; different settings give different dicts, except for callables of one name.
+        """Return the settings JSON-ready, a callable `split` by its name.
 
         Example:
             >>> import re
@@ -396,10 +404,10 @@ class Segmentation:
         """Read settings that `to_dict` has written.
 
         Args:
-            settings: format, split and min_chars; what is missing has its default.
+            settings: "format", "split" and "min_chars"; a missing one has its default.
 
         Raises:
-            ValueError: unknown settings, or a callable, of which only the name was written.
+            ValueError: unknown settings, or a `split` that was a callable, of which only the name was written.
 
         Example:
             >>> stepsal.Segmentation.from_dict({"split": "line"}) == stepsal.Segmentation(split="line")

@@ -37,12 +37,12 @@ _FILE_VERSION = 1
 
 @dataclass(frozen=True)
 class Step:
-    """A step as half-open span of token positions.
+    """A step: its role, and its half-open span [start, end) of token positions in the trace.
 
     Attributes:
-        role: "question", "thinking" or "summary".
-        start: position of the first token.
-        end: position after the last token.
+        role: section that the step belongs to, "question", "thinking" or "summary".
+        start: position of its first token.
+        end: position after its last token.
 
     Example:
         >>> trace = stepsal.Trace.from_text("What is 1 + 1?", "It is 2.</think>2.", stepsal.load("mini"))
@@ -57,18 +57,18 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """A question and what a model wrote in answer to it, step by step.
+    """A question and what a model wrote in answer to it, step by step; `len(trace)` is the number of tokens.
 
     Attributes:
-        question: as asked, without the template around it.
+        question: the question as asked, without the template around it.
         response: everything after the prompt, section markers included.
         text: the rendered prompt and the response.
         tokens: token ids.
         offsets: half-open character span of each token in `text`.
         steps: question first, then thinking, then summary.
-        segmentation: how sections and steps were found; its format is never "auto".
-        n_prompt: tokens that belong to the prompt; one that straddles its end counts.
-        truncated: the answer was cut off, by a token limit or by the end of the context.
+        segmentation: the way in which sections and steps were found; its format is never "auto".
+        n_prompt: number of prompt tokens, one that straddles the end of the prompt included.
+        truncated: True where the answer was cut off, by a token limit or by the end of the context.
 
     Raises:
         ValueError: tokens, offsets and steps do not fit together.
@@ -117,20 +117,21 @@ class Trace:
     ) -> Trace:
         """Make a trace of a question and a response that were written elsewhere.
 
-        The prompt is rendered with the tokenizer's chat template, and the whole text is tokenised once; spans come from
-        the tokenizer's character offsets.
+        The prompt is rendered with the tokenizer's chat template, and prompt and response are tokenised as one text.
 
         Args:
-            question: what the user asked.
-            response: what the model wrote, thinking and summary; `<think>` may be left out where the prompt has it.
+            question: the question that the user asked.
+            response: everything that the model wrote, thinking and summary; `<think>` may be left out where the prompt
+                ends with it.
             model_or_tokenizer: a fast tokenizer, or a model with one (whose context length is then respected).
-            segmentation: how sections and steps are found; None is `Segmentation()`. Use `Format.with_marker("Final
-                answer:")` for a marker of your own. "plain" has no marker: the last paragraph is taken for the summary.
+            segmentation: the way to find sections and steps; None is `Segmentation()`. For a marker of your own pass
+                `Segmentation(format=stepsal.trace.Format.with_marker("Final answer:"))`. The format "plain" has no
+                marker: the last paragraph is taken for the summary.
             system: a system prompt; None keeps what the chat template does by itself.
 
         Raises:
-            ValueError: empty question or response, a tokenizer without offsets, a trace longer than the context, a
-                marker that is not there, or offsets that do not fit the text.
+            ValueError: the question or the response is empty, the tokenizer gives no offsets, the trace is longer than
+                the context, the response has no marker of the named format, or offsets do not fit the text.
 
         Example:
             >>> model = stepsal.load("mini")
@@ -170,23 +171,23 @@ class Trace:
         truncated: bool = False,
         segmentation: Segmentation | None = None,
     ) -> Trace:
-        """Make a trace of exactly these tokens, as a model generated them.
+        """Make a trace of exactly the tokens that a model generated.
 
         The text is decoded token by token, so that offsets belong to these tokens even where tokenising the text again
-        would give others. A token that ends within a character has an empty span; its character counts to
-        the token that completes it. A response without steps or markers is a trace, too.
+        would give others. A token that ends within a character has an empty span; the character belongs to the token
+        that completes it. A response may lack steps and markers.
 
         Args:
-            tokens: prompt and response.
+            tokens: token ids of prompt and response.
             n_prompt: number of prompt tokens.
             model_or_tokenizer: a fast tokenizer, or a model with one (whose context length is then respected).
-            question: as asked; it must stand in the prompt.
-            truncated: whether the answer was cut off.
-            segmentation: how sections and steps are found; None is `Segmentation()`.
+            question: the question as asked; it must stand in the prompt.
+            truncated: True where the answer was cut off.
+            segmentation: the way to find sections and steps; None is `Segmentation()`.
 
         Raises:
-            ValueError: an empty question or one that is not in the prompt, a tokenizer without offsets, a trace longer
-                than the context, or `n_prompt` out of range.
+            ValueError: the question is empty or not in the prompt, the tokenizer gives no offsets, the trace is longer
+                than the context, or `n_prompt` is out of range.
 
         Example:
             >>> model = stepsal.load("mini")
@@ -215,17 +216,17 @@ class Trace:
         truncated: bool = False,
         segmentation: Segmentation | None = None,
     ) -> Trace:
-        """Make a trace of what a model wrote after a prompt, which is neither rendered nor searched again.
+        """Make a trace of the tokens that a model wrote after a tokenised prompt.
 
         Args:
-            prompt: from `stepsal.trace.prompt.tokenize_prompt`.
-            new_tokens: at least one, as written.
+            prompt: the prompt, from `stepsal.trace.tokenize_prompt`.
+            new_tokens: token ids of the answer, at least one.
             model_or_tokenizer: a fast tokenizer, or a model with one (whose context length is then respected).
-            truncated: whether the answer was cut off.
-            segmentation: how sections and steps are found; None is `Segmentation()`.
+            truncated: True where the answer was cut off.
+            segmentation: the way to find sections and steps; None is `Segmentation()`.
 
         Raises:
-            ValueError: no new token, a tokenizer without offsets, or a trace longer than the context.
+            ValueError: there is no new token, the tokenizer gives no offsets, or the trace is longer than the context.
 
         Example:
             >>> from stepsal.trace import render_prompt, tokenize_prompt
@@ -247,18 +248,18 @@ class Trace:
         return _cut_written(spelled, tokenized, n_prompt, segmentation, tokenizer, truncated=truncated)
 
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file, texts and steps as a JSON document in its header; `.safetensors` is appended.
+        """Write the trace to one safetensors file, texts and steps as a JSON document in its header.
 
-        One file, moved into place when complete: an interrupted save leaves the old file or none.
+        The file is moved into place when it is complete: an interrupted save leaves the old file or none.
 
         Args:
-            path: of the file.
+            path: where to write; `.safetensors` is appended where it is missing, and the folder is made.
 
         Returns:
             The path of the file, with its suffix.
 
         Raises:
-            ValueError: the steps were found by a callable, of which a file can only hold the name.
+            ValueError: `split` of the segmentation is a callable, of which a file can only hold the name.
 
         Example:
             >>> import tempfile
@@ -284,10 +285,10 @@ class Trace:
 
     @classmethod
     def load(cls, path: str | Path) -> Trace:
-        """Read what `save` wrote; nothing is unpickled or executed.
+        """Read a trace that `save` has written; nothing is unpickled or executed.
 
         Args:
-            path: of the file, with or without its suffix.
+            path: the file, with or without its suffix.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -317,7 +318,7 @@ class Trace:
 
     @cached_property
     def step_ids(self) -> Int[Tensor, " pos"]:
-        """The step of each token; -1 for template."""
+        """The number of the step that each token belongs to; -1 (template) for a token in no step."""
         ids = torch.full((len(self.tokens),), -1)
         for i, step in enumerate(self.steps):
             ids[step.start : step.end] = i
@@ -338,18 +339,21 @@ class Trace:
 
         Args:
             i: number of the step; 0 is the question.
+
+        Raises:
+            IndexError: there is no such step.
         """
         step = self.steps[i]
         return self.text[int(self.offsets[step.start, 0]) : int(self.offsets[step.end - 1, 1])].strip()
 
     @property
     def thinking(self) -> str:
-        """The text of all thinking steps."""
+        """The text of all thinking steps; "" without any."""
         return self._section("thinking")
 
     @property
     def summary(self) -> str | None:
-        """The text of all summary steps; None when the thinking was cut off before one."""
+        """The text of all summary steps; None without any, as where the thinking was cut off."""
         return self._section("summary") or None
 
     def _section(self, role: Role) -> str:
@@ -375,7 +379,7 @@ def _cut_written(
     *,
     truncated: bool,
 ) -> Trace:
-    """Cut what a model has written itself, which may lack markers and even steps."""
+    """Segment tokens that a model has written itself, which may lack markers and even steps."""
     response = tokenized.text[len(prompt.text) :]
     return _cut(
         prompt,
@@ -396,7 +400,7 @@ def _cut(
     template: Sequence[str],
     truncated: bool = False,
 ) -> Trace:
-    """Cut a tokenised text that begins with a prompt into steps; the format of `segmentation` is not "auto"."""
+    """Segment a tokenised text that begins with a prompt; the format of `segmentation` is not "auto"."""
     response = tokenized.text[len(prompt.text) :]
     segmenter = segmentation.segmenter(prompt.text, template)
     segmenter.push(response)
@@ -416,7 +420,7 @@ def _cut(
 
 
 def _spans_in_text(prompt: Prompt, segmenter: Segmenter) -> tuple[tuple[Span, ...], tuple[int, ...]]:
-    """Return the steps as characters of prompt and response, and where template text ends; ends the response."""
+    """End the response; return its steps as spans in the whole text, and the positions at which template text ends."""
     shift = len(prompt.text)
     response_spans = (Span(role, start + shift, end + shift) for role, start, end in segmenter.finish())
     breaks = (0, prompt.end, shift, *(position + shift for position in segmenter.breaks))
@@ -424,7 +428,7 @@ def _spans_in_text(prompt: Prompt, segmenter: Segmenter) -> tuple[tuple[Span, ..
 
 
 def _steps_of_tokens(ids: Sequence[int], spans: Sequence[Span]) -> tuple[Step, ...]:
-    """Return the steps that have tokens, from the number of the step that each token belongs to."""
+    """Return the steps as token spans, from the number of the step of each token; steps without tokens are left out."""
     first_and_last: dict[int, tuple[int, int]] = {}
     for position, i in enumerate(ids):
         if i >= 0:

@@ -1,7 +1,7 @@
-"""Follow a sequence token by token: which section each token is in, and where a new step begins.
+"""Follow a sequence token by token: tell the section of each token, and where a new step begins.
 
 A `SequenceTracker` needs nothing but token ids. It finds the question by the chat template's text around it, then feeds
-the response to the same segmenter that cuts whole texts. It does not matter in which portions the tokens come, so that
+the response to the same segmenter that reads whole texts. It does not matter in which portions the tokens come, so that
 a whole text in one forward pass and the same text token by token get the same sections and steps.
 """
 
@@ -39,13 +39,13 @@ _SECTION_OF: dict[Role | None, Section] = {
 
 
 class StepStart(NamedTuple):
-    """The beginning of a step, and what came before it.
+    """The beginning of a step, with the step before it.
 
     Attributes:
-        position: of the first token of the step.
-        section: in which the step stands.
-        previous: positions of the tokens of the step before.
-        previous_section: in which the step before stands.
+        position: position of the first token of the step.
+        section: section of the step.
+        previous: positions of the tokens of the step before it.
+        previous_section: section of the step before it.
     """
 
     position: int
@@ -55,23 +55,23 @@ class StepStart(NamedTuple):
 
 
 class SequenceTracker:
-    """Tell sections and step starts of one sequence, prompt and response, from its token ids.
+    """A tracker that tells sections and step starts of one sequence, prompt and response, from its token ids.
 
-    Each token is decided on when it comes in, by what stands before it alone. In a conversation of several turns the
+    Each token is decided on when it comes in, from the tokens before it alone. In a conversation of several turns the
     sections begin anew with each question.
 
     Args:
         tokenizer: a fast tokenizer.
-        frame: its chat template's text around a question.
-        format: of the response, begun in the section that the prompt opens (`Format.after`).
+        frame: text that its chat template puts around a question.
+        format: format of the response; the section in which it begins is told by the prompt (`Format.after`).
         split: where steps end, as for `Segmenter`.
-        min_chars: a shorter step does not end.
-        whole_prompt: count the whole prompt to the question.
+        min_chars: least length of a step in characters; a shorter piece is merged with the one after it.
+        whole_prompt: take the whole prompt for the question.
 
     Attributes:
         sections: the section of each token so far. Those of a prompt are known once it is complete.
-        origin: position at which the present turn begins: sections before it belong to other questions.
-        in_prompt: whether the prompt of the present turn is still incomplete.
+        origin: position at which the present turn begins; sections before it belong to other questions.
+        in_prompt: True while the prompt of the present turn is incomplete.
 
     Example:
         >>> from stepsal.trace.tracking import SequenceTracker
@@ -106,7 +106,7 @@ class SequenceTracker:
 
     @property
     def found_question(self) -> bool:
-        """Whether a prompt has been complete, so that its question is known."""
+        """True once a prompt has been complete, so that its question is known."""
         return self.origin > 0 or not self.in_prompt
 
     @property
@@ -161,7 +161,7 @@ class SequenceTracker:
             self._steps.push(text[prompt_end:])
 
     def _sections_of_prompt(self, text: str, start: int, end: int, prompt_end: int) -> list[Section]:
-        """Return the section of each token of a prompt, whose question are the characters from `start` to `end`."""
+        """Return the section of each token of a prompt, whose question is the text from `start` to `end`."""
         if self._whole_prompt:
             return [Section.QUESTION] * len(self._prompt)
         token_ends = accumulate(map(len, self._prompt), initial=0)
