@@ -1,6 +1,9 @@
-"""Answers of a model: how they are written, what may end them, how likely they are, and what they cost.
+"""Answers of a model: writing them, their likelihood, and their cost.
 
-`answers` puts questions to a model and returns traces; `loop` writes tokens after prompts, one forward pass for each;
-`decoding` holds the settings, `sampling` draws a token, `endings` ends an answer or its thinking, `scoring` tells how
-likely an answer was, and `flops` how many operations it took.
+Call `stepsal.generate` for one answer and `stepsal.generate_batch` for several; both return traces. Their settings as
+one value are a `stepsal.Decoding`, which `stepsal.collect`, `stepsal.evaluate` and `stepsal.calibrate` take.
+
+Files: `answers` (questions to traces), `loop` (tokens after prompts, one forward pass for each), `decoding` (the
+settings), `sampling` (the choice of a token), `endings` (ends of answers and of thinking), `scoring` (log-probabilities
+of a trace), `flops` (operations of an answer).
 """

@@ -1,7 +1,7 @@
 """Let a model answer questions, and keep the answers as traces.
 
-A question is rendered, tokenised and located in its prompt once: the `TokenizedPrompt` of `check_questions` is what the
-decoding loop continues and what the trace is cut by.
+A question is rendered, tokenised and located in its prompt once: the decoding loop continues the `TokenizedPrompt` of
+`check_questions`, and the trace is made with it.
 """
 
 from __future__ import annotations
@@ -36,31 +36,33 @@ def generate(
     system: str | None = None,
     progress: bool = False,
 ) -> Trace:
-    """Let a model answer one question.
+    """Let a model answer one question, and return the answer as a trace.
+
+    A `Decoding` is passed as `**decoding.to_dict()`.
 
     Args:
-        model: from `stepsal.load`, with a tokenizer.
-        question: what the user asks; the chat template of the tokenizer is put around it.
+        model: from `stepsal.load`, or another `TransformerBridge`; with a tokenizer.
+        question: the question that the user asks; the chat template of the tokenizer is put around it.
         stepflow: decode under StepFlow with these settings. A `stepsal.stepflow` context around the call does the same.
-        segmentation: how sections and steps are found, by StepFlow and in the trace; None is that of an open StepFlow
-            context, or `Segmentation()`.
-        max_new_tokens: limit of the answer.
-        temperature: of the sampling; 0 decodes greedily.
-        top_p: nucleus of the sampling distribution, in (0, 1].
-        stop: texts that end the answer where one of them has been written.
-        budget_forcing: how many times the end of the thinking is replaced by "Wait", so that the model thinks on (s1,
+        segmentation: the way to find sections and steps, for StepFlow and in the trace; None is that of an open
+            StepFlow context, or `Segmentation()`.
+        max_new_tokens: most tokens that an answer may have, thinking and summary together; the prompt does not count.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_p: sample from the smallest set of tokens whose probability reaches top_p, in (0, 1]; 1 keeps all.
+        stop: end the answer as soon as one of these texts appears; it is kept in the response.
+        budget_forcing: number of times that "Wait" replaces the end of the thinking, so that the model thinks on (s1,
             arXiv 2501.19393). The end is `</think>`, or the end of the answer where the tokenizer has no such token.
-        seed: of the sampling.
+        seed: seed of the sampling.
         system: a system prompt; None keeps what the chat template does by itself.
         progress: show a bar over tokens.
 
     Returns:
-        The trace, with exactly the tokens that the model wrote, those that ended it included. `truncated` tells that a
-        limit ended it.
+        The trace, with exactly the tokens that the model wrote, those that ended the answer included. Its `truncated`
+        is True where `max_new_tokens` or the end of the context ended the answer.
 
     Raises:
-        ValueError: an empty question, numbers out of range, a prompt that fills the context, or a segmentation other
-            than that of an open StepFlow context.
+        ValueError: the question is empty, a number is out of range, the prompt fills the context, or the segmentation
+            differs from that of an open StepFlow context.
 
     Example:
         >>> model = stepsal.load("mini")
@@ -90,35 +92,35 @@ def generate_batch(
     system: str | None = None,
     progress: bool = False,
 ) -> list[Trace]:
-    """Let a model answer several questions at once: left-padded, one forward pass per new token.
+    """Let a model answer several questions in one batch, and return the answers as traces.
 
-    A row ends at the end-of-sequence token, with a stop text, after `max_new_tokens`, or at the end of the model's
-    context; the others go on without it.
+    An answer ends at the end-of-sequence token, with a stop text, after `max_new_tokens`, or at the end of the model's
+    context; the others go on without it. A `Decoding` is passed as `**decoding.to_dict()`.
 
     Args:
-        model: from `stepsal.load`, with a tokenizer.
-        questions: what the user asks; the chat template of the tokenizer is put around each.
+        model: from `stepsal.load`, or another `TransformerBridge`; with a tokenizer.
+        questions: the questions that the user asks; the chat template of the tokenizer is put around each.
         stepflow: decode under StepFlow with these settings. A `stepsal.stepflow` context around the call does the same.
-        segmentation: how sections and steps are found, by StepFlow and in the traces; None is that of an open StepFlow
-            context, or `Segmentation()`.
-        max_new_tokens: limit of each answer.
-        temperature: of the sampling; 0 decodes greedily.
-        top_p: nucleus of the sampling distribution, in (0, 1].
-        stop: texts that end an answer where one of them has been written.
-        budget_forcing: how many times the end of the thinking is replaced by "Wait", so that the model thinks on (s1,
+        segmentation: the way to find sections and steps, for StepFlow and in the traces; None is that of an open
+            StepFlow context, or `Segmentation()`.
+        max_new_tokens: most tokens that an answer may have, thinking and summary together; the prompt does not count.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_p: sample from the smallest set of tokens whose probability reaches top_p, in (0, 1]; 1 keeps all.
+        stop: end an answer as soon as one of these texts appears; it is kept in the response.
+        budget_forcing: number of times that "Wait" replaces the end of the thinking, so that the model thinks on (s1,
             arXiv 2501.19393). The end is `</think>`, or the end of the answer where the tokenizer has no such token.
-        seed: of the sampling, one for each row; a single one means seed, seed + 1, ... A row's tokens depend on its own
-            seed only, so that it is sampled the same in any batch (up to rounding in the logits).
+        seed: seeds of the sampling, one for each question; a single number means seed, seed + 1, ... An answer depends
+            on its own seed only, so that it is the same in any batch (up to rounding in the logits).
         system: a system prompt; None keeps what the chat template does by itself.
         progress: show a bar over tokens.
 
     Returns:
-        One trace per question, with exactly the tokens that the model wrote, those that ended it included. `truncated`
-        tells the answers that a limit ended.
+        One trace per question, with exactly the tokens that the model wrote, those that ended the answer included. Its
+        `truncated` is True where `max_new_tokens` or the end of the context ended the answer.
 
     Raises:
-        ValueError: no or empty question, numbers out of range, a prompt that fills the context, or a segmentation other
-            than that of an open StepFlow context.
+        ValueError: there is no question or an empty one, a number is out of range, a prompt fills the context, or the
+            segmentation differs from that of an open StepFlow context.
 
     Example:
         >>> model = stepsal.load("mini")
@@ -145,16 +147,16 @@ def answer_batch(
     system: str | None = None,
     progress: bool = False,
 ) -> list[Trace]:
-    """Let a model answer several questions at once, for callers that have the settings as one value.
+    """Let a model answer several questions in one batch, with the settings as one value.
 
     Args:
         model: from `stepsal.load`, with a tokenizer.
-        questions: what the user asks.
-        decoding: how the answers are written.
-        seeds: of the sampling, one for each question.
+        questions: the questions that the user asks.
+        decoding: settings with which the answers are written.
+        seeds: seeds of the sampling, one for each question.
         stepflow: decode under StepFlow with these settings.
-        segmentation: how sections and steps are found, by StepFlow and in the traces; None is that of an open StepFlow
-            context, or `Segmentation()`.
+        segmentation: the way to find sections and steps, for StepFlow and in the traces; None is that of an open
+            StepFlow context, or `Segmentation()`.
         system: a system prompt; None keeps what the chat template does by itself.
         progress: show a bar over tokens.
 
@@ -162,9 +164,10 @@ def answer_batch(
         One trace per question.
 
     Raises:
-        ValueError: as for `generate_batch`, or seeds that are not one for each question.
+        ValueError: as for `generate_batch`, or there is not one seed for each question.
 
     Example:
+        >>> from stepsal.generation.answers import answer_batch
         >>> model, decoding = stepsal.load("mini"), stepsal.Decoding(max_new_tokens=5)
         >>> traces = answer_batch(model, ["Anna is 3. What is Anna?"] * 2, decoding, seeds=[0, 1])
         >>> [trace.truncated for trace in traces]
@@ -190,18 +193,19 @@ def check_questions(
 
     Args:
         model: from `stepsal.load`.
-        questions: what the user asks.
-        decoding: how the answers are to be written.
+        questions: the questions that the user asks.
+        decoding: settings with which the answers are to be written.
         system: a system prompt; None keeps what the chat template does by itself.
 
     Returns:
         The prompt of each question with its tokens.
 
     Raises:
-        ValueError: no or empty question, a model without a tokenizer, a prompt that fills the context, or budget
-            forcing of a model that ends its thinking by several tokens.
+        ValueError: there is no question or an empty one, the model has no tokenizer, a prompt fills the context, or
+            budget forcing is requested of a model that ends its thinking by several tokens.
 
     Example:
+        >>> from stepsal.generation.answers import check_questions
         >>> prompts = check_questions(stepsal.load("mini"), ["What is Anna?"], decoding=stepsal.Decoding())
         >>> prompts[0].text
         '<|endoftext|><|user|>What is Anna?<|assistant|><think>'

@@ -1,4 +1,4 @@
-"""What ends an answer, end tokens and stop texts, and what puts the end of its thinking off: budget forcing."""
+"""Ends of answers, by end tokens and stop texts, and budget forcing, which puts off the end of the thinking."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from transformer_lens.model_bridge import TransformerBridge
 
 
 def end_tokens(model: TransformerBridge) -> frozenset[int]:
-    """Return the end-of-sequence tokens: the tokenizer's, and those of the model's generation settings.
+    """Return the end-of-sequence tokens of a model, from its tokenizer and its generation settings.
 
     Args:
-        model: with a tokenizer.
+        model: a model with a tokenizer.
 
     Example:
+        >>> from stepsal.generation.endings import end_tokens
         >>> model = stepsal.load("mini")
         >>> end_tokens(model) == {model.tokenizer.eos_token_id}
         True
@@ -27,12 +28,12 @@ def end_tokens(model: TransformerBridge) -> frozenset[int]:
 
 
 class StopTexts:
-    """Tell when a row has written one of the texts that end an answer, wherever its tokens cut them.
+    """A check for the texts that end an answer, in each row of a batch and wherever tokens divide them.
 
     Args:
-        tokenizer: of the model.
-        n_rows: rows of the batch.
-        texts: at least one, none of them empty (as `Decoding.stop`).
+        tokenizer: tokenizer of the model.
+        n_rows: number of rows of the batch.
+        texts: the stop texts, at least one and none of them empty (as `Decoding.stop`).
     """
 
     def __init__(self, tokenizer: Any, n_rows: int, texts: Sequence[str]) -> None:
@@ -42,10 +43,10 @@ class StopTexts:
         self._recent = [""] * n_rows  # the last characters of each row
 
     def push(self, row: int, token: int) -> bool:
-        """Read a token of a row, and tell whether the row has come to its end with it.
+        """Read a token of a row, and tell whether it completes a stop text.
 
         Args:
-            row: its number in the batch.
+            row: number of the row in the batch.
             token: the id of the token.
         """
         text = self._recent[row] + (self._streams[row].step(self._backend, token) or "")
@@ -57,11 +58,11 @@ def check_budget_forcing(model: TransformerBridge, times: int) -> None:
     """Check that a model ends its thinking by one token, which budget forcing can replace.
 
     Args:
-        model: with a tokenizer.
-        times: how many times the end of the thinking is to be replaced; 0 asks nothing of the model.
+        model: a model with a tokenizer.
+        times: number of times that the end of the thinking is to be replaced; with 0 any model passes.
 
     Raises:
-        ValueError: it ends thinking by more than one token.
+        ValueError: the model ends thinking by more than one token.
     """
     if times and "<|channel|>" in model.tokenizer.get_vocab():
         raise ValueError(
@@ -71,12 +72,12 @@ def check_budget_forcing(model: TransformerBridge, times: int) -> None:
 
 
 class BudgetForcing:
-    """Let rows that would end their thinking write "Wait" instead, some times (s1, arXiv 2501.19393).
+    """Budget forcing: rows that would end their thinking write "Wait" instead (s1, arXiv 2501.19393).
 
     Args:
-        model: with a tokenizer.
-        n_rows: rows of the batch.
-        times: how many times a row does not end its thinking.
+        model: a model with a tokenizer.
+        n_rows: number of rows of the batch.
+        times: number of times that the end of the thinking is replaced in each row.
 
     Raises:
         ValueError: the tokenizer ends thinking by more than one token.
@@ -91,10 +92,10 @@ class BudgetForcing:
         self._pending: list[list[int]] = [[] for _ in range(n_rows)]  # tokens of "Wait" still to be written
 
     def replace(self, row: int, token: int) -> int:
-        """Return the token that a row writes where the model has chosen this one.
+        """Return the token that a row writes in place of the chosen one, which most often is the same.
 
         Args:
-            row: its number in the batch.
+            row: number of the row in the batch.
             token: the id of the chosen token.
         """
         if not self._pending[row] and self._times_left[row] and token in self._ends:

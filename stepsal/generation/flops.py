@@ -25,14 +25,15 @@ LENGTHS = (8, 16, 24)  # tokens of the passes that are counted: three, for a pol
 
 @dataclass(frozen=True)
 class DecodingFlops:
-    """The cost of an answer of one model, in floating-point operations (FLOPs), as a function of its lengths.
+    """The cost of an answer in floating-point operations (FLOPs), as a function of the lengths of prompt and answer.
 
     Attributes:
-        prompt: c0, c1, c2 of a pass over a whole prompt.
-        token: d0, d1 of a pass over one token after those in the cache.
-        windows: the sliding window of each layer, in keys, the token itself included; None without one.
+        prompt: coefficients c0, c1, c2 of a pass over a whole prompt.
+        token: coefficients d0, d1 of a pass over one token, with the earlier ones in the cache.
+        windows: sliding window of each layer, in keys, the token itself included; None without a window.
 
     Example:
+        >>> from stepsal.generation.flops import DecodingFlops
         >>> DecodingFlops(prompt=(0, 2, 0), token=(2, 0), windows=(None,)).of(n_prompt=10, n_new=4)
         26.0
     """
@@ -42,11 +43,11 @@ class DecodingFlops:
     windows: tuple[int | None, ...]
 
     def of(self, n_prompt: int, n_new: int) -> float:
-        """Return the FLOPs of one answer; its last token is not read again.
+        """Return the FLOPs of one answer, whose last token costs nothing since the model does not read it.
 
         Args:
-            n_prompt: tokens of the prompt.
-            n_new: tokens of the answer, at least one.
+            n_prompt: number of tokens of the prompt.
+            n_new: number of tokens of the answer, at least one.
         """
         read = n_new - 1
         cached = n_prompt + np.arange(read)  # tokens before that of each pass
@@ -57,15 +58,16 @@ class DecodingFlops:
 
 @torch.no_grad()
 def decoding_flops(model: TransformerBridge) -> DecodingFlops:
-    """Return what answers of a model cost, from the counts of a few short passes.
+    """Return the cost of answers of a model, from the counts of a few short passes.
 
     Args:
         model: from `stepsal.load`.
 
     Raises:
-        ValueError: a sliding window is so short that the passes do not fit in.
+        ValueError: a sliding window is too short for the passes that are counted.
 
     Example:
+        >>> from stepsal.generation.flops import decoding_flops
         >>> flops = decoding_flops(stepsal.load("mini"))
         >>> flops.of(n_prompt=100, n_new=50) < flops.of(n_prompt=100, n_new=51)
         True

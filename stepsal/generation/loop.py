@@ -23,15 +23,16 @@ from stepsal.generation.sampling import choose, uniform_draws
 from stepsal.intervention import active_flow
 
 Ended = Literal["end", "stop", "limit", "context"]
+"""End of an answer: the end-of-sequence token, a stop text, the limit of new tokens, or the end of the context."""
 
 
 class Written(NamedTuple):
     """The new tokens of a row.
 
     Attributes:
-        tokens: at least one, those that ended the row included.
-        ended: what ended it: the end-of-sequence token, a stop text, the limit of new tokens (or that nobody asked for
-            more), or the end of the context.
+        tokens: ids of the new tokens, at least one, those that ended the row included.
+        ended: end of the row: the end-of-sequence token, a stop text, the limit of new tokens (or `still_asked`), or
+            the end of the context.
     """
 
     tokens: list[int]
@@ -42,13 +43,14 @@ def check_prompt(model: TransformerBridge, ids: Sequence[int]) -> None:
     """Check that a prompt has tokens, and leaves room for an answer.
 
     Args:
-        model: whose context the prompt is to fit in.
+        model: the model, whose context the prompt is to fit in.
         ids: token ids of the prompt.
 
     Raises:
-        ValueError: it has none, or fills the context.
+        ValueError: the prompt has no tokens, or fills the context.
 
     Example:
+        >>> from stepsal.generation.loop import check_prompt
         >>> check_prompt(stepsal.load("mini"), [1, 2, 3])
     """
     if not 0 < len(ids) < model.cfg.n_ctx:
@@ -69,25 +71,26 @@ def write(
     still_asked: Callable[[int], bool] | None = None,
     progress: bool = False,
 ) -> list[Written]:
-    """Continue prompts that are rendered and tokenised already.
+    """Write answers to prompts that are already rendered and tokenised.
 
     Args:
-        model: with a tokenizer.
-        prompt_ids: token ids of each row, shorter than the model's context.
-        decoding: how all rows are written.
-        max_new_tokens: a limit for each row, in place of that of `decoding`.
-        seeds: of the sampling, one for each row.
-        still_asked: called with the number of a row after each of its tokens; where it returns False, the row ends, as
+        model: a model with a tokenizer.
+        prompt_ids: token ids of each row, fewer than the model's context holds.
+        decoding: settings for all rows.
+        max_new_tokens: limit of new tokens for each row, in place of that of `decoding`.
+        seeds: seeds of the sampling, one for each row.
+        still_asked: called with the number of a row after each of its tokens; a row for which it returns False ends, as
             if at its limit.
         progress: show a bar over tokens.
 
     Returns:
-        What each row has written, in the order of the prompts.
+        The new tokens of each row, in the order of the prompts.
 
     Raises:
-        ValueError: budget forcing of a model that ends its thinking by several tokens.
+        ValueError: budget forcing is requested of a model that ends its thinking by several tokens.
 
     Example:
+        >>> from stepsal.generation.loop import write
         >>> model = stepsal.load("mini")
         >>> text = "<|endoftext|><|user|>Anna is 3 plus 3. What is Anna?<|assistant|><think>"
         >>> ids = model.tokenizer(text)["input_ids"]
@@ -125,17 +128,18 @@ class Answers:
     """The answers of a batch while they are written.
 
     Args:
-        limits: of each row, in new tokens.
-        rooms: tokens that the context has after the prompt of each row; at least the limit of the row.
+        limits: limit of new tokens of each row.
+        rooms: number of tokens that fit into the context after the prompt of each row; at least the limit of the row.
         ends: tokens that end an answer.
-        stops: texts that end an answer.
-        forcing: replaces the end of the thinking.
-        still_asked: tells whether a row is to go on.
+        stops: check for texts that end an answer; None without such texts.
+        forcing: replacement of the end of the thinking; None for none.
+        still_asked: called with the number of a row; returns False where the row is to end.
 
     Attributes:
-        running: the numbers of the rows that are still written, ordered.
+        running: numbers of the rows that are still written, in order.
 
     Example:
+        >>> from stepsal.generation.loop import Answers
         >>> answers = Answers(limits=[3, 3], rooms=[9, 9], ends={0})
         >>> answers.push([5, 0])  # the second row ends, so that the first of the rows goes on
         ([5, 0], [0])
@@ -165,8 +169,7 @@ class Answers:
             chosen: the model's choice for each of `running`.
 
         Returns:
-            The tokens that are written, for each of the rows that were running, and the indices of those rows that go
-            on.
+            The token that each running row has written, and the indices among the running rows of those that go on.
         """
         tokens, going = list(chosen), []
         for i, row in enumerate(self.running):
@@ -181,7 +184,7 @@ class Answers:
         return tokens, going
 
     def written(self) -> list[Written]:
-        """Return the answers as far as they have come."""
+        """Return the new tokens of every row so far."""
         return [Written(tokens, ended) for tokens, ended in zip(self._tokens, self._ended, strict=True)]
 
     def _what_ends(self, row: int, token: int) -> Ended | None:

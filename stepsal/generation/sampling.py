@@ -10,13 +10,14 @@ from torch import Tensor
 
 
 def uniform_draws(seeds: Sequence[int], n_tokens: int) -> Float[Tensor, "row new_token"]:
-    """Return numbers in [0, 1) for each token of each row, which depend on the seed of the row alone; float64.
+    """Return a random number in [0, 1) for each token of each row, which depends on the seed of the row alone; float64.
 
     Args:
-        seeds: one for each row.
-        n_tokens: how many numbers a row gets.
+        seeds: one seed for each row.
+        n_tokens: number of tokens of a row.
 
     Example:
+        >>> from stepsal.generation.sampling import uniform_draws
         >>> draws = uniform_draws([3, 4], n_tokens=5)
         >>> draws.shape, bool((draws[1] == uniform_draws([4], n_tokens=5)[0]).all())
         (torch.Size([2, 5]), True)
@@ -31,12 +32,14 @@ def choose(
     """Return the most likely token of each row, or the one at a quantile of its sampling distribution.
 
     Args:
-        logits: of the next token.
+        logits: logits of the next token.
         draws: the quantile for each row; None chooses the most likely token.
-        temperature: divides the logits; above 0 where there are draws.
-        top_p: the distribution is cut to the smallest set of most likely tokens that has at least this probability.
+        temperature: divides the logits; must be above 0 where there are draws.
+        top_p: choose from the smallest set of tokens whose probability reaches top_p, in (0, 1]; 1 keeps all.
 
     Example:
+        >>> import torch
+        >>> from stepsal.generation.sampling import choose
         >>> logits = torch.log(torch.tensor([[0.2, 0.5, 0.3]]))
         >>> choose(logits, None, 0.0, 1.0), choose(logits, torch.tensor([0.9]), 1.0, 1.0)
         (tensor([1]), tensor([2]))

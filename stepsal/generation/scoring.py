@@ -1,4 +1,4 @@
-"""How likely a model finds the tokens of a trace."""
+"""Score the tokens of a trace by their log-probabilities under a model."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ _CHUNK = 1024  # positions whose logits are copied to float32 at a time
 def log_probabilities(model: TransformerBridge, trace: Trace) -> Float[Tensor, " target"]:
     """Return log p(token t + 1 | tokens up to t) for t = 0 .. T - 2, in nats, at temperature 1.
 
-    One forward pass, under whatever edits the model. The values of the answer begin at `trace.n_prompt - 1`.
+    They come from one forward pass, with the hooks that are on the model. Values of the answer begin at index
+    `trace.n_prompt - 1`.
 
     Args:
-        model: that is asked, which need not be the one that wrote the trace.
-        trace: of T tokens.
+        model: any model with the tokens of the trace, not only the one that wrote it.
+        trace: a trace of T tokens.
 
     Returns:
-        float32, on the CPU.
+        One value for each token but the first, float32 on the CPU.
 
     Example:
+        >>> from stepsal.generation.scoring import log_probabilities
         >>> model = stepsal.load("mini")
         >>> trace = stepsal.generate(model, "Anna is 3. What is Anna?", max_new_tokens=20)
         >>> log_probabilities(model, trace).shape == (len(trace) - 1,)

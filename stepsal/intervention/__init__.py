@@ -1,9 +1,12 @@
 """StepFlow: repair the flow between steps while a model reads or writes (arXiv 2604.06695, Eq. 5-10).
 
-`stepflow` is the entry. The mathematics stands in `oeb` (Odds-Equal Bridge) and `smi` (Step Momentum Injection), pure
-functions on tensors. `ledger` keeps account of sections and steps on the host, `bridging` and `values` hold
-on the device what a pass needs of them, and `hooks` applies the edits. `config` has the settings and `log` the account,
-`segmentation` settles how steps are found, and `effects` compares the next-token distributions with and without it.
+Open `stepsal.stepflow(model, config)` around any pass, with a `StepFlowConfig` for its settings; it yields a `FlowLog`
+of the edits. `stepsal.token_effects` compares the next-token distributions with and without it. `active_flow` tells
+which `StepFlow` is open on a model, and `agreed_segmentation` how steps are found under it.
+
+Files: `hooks` (the context and its edits), `oeb` (Odds-Equal Bridge) and `smi` (Step Momentum Injection), the
+mathematics as pure functions on tensors, `ledger` (sections and steps, on the host), `bridging` and `values` (inputs of
+the edits, on the device), `config`, `log`, `segmentation`, `effects`.
 """
 
 from stepsal.intervention.config import StepFlowConfig

@@ -1,4 +1,4 @@
-"""Lay out on the model's device what the Odds-Equal Bridge needs in one pass: which keys are B and S of each row.
+"""Lay out the input of the Odds-Equal Bridge for one pass on the model's device: the keys in B and in S of each row.
 
 The ledger describes the groups of a query row by section and turn. `KeySections` holds the section of each key position
 where the model runs, so that only what is new is copied there, and compares it with the sections of the rows.
@@ -23,13 +23,13 @@ _CAPACITY = 256  # key positions for which there is room at first
 
 @dataclass(frozen=True, eq=False)
 class Bridging:
-    """OEB in one pass.
+    """Input of the Odds-Equal Bridge for one pass.
 
     Attributes:
-        bridge: keys of B for each query row.
-        segment: keys of S for each query row.
-        ceilings: by sliding window of a layer (None: full attention), the ceiling of tau_B, [batch, query_pos].
-        eligible: by sliding window, the rows that see keys of both, [batch, query_pos].
+        bridge: True for keys in B of each query row.
+        segment: True for keys in S of each query row.
+        ceilings: ceiling of tau_B of each query row, by sliding window of a layer (None: full attention).
+        eligible: True for query rows that see keys of both, by sliding window of a layer.
     """
 
     bridge: Bool[Tensor, "batch query_pos key_pos"]
@@ -39,10 +39,10 @@ class Bridging:
     _copies: dict[torch.device, Bridging] = field(default_factory=dict, init=False)  # for layers on other devices
 
     def on(self, device: torch.device) -> Bridging:
-        """Return the same on a layer's device; it is copied there once.
+        """Return the input on the device of a layer, to which it is copied once.
 
         Args:
-            device: where the pattern of the layer is.
+            device: device of the layer's pattern.
         """
         if device == self.bridge.device:
             return self
@@ -53,11 +53,11 @@ class Bridging:
 
 
 class KeySections:
-    """The section of each key position, where the model runs.
+    """The section of each key position, on the device of the model.
 
     Args:
         batch: number of rows.
-        device: where the model runs.
+        device: device of the model.
     """
 
     def __init__(self, batch: int, device: torch.device) -> None:
@@ -67,8 +67,8 @@ class KeySections:
         """Take over the sections of all key positions from `first` on.
 
         Args:
-            sections: [batch, key_pos], the whole of it.
-            first: key position from which on they are new or were revised.
+            sections: sections of all key positions, [batch, key_pos].
+            first: first key position whose section is new or was revised.
         """
         stop, capacity = sections.shape[1], self._sections.shape[1]
         if stop > capacity:
@@ -78,13 +78,13 @@ class KeySections:
     def lay_out(
         self, ledger: Ledger, portion: Portion, windows: Iterable[int | None], tau_max: float
     ) -> Bridging | None:
-        """Return what OEB needs in a pass, or None where no row of it can be edited.
+        """Return the input of OEB for a pass, or None where no row of the pass can be edited.
 
         Args:
-            ledger: has read the tokens of the pass.
-            portion: those tokens.
-            windows: the sliding windows of the layers.
-            tau_max: the largest share that the bridge is ever given.
+            ledger: the ledger, which has read the tokens of the pass.
+            portion: the tokens of the pass.
+            windows: sliding windows of the layers.
+            tau_max: largest share of attention that the bridge is given.
         """
         groups = portion.groups
         if (groups.bridge == NOWHERE).all():

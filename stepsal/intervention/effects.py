@@ -1,10 +1,10 @@
 """Compare the next-token distributions without and with StepFlow at each token of an answer.
 
-An answer that is there is read again, once as it is and once under StepFlow. For a greedy answer the first token at
-which the most likely one differs is where the answer that is written under StepFlow parts from it.
+A finished answer is read again, once as it is and once under StepFlow. Where the answer is greedy, an answer that is
+written under StepFlow departs from it at the first token at which the most likely token differs.
 
-Momentum is injected at the *first* token of a step, once that has been read. So it can't change which token that is:
-the first token that it reaches directly is the second one of a step.
+Momentum is injected while the *first* token of a step is read. So it can't change that token itself: the first token
+that it acts on directly is the second one of the step.
 """
 
 from __future__ import annotations
@@ -36,22 +36,29 @@ def token_effects(
 ) -> pd.DataFrame:
     """Compare the next-token distributions without and with StepFlow at each token of an answer.
 
-    Sections and steps are those of the trace: StepFlow follows it with `trace.segmentation`.
+    StepFlow finds sections and steps by `trace.segmentation`, as the trace does.
 
     Args:
-        model: from `stepsal.load`.
-        trace: its answer is read again, in one forward pass, and in one more for each of the settings.
+        model: from `stepsal.load`, or another `TransformerBridge` whose attention patterns are exposed at
+            `attn.hook_pattern`; with a tokenizer.
+        trace: the trace whose answer is read, in one forward pass without StepFlow and one for each of the settings.
         stepflow: settings, or several by name.
 
     Returns:
-        One row per token of the answer, in order. The rows of several settings follow one another, with the name of
-        their settings in the column `variant`. Columns: position (of the token, in the trace), step (-1: template),
-        role, in_step (0 for the first token of a step; -1 in the template), entropy (nats, of the distribution without
-        StepFlow from which the token comes), kl (nats, from that distribution to the one with StepFlow), switched (the
-        most likely token differs).
+        One row per token of the answer, in order. Each row compares the two distributions from which its token comes,
+        those at the position before it. Columns:
+
+        - position: position of the token in the trace
+        - step: step of the token; -1 in the template
+        - role: role of the step; "template" in the template
+        - in_step: position within its step, from 0; -1 in the template
+        - entropy: entropy of the distribution without StepFlow, nats
+        - kl: KL(without || with), nats
+        - switched: True where the most likely token differs
+        - variant: name of the settings; only where several were given, whose rows follow one another
 
     Raises:
-        ValueError: If a `stepsal.stepflow` context is open already, or there are no settings.
+        ValueError: a `stepsal.stepflow` context is open already, or there are no settings.
 
     Example:
         >>> model = stepsal.load("mini")
@@ -83,7 +90,7 @@ def token_effects(
 
 
 def _answer_tokens(trace: Trace) -> pd.DataFrame:
-    """Return where each token of the answer stands: position, step, role, in_step."""
+    """Return the place of each token of the answer: position, step, role, in_step."""
     import pandas as pd
 
     positions = np.arange(trace.n_prompt, len(trace))

@@ -53,23 +53,24 @@ def stepflow(
     """Run every forward pass of a model inside the context under StepFlow.
 
     `model(tokens)`, `model.generate`, `stepsal.generate` and `stepsal.step_saliency` all work: prompts, prompts with
-    part of the thinking, whole texts, and cached decoding, alone or in batches (padding is told by the attention mask).
-    A new sequence begins with each pass that has no cache to continue. Beam search is not followed: it reorders the
-    rows of the cache, which can't be seen from here.
+    part of the thinking, whole texts, and cached decoding, alone or in batches (with padding by the attention mask). A
+    new sequence begins with each pass that has no cache to continue. Beam search is not supported: it reorders the rows
+    of the cache, which StepFlow can't see.
 
     Args:
-        model: from `stepsal.load`, with a tokenizer.
-        config: settings; None is the paper's.
-        segmentation: how sections and steps are found; None is `Segmentation()`.
+        model: from `stepsal.load`, or another `TransformerBridge` whose attention patterns are exposed at
+            `attn.hook_pattern`; with a tokenizer.
+        config: settings; None takes those of the paper.
+        segmentation: the way to find sections and steps; None is `Segmentation()`.
 
     Yields:
         The log of what was edited.
 
     Raises:
-        ValueError: If the model has no fast tokenizer with a chat template, its attention can't be edited, `config`
-            names a layer that it does not have, or a context is open on it already. Inside: for a pass that continues
-            another cache than that of the last pass, that gives embeddings instead of tokens, or that comes after the
-            context's hooks have been removed.
+        ValueError: the model has no fast tokenizer with a chat template, its attention can't be edited, `config` names
+            a layer that it does not have, or a context is open on it already. Inside the context: a pass continues
+            another cache than that of the last pass, is given embeddings instead of tokens, or comes after the hooks of
+            the context have been removed.
 
     Example:
         >>> model = stepsal.load("mini")
@@ -108,14 +109,14 @@ def active_flow(model: TransformerBridge) -> StepFlow | None:
 
 
 def agreed_segmentation(model: TransformerBridge, segmentation: Segmentation | None) -> Segmentation | None:
-    """Return the segmentation for a model's traces: that of the open StepFlow, or without one the given.
+    """Return the segmentation for traces of a model: that of the open StepFlow; without one, the requested.
 
     Args:
         model: from `stepsal.load`.
-        segmentation: what is asked for; None takes that of the open StepFlow.
+        segmentation: the requested segmentation; None agrees with that of any open StepFlow.
 
     Raises:
-        ValueError: If a StepFlow with another segmentation is open.
+        ValueError: a StepFlow with another segmentation is open.
 
     Example:
         >>> model = stepsal.load("mini")
@@ -128,18 +129,18 @@ def agreed_segmentation(model: TransformerBridge, segmentation: Segmentation | N
 
 
 class StepFlow:
-    """One open context of `stepflow`: its hooks, and what they need in the present pass.
+    """One open context of `stepflow`: its hooks, and their input for the present pass.
 
     Args:
         model: from `stepsal.load`, with a tokenizer.
         config: settings.
-        segmentation: how sections and steps are found.
+        segmentation: the way to find sections and steps.
 
     Attributes:
-        segmentation: the same with its format resolved.
-        oeb_layers: indices of the layers that are bridged.
-        smi_layers: indices of the layers into which momentum is injected.
-        log: what was edited.
+        segmentation: the same, with its format resolved.
+        oeb_layers: indices of the layers that OEB edits.
+        smi_layers: indices of the layers that SMI edits.
+        log: the log of the edits.
 
     Raises:
         ValueError: the model can't be followed or edited; see `stepflow`.
@@ -183,7 +184,7 @@ class StepFlow:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Edit the passes of the model inside the context; on leaving it, the model is as before."""
+        """Edit all passes of the model inside the context, and leave the model as it was."""
         hooks = [(attention_hooks(layer)["pattern"], self._bridge_hook(layer)) for layer in self.oeb_layers]
         hooks += [(attention_hooks(layer)["z"], self._inject_hook(layer)) for layer in self.smi_layers]
         _active[self.model] = self
@@ -208,7 +209,7 @@ class StepFlow:
             self._begin(0)  # lets go of the values it holds
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keep only these rows of the batch, as a decoding loop does whose other rows have finished.
+        """Keep only some rows of the batch, as a decoding loop does when the other rows have finished.
 
         Args:
             rows: indices of rows, in the order in which they stay.
@@ -267,7 +268,7 @@ class StepFlow:
         self._cache = _no_cache if cache is None else weakref.ref(cache)
 
     def _check_cache(self, cache: object, n_past: int, batch: int) -> None:
-        """Refuse a pass that continues something else than what was read last."""
+        """Refuse a pass that does not continue the last one."""
         n_followed, n_rows = self._ledger.n_columns, self._ledger.n_rows
         if n_past != n_followed or batch != n_rows:
             raise ValueError(
@@ -351,14 +352,14 @@ class _LastHook:
         self._handle: LensHandle | None = None
 
     def put_last(self) -> None:
-        """Put the hook behind those that have come since."""
+        """Move the hook behind all hooks that were added since."""
         if self._handle is not None and self._point.fwd_hooks[-1] is self._handle:
             return
         self.remove()
         self._handle = self._point.add_hook(self._hook)  # type: ignore[arg-type]
 
     def remove(self) -> None:
-        """Take the hook away, if it is there."""
+        """Remove the hook, if it is on its hook point."""
         if self._handle is not None:
             remove_hook(self._point, self._handle)
             self._handle = None
@@ -372,7 +373,7 @@ def _no_cache() -> None:
 def _on_host(
     ids: Int[Tensor, "batch query_pos"], mask: object, n_past: int
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Return the ids and which of them are no padding, [batch, query_pos], in one copy to the host."""
+    """Return the ids and a mask that is False for padding, both [batch, query_pos], by one copy to the host."""
     n_new = ids.shape[1]
     if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < n_past + n_new:
         host = ids.cpu().numpy()

@@ -1,4 +1,4 @@
-"""Keep account of the sections of a batch of sequences while their tokens come in, and say what StepFlow needs of them.
+"""Keep account of the sections of a batch of sequences while their tokens come in, as the input of StepFlow.
 
 A `Ledger` is told the new token ids of every row before each forward pass. One `SequenceTracker` per row decides which
 section each token is in and where a step begins; the ledger puts that into arrays over *key positions*, the columns of
@@ -56,10 +56,10 @@ class Portion:
     Attributes:
         first: key position of the first query.
         stop: key position after the last query.
-        changed: first key position whose section is new or was revised; those of a prompt are known when it ends.
+        changed: first key position whose section is new or was revised. (Sections of a prompt are known when it ends.)
         groups: bridge and segment of each query row.
         places: (row, query position) of each injection of momentum.
-        members: key positions of the previous step, for each injection.
+        members: key positions of the previous step of each injection.
         oldest_needed: the first key position that may be among the members of a later injection.
     """
 
@@ -76,14 +76,17 @@ class Ledger:
     """Sections, turns and steps of a batch of sequences, one tracker per row.
 
     Args:
-        trackers: a new one for each row.
-        window: members of an injection are the last `window` tokens of the previous step; None takes all of them.
+        trackers: a new tracker for each row.
+        window: number of last tokens of the previous step that are members of an injection; None takes all of them.
         into_summary: inject also where the summary begins.
 
     Attributes:
-        n_columns: key positions so far, those of padding included.
+        n_columns: number of key positions so far, those of padding included.
 
     Example:
+        >>> import numpy as np
+        >>> from stepsal.intervention.ledger import Ledger
+        >>> from stepsal.trace.tracking import SequenceTracker
         >>> from stepsal.trace import FORMATS, PromptFrame
         >>> model = stepsal.load("mini")
         >>> trace = stepsal.Trace.from_text("What is Anna?", "Anna is 1 plus 2. So Anna = 3.", model)
@@ -124,7 +127,7 @@ class Ledger:
 
     @property
     def several_turns(self) -> bool:
-        """Tell whether a row has begun a second turn, so that some keys belong to earlier questions."""
+        """True where a row has begun a second turn, so that some keys belong to earlier questions."""
         return any(tracker.origin > 0 for tracker in self._trackers)
 
     @property
@@ -137,10 +140,10 @@ class Ledger:
 
         Args:
             ids: token ids, [batch, query_pos].
-            real: which of them are tokens of the sequence and not padding, [batch, query_pos].
+            real: True for tokens of the sequence, False for padding, [batch, query_pos].
 
         Returns:
-            What the pass over these tokens needs.
+            The tokens, with the input of StepFlow for the pass over them.
         """
         first, stop = self.n_columns, self.n_columns + ids.shape[1]
         self._grow(stop)
@@ -163,8 +166,8 @@ class Ledger:
         """Count the keys of one section that each of the last query rows sees, itself included.
 
         Args:
-            sections: the section that is counted for each of them, such as `Groups.bridge`, [batch, query_pos].
-            window: keys that a query sees at most, itself included; None for all of its turn.
+            sections: section to count for each of these rows, such as `Groups.bridge`, [batch, query_pos].
+            window: number of keys that a query sees, itself included; None for all of its turn.
 
         Returns:
             Counts [batch, query_pos]; 0 where the section is `NOWHERE`.

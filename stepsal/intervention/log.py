@@ -1,4 +1,4 @@
-"""What StepFlow did, accumulated where the model runs and read once."""
+"""Log the edits of StepFlow: numbers are accumulated on the device of the model and read once."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class FlowLog:
     Nothing is moved to the host or rounded until a property is read; reading in the middle of a run is allowed.
 
     Args:
-        oeb_layers: indices of the layers that are bridged.
-        smi_layers: indices of the layers into which momentum is injected.
+        oeb_layers: indices of the layers that OEB edits.
+        smi_layers: indices of the layers that SMI edits.
 
     Attributes:
-        sequences: number of sequences that were read from their beginning. Decoding without a cache reads one for each
-            token.
-        without_question: number of those in which no question was found, so that nothing was edited.
+        sequences: number of sequences that were read from their beginning. Decoding without a cache begins a sequence
+            with each token.
+        without_question: number of sequences in which no question was found, so that nothing was edited.
 
     Example:
         >>> model = stepsal.load("mini")
@@ -55,17 +55,17 @@ class FlowLog:
         """Give numbers to new sequences, which the next passes read.
 
         Args:
-            batch: how many rows they are.
+            batch: number of sequences.
         """
         self._sum_all()
         self._rows = list(range(self.sequences, self.sequences + batch))
         self.sequences += batch
 
     def select(self, rows: Sequence[int]) -> None:
-        """Go on with some rows of the batch only.
+        """Keep only some rows of the batch for the next passes.
 
         Args:
-            rows: indices of rows, in the order in which the next passes have them.
+            rows: indices of rows, in the order that they have in the next passes.
         """
         self._sum_all()
         self._rows = [self._rows[row] for row in rows]
@@ -85,13 +85,13 @@ class FlowLog:
         after: Float[Tensor, "batch head query_pos"],
         eligible: Bool[Tensor, "batch query_pos"],
     ) -> None:
-        """Add what OEB did in one pass.
+        """Add the edits of OEB in one pass.
 
         Args:
             layer: index of the layer.
             before: p(B) before the edit.
             after: p(B) after it.
-            eligible: rows that count: those that see keys of B and of S.
+            eligible: True for rows that count, which see keys of B and of S.
         """
         held = self._held[layer]
         held.append((before.detach(), after.detach(), eligible))
@@ -99,12 +99,12 @@ class FlowLog:
             self._sum(layer)
 
     def add_injected(self, layer: int, norms: Float[Tensor, " injection"], rows: Sequence[int]) -> None:
-        """Add what SMI did in one pass.
+        """Add the edits of SMI in one pass.
 
         Args:
             layer: index of the layer.
             norms: Euclidean norms of the vectors that were added.
-            rows: batch row of each of them.
+            rows: batch row of each vector.
         """
         self._norms[layer].append(norms.detach())
         self._norm_sequences[layer] += [self._rows[row] for row in rows]
@@ -139,10 +139,10 @@ class FlowLog:
         """Return the log of one sequence.
 
         Args:
-            sequence: its number, counted from 0 in the order in which they began.
+            sequence: number of the sequence, from 0 in the order in which they began.
 
         Raises:
-            IndexError: If there is no such sequence.
+            IndexError: there is no such sequence.
         """
         if not 0 <= sequence < self.sequences:
             raise IndexError(
@@ -163,10 +163,11 @@ class FlowLog:
 
     @property
     def oeb(self) -> pd.DataFrame:
-        """A table of what OEB did, one row per layer and head.
+        """A table of the edits of OEB, one row per layer and head.
 
-        Columns: layer, head; rows (query rows with visible keys in B and S); fired (of those, the rows whose bridge was
-        raised), fired_share; bridge_before, bridge_after (mean p(B) over rows). NaN without rows.
+        Columns: layer, head; rows (number of query rows that see keys in B and S); fired (number of these rows whose
+        bridge was raised), fired_share (fired / rows); bridge_before, bridge_after (mean p(B) over rows). Shares and
+        means are NaN without rows.
         """
         import numpy as np
         import pandas as pd
@@ -187,9 +188,10 @@ class FlowLog:
 
     @property
     def smi(self) -> pd.DataFrame:
-        """A table of what SMI did, one row per layer.
+        """A table of the edits of SMI, one row per layer.
 
-        Columns: layer, injections, mean_norm (Euclidean, over all heads of one injected vector).
+        Columns: layer; injections (their number); mean_norm (mean Euclidean norm of an injected vector, over all heads
+        together).
         """
         import pandas as pd
 
@@ -200,7 +202,7 @@ class FlowLog:
         return pd.DataFrame(rows, columns=_SMI_COLUMNS)
 
     def summary(self) -> dict[str, Any]:
-        """Return what `oeb` and `smi` say by layer, over all layers in a few numbers, JSON-ready."""
+        """Return the edits over all layers in a few numbers, JSON-ready; `oeb` and `smi` give them by layer."""
         oeb, smi = self.oeb, self.smi
         rows = int(oeb["rows"].sum())
 

@@ -30,7 +30,7 @@ _NO_MASS = torch.finfo(torch.float32).tiny
 
 
 class Bridged(NamedTuple):
-    """A pattern after the edit, and the bridge's mass: `after > before` where it was raised.
+    """A pattern after the edit, with the mass of the bridge before and after it (`after > before` where it was raised).
 
     Attributes:
         pattern: the new pattern.
@@ -49,12 +49,14 @@ def bridge_ceiling(n_bridge: Int[Tensor, ...], n_segment: Int[Tensor, ...], tau_
     Args:
         n_bridge: number of keys of B that each row can see.
         n_segment: number of keys of S that each row can see.
-        tau_max: the largest share that the bridge is ever given.
+        tau_max: largest share of attention that the bridge is given.
 
     Returns:
         Ceilings in [0, tau_max], float32; 0 (the row is left alone) where B or S has no visible key.
 
     Example:
+        >>> import torch
+        >>> from stepsal.intervention.oeb import bridge_ceiling
         >>> bridge_ceiling(torch.tensor([1, 4]), torch.tensor([99, 0]), tau_max=0.15)
         tensor([0.1000, 0.0000])
     """
@@ -68,18 +70,21 @@ def odds_equal_bridge(
     segment: Bool[Tensor, "batch query_pos key_pos"],
     ceiling: Float[Tensor, "batch query_pos"],
 ) -> Bridged:
-    """Raise the mass of B to tau_B at the expense of S, in every row where it is smaller (Eq. 5-8).
+    """Raise the mass of B to tau_B at the expense of S, in every row in which it is smaller (Eq. 5-8).
 
     Args:
         pattern: attention after the softmax. Rows need not sum to one: a sink keeps the rest, as part of O.
-        bridge: keys of B for each row. Keys that a row can't see may be marked: they have no mass.
-        segment: keys of S for each row, disjoint from those of B; the same holds for them.
-        ceiling: from `bridge_ceiling`.
+        bridge: True for keys in B of each row. Keys that the row can't see may be marked, as they have no mass.
+        segment: True for keys in S of each row, which are not in B; keys that the row can't see may be marked.
+        ceiling: ceiling of tau_B of each row, from `bridge_ceiling`.
 
     Returns:
-        A pattern of the same dtype, whose row sums and whose entries outside B and S are those of `pattern`.
+        The edited pattern, in the dtype of `pattern` and with the same row sums and the same entries outside B and S,
+        and the mass of B before and after.
 
     Example:
+        >>> import torch
+        >>> from stepsal.intervention.oeb import odds_equal_bridge
         >>> pattern = torch.tensor([0.25, 0.05, 0.70]).view(1, 1, 1, 3)
         >>> bridge, segment = torch.tensor([[False, True, False]]), torch.tensor([[False, False, True]])
         >>> odds_equal_bridge(pattern, bridge[None], segment[None], torch.tensor([[0.15]])).pattern.flatten()

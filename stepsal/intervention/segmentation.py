@@ -1,4 +1,4 @@
-"""Settle how steps are found: the format of answers still to be written, and one segmentation for all at work."""
+"""Settle the segmentation: the format of answers that are yet to be written, and agreement with an open StepFlow."""
 
 from __future__ import annotations
 
@@ -17,28 +17,30 @@ def format_of(segmentation: Segmentation) -> Format:
     """Return the format of a segmentation that is resolved.
 
     Args:
-        segmentation: its format is not "auto".
+        segmentation: a segmentation whose format is not "auto".
 
     Example:
-        >>> format_of(Segmentation("think")).start
+        >>> from stepsal.intervention.segmentation import format_of
+        >>> format_of(stepsal.Segmentation("think")).start
         'thinking'
     """
     return FORMATS[segmentation.format] if isinstance(segmentation.format, str) else segmentation.format
 
 
 def resolved_segmentation(segmentation: Segmentation, model: TransformerBridge, prompt_end: str) -> Segmentation:
-    """Return a segmentation whose format is told for answers that are still to be written.
+    """Return a copy whose format is told for answers that are yet to be written, if it was "auto".
 
-    "auto" becomes what the model's family, chat template or architecture tells; failing that "think" where the prompt
-    ends with a marker of that format, and "plain" where it does not.
+    The format is told by the model's family, chat template or architecture. Where none of these tells it, it is "think"
+    if the prompt ends with a marker of that format, and "plain" otherwise.
 
     Args:
-        segmentation: how sections and steps are found.
-        model: who writes.
-        prompt_end: the chat template's text between question and answer.
+        segmentation: the way to find sections and steps.
+        model: the model that writes.
+        prompt_end: text of the chat template between question and answer.
 
     Example:
-        >>> resolved_segmentation(Segmentation(), stepsal.load("mini"), "<think>").format
+        >>> from stepsal.intervention.segmentation import resolved_segmentation
+        >>> resolved_segmentation(stepsal.Segmentation(), stepsal.load("mini"), "<think>").format
         'think'
     """
     if segmentation.format != "auto":
@@ -48,17 +50,18 @@ def resolved_segmentation(segmentation: Segmentation, model: TransformerBridge, 
 
 
 def agreement(current: Segmentation, requested: Segmentation | None) -> Segmentation:
-    """Return the segmentation in force, if what is requested beside it is the same.
+    """Return the segmentation of an open StepFlow context, if a requested one agrees with it.
 
     Args:
-        current: that of an open StepFlow context, resolved.
-        requested: another one; "auto" agrees with any format, and None with all.
+        current: segmentation of the open context, resolved.
+        requested: the requested segmentation; the format "auto" agrees with any format, and None with everything.
 
     Raises:
-        ValueError: If they differ; the message names both.
+        ValueError: the two differ; the message names both.
 
     Example:
-        >>> agreement(Segmentation("think"), Segmentation("auto")).format
+        >>> from stepsal.intervention.segmentation import agreement
+        >>> agreement(stepsal.Segmentation("think"), stepsal.Segmentation("auto")).format
         'think'
     """
     if requested is None:

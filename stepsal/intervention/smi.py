@@ -20,15 +20,15 @@ from torch import Tensor
 
 
 class Injections(NamedTuple):
-    """Places to inject at, and the tokens whose values are averaged: the members of the previous steps, flattened.
+    """Places of injections, and for each the tokens whose values are averaged: its members, in one flat list.
 
     Attributes:
         row: batch row of each injection.
-        query_pos: position of the new step's first token among the queries.
+        query_pos: position among the queries of the first token of the new step.
         member_row: batch row of each member.
-        member_pos: position of each member among the keys.
-        member_of: which injection a member belongs to.
-        weight: one over the number of members of that injection.
+        member_pos: position among the keys of each member.
+        member_of: index of the injection that each member belongs to.
+        weight: of each member, one over the number of members of its injection.
     """
 
     row: Int[Tensor, " injection"]
@@ -45,9 +45,9 @@ class Injections(NamedTuple):
         """Return injections at some places.
 
         Args:
-            places: (row, query position) of each; at least one.
-            members: for each, the key positions to average; at least one.
-            device: where the tensors are to be.
+            places: (row, query position) of each injection; at least one.
+            members: key positions to average for each injection; at least one.
+            device: device of the tensors.
 
         Example:
             >>> from stepsal.intervention.smi import Injections
@@ -68,18 +68,18 @@ class Injections(NamedTuple):
         return Injections(row, query_pos, member_row, member_pos, member_of, 1.0 / size)
 
     def on(self, device: torch.device) -> Injections:
-        """Return the same on a layer's device.
+        """Return the injections on the device of a layer.
 
         Args:
-            device: where the values of the layer are.
+            device: device of the layer's values.
         """
         return Injections(*(x.to(device) for x in self))
 
     def counted_from(self, first: int) -> Injections:
-        """Return the same with members counted from a key position on, for values that begin there.
+        """Return the injections with positions of members relative to a key position, for values that begin there.
 
         Args:
-            first: the key position.
+            first: key position of the first value.
         """
         return self._replace(member_pos=self.member_pos - first)
 
@@ -91,7 +91,7 @@ def previous_step_means(
 
     Args:
         values: the value vectors.
-        injections: whose members are averaged.
+        injections: injections whose members are averaged.
 
     Returns:
         Means in float32.
@@ -119,8 +119,8 @@ def inject(
     Args:
         z: the attention output of each head.
         means: from `previous_step_means`.
-        injections: where they are added.
-        alpha: strength.
+        injections: places at which the means are added.
+        alpha: strength of the injection.
 
     Example:
         >>> import torch

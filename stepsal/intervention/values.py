@@ -10,12 +10,14 @@ from torch import Tensor
 
 
 class KeptValues:
-    """The value vectors of one layer from the first key position that is still needed.
+    """The value vectors of one layer, from the first key position that a later injection may need.
 
-    The values of each pass are pushed, and forgotten when no later injection can need them. Those of earlier passes are
-    kept without their gradient. They lie in one piece per pass, so that decoding copies no earlier ones.
+    The values of each pass are pushed, and forgotten when no later injection can need them. Values of earlier passes
+    are kept without their gradient. Each pass has a piece of its own, so that decoding copies no earlier values.
 
     Example:
+        >>> import torch
+        >>> from stepsal.intervention.values import KeptValues
         >>> kept = KeptValues()
         >>> kept.push(0, torch.ones(1, 3, 2, 4))
         >>> kept.forget(2)
@@ -33,11 +35,11 @@ class KeptValues:
         return self._pieces[0][0]
 
     def push(self, first: int, values: Float[Tensor, "batch pos kv_head d_head"]) -> None:
-        """Add the values of one pass, which follow those that are kept.
+        """Add the values of one pass, which follow the kept ones.
 
         Args:
-            first: key position of the first of them.
-            values: as the model uses them; they keep their gradient until `forget`.
+            first: key position of the first value.
+            values: values as the model uses them; they keep their gradient until `forget`.
         """
         self._pieces.append((first, values))
 
@@ -46,7 +48,7 @@ class KeptValues:
         return torch.cat([values for _, values in self._pieces], dim=1)
 
     def forget(self, needed: int) -> None:
-        """End a pass: let go of values that are not needed any more, and of the gradient of the others.
+        """End a pass: drop the values that are not needed any more, and the gradient of the others.
 
         Args:
             needed: the first key position that a later injection may need.

@@ -1,10 +1,12 @@
 """Step-Saliency: attention times gradient, pooled into one step-to-step map per layer.
 
-`step_maps` has `step_saliency` and `step_attention`. The rest are their parts: `pattern` takes A and dL/dA at
-`attn.hook_pattern`; `streamed` recomputes them block by block from q, k, v and the gradient of z (`blocks`, pure
-tensors), in linear memory; `request` is what both are given and give back; `memory` chooses between the two;
-`own_position` makes one backward pass give the gradient of every target by itself; `footprint` tells what a model and a
-long trace need before anything is loaded.
+Call `stepsal.step_saliency` for saliency, `stepsal.step_attention` for attention alone as a baseline, and
+`stepsal.saliency.memory_needed` for the memory that a model and its maps take, before anything is loaded.
+
+Files: `step_maps` (the two functions), `pattern` (the engine that takes A and dL/dA at `attn.hook_pattern`), `streamed`
+(the engine that recomputes them from q, k, v and the gradient of z, in linear memory) with its tensor mathematics in
+`blocks`, `request` (input and output of the engines), `memory` (the choice between them), `own_position` (one backward
+pass for the gradients of all targets), `footprint`.
 """
 
 import lazy_loader

@@ -47,7 +47,7 @@ from stepsal.bridge.attention import Attention
 
 
 class Block(NamedTuple):
-    """A block of query rows first..stop-1, which see keys first_key..stop-1."""
+    """A block of query rows first .. stop - 1, which see the keys first_key .. stop - 1."""
 
     first: int
     stop: int
@@ -55,7 +55,7 @@ class Block(NamedTuple):
 
 
 class Workspace:
-    """Buffers for blocks, kept between layers and traces, of the size of the largest block so far.
+    """Buffers for blocks, reused between layers and traces and as large as the largest block so far.
 
     Blocks come with the largest first (`row_blocks`), so that a pass allocates each buffer once.
     """
@@ -67,11 +67,13 @@ class Workspace:
         """Return an uninitialised tensor that is valid until the next call with the same name.
 
         Args:
-            name: of the buffer.
-            like: a tensor of the dtype and on the device that are needed.
-            shape: of the tensor.
+            name: name of the buffer.
+            like: a tensor with the requested dtype and device.
+            shape: the requested shape.
 
         Example:
+            >>> import torch
+            >>> from stepsal.saliency.blocks import Workspace
             >>> Workspace().take("scores", torch.zeros(1), 2, 3).shape
             torch.Size([2, 3])
         """
@@ -83,18 +85,22 @@ class Workspace:
 
 
 Visit = Callable[[Float[Tensor, "head row key"], Block, slice], None]
-"""Takes A * dL/dA (or A) of a block for some heads (all of one group); the tensor is overwritten afterwards."""
+"""Callback `f(product, block, heads)` for A * dL/dA (or A) of a block, for heads that share their keys.
+
+The tensor is overwritten after the call.
+"""
 
 
 def row_blocks(n_pos: int, n_rows: int, window: int | None = None) -> Iterator[Block]:
-    """Cut query rows into blocks, from the last block to the first, which may be a short one.
+    """Yield blocks of query rows, from the last block to the first; the first may be shorter.
 
     Args:
         n_pos: number of positions.
-        n_rows: rows in a block, at most.
-        window: keys that a row sees, itself included; None for all before it.
+        n_rows: largest number of rows in a block.
+        window: number of keys that a row sees, itself included; None for all up to itself.
 
     Example:
+        >>> from stepsal.saliency.blocks import row_blocks
         >>> list(row_blocks(5, 3))
         [Block(first=2, stop=5, first_key=0), Block(first=0, stop=2, first_key=0)]
     """
@@ -113,21 +119,25 @@ def attend(
     workspace: Workspace,
     visit: Visit | None = None,
 ) -> Float[Tensor, "head pos d_head"]:
-    """Return z, the attention output of each head, in the dtype of q; not differentiable, see `attend_backward`.
+    """Return z, the attention output of each head, in the dtype of q.
 
-    Without `visit`, a fused kernel gives z, if there is one for this attention.
+    The result has no graph; `attend_backward` gives its gradients. Without `visit`, z comes from a fused kernel where
+    there is one for this attention.
 
     Args:
         q: queries, with rotary embeddings and norms applied.
-        k: keys, likewise.
+        k: keys, with rotary embeddings and norms applied.
         v: values.
-        attention: what the layer does besides the softmax.
+        attention: scale, window, soft-cap and sinks of the layer.
         n_rows: query rows per block.
         workspace: buffers.
-        visit: is given A of each block.
+        visit: called with A of each block.
 
     Example:
-        >>> q = torch.zeros(1, 3, 2)  # all keys are as good
+        >>> import torch
+        >>> from stepsal.bridge.attention import Attention
+        >>> from stepsal.saliency.blocks import Workspace, attend
+        >>> q = torch.zeros(1, 3, 2)  # equal attention to all visible keys
         >>> attend(q, q, torch.tensor([[[0.0, 1], [2, 1], [4, 1]]]), Attention(1.0), 2, Workspace())
         tensor([[[0., 1.],
                  [1., 1.],
@@ -167,12 +177,12 @@ def attend_backward(
         k: keys.
         v: values.
         dz: gradient of z.
-        attention: what the layer does besides the softmax.
+        attention: scale, window, soft-cap and sinks of the layer.
         n_rows: query rows per block.
         workspace: buffers.
-        own_position: keep for keys and values only the gradient from their own position's query.
-        differentiate: False when A * dL/dA is all that is needed.
-        visit: is given A * dL/dA of each block.
+        own_position: keep, for keys and values, only the gradient from the query at their own position.
+        differentiate: False leaves the gradients out, where A * dL/dA is all that is needed.
+        visit: called with A * dL/dA of each block.
 
     Returns:
         (dq, dk, dv) in the dtype and shape of q, k and v; None without `differentiate`.
@@ -231,7 +241,7 @@ def _groups(q: Tensor, k: Tensor) -> Iterator[tuple[slice, int]]:
 
 
 def wide(x: Tensor) -> Tensor:
-    """Return a tensor in float32, or in float64 if that is what it is.
+    """Return a tensor in float32; a float64 tensor stays as it is.
 
     Args:
         x: the tensor.

@@ -1,4 +1,4 @@
-"""Tell how much memory a model needs, for itself and for a long trace, before any of it is loaded."""
+"""Estimate how much memory a model needs, for itself and for a long trace, before it is loaded."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from stepsal.saliency.memory import least_bytes
 
 @dataclass(frozen=True)
 class Footprint:
-    """Memory that a model needs, in bytes; as text, a table in GB.
+    """Memory that a model needs, in bytes; printed, a table in GB.
 
     Attributes:
         model_name: the model's name.
-        dtype: of its parameters.
-        n_parameters: their number.
-        n_tokens: length of each trace.
-        batch_size: traces that are decoded together.
-        weights: the model itself.
-        cache: keys and values of `batch_size` traces while they are written.
-        streamed: at least, for the step maps of one trace, beside the weights.
-        patterns: the same where whole patterns are needed: under StepFlow, or with hooks of your own.
+        dtype: dtype of the parameters.
+        n_parameters: number of the parameters.
+        n_tokens: length of each trace in tokens.
+        batch_size: number of traces that are written together.
+        weights: bytes of the parameters.
+        cache: bytes of keys and values of `batch_size` traces while they are written.
+        streamed: lower bound for computing the maps of one trace with engine="streamed", in bytes, without the weights.
+        patterns: the same for engine="pattern", which StepFlow and hooks of your own need.
 
     Example:
-        >>> footprint = memory_needed("mini", 4000, batch_size=2)
-        >>> footprint.cache == 2 * memory_needed("mini", 4000).cache
-        True
+        >>> footprint = stepsal.saliency.memory_needed("mini", 4000, batch_size=2)
+        >>> f"{footprint.cache / 1e6:.1f} MB"
+        '16.4 MB'
     """
 
     model_name: str
@@ -70,20 +70,21 @@ def memory_needed(
 ) -> Footprint:
     """Estimate the memory that a model of `stepsal.load` needs, from its configuration; no weights are read.
 
-    Quantized checkpoints are counted as if they were not, and step maps with the smallest buffers.
+    A quantized checkpoint is counted as if it were not quantized, and step maps with the smallest buffers.
 
     Args:
         name: "mini", "smollm2", a hub id, or a local folder.
-        n_tokens: length of a trace, prompt included.
-        n_steps: steps of a trace.
-        batch_size: traces that are decoded together.
-        dtype: of the parameters, keys and values.
-        revision: of a hub model.
-        trust_remote_code: passed on for hub ids and folders.
+        n_tokens: length of a trace in tokens, prompt included.
+        n_steps: number of steps of a trace.
+        batch_size: number of traces that are written together.
+        dtype: dtype of the parameters, keys and values.
+        revision: branch, tag or commit of a hub model; None is the default branch.
+        trust_remote_code: True allows a hub id or a folder to bring its own code; False never runs code from the
+            repository.
 
     Raises:
-        OSError: a hub id or a folder that can't be read.
-        ValueError: numbers below 1, or an architecture that TransformerLens does not support.
+        OSError: the hub id or the folder can't be read.
+        ValueError: a number is below 1, or TransformerLens does not support the architecture.
 
     Example:
         >>> print(stepsal.saliency.memory_needed("mini", 4000))

@@ -26,13 +26,13 @@ FLOAT32 = 4
 _SMALL_PATTERNS = 2**29  # bytes up to which "auto" keeps whole patterns, which is faster on short traces
 _ALL_LAYERS_KEPT = 3 * 2**29  # bytes of activations up to which a CPU keeps those of all layers: no recomputation
 _SOME_LAYERS_KEPT = 2**28  # bytes of activations that it keeps where those of all layers are more than that
-_SHARE_FOR_ALL_LAYERS = 4  # and never more than one part in so many of what is free
-_SHARE_FOR_LAYERS_CUDA = 2  # a GPU, on which nothing else runs, keeps as many layers as fit one part in so many
+_SHARE_FOR_ALL_LAYERS = 4  # but never more than this fraction (1 / 4) of the free memory
+_SHARE_FOR_LAYERS_CUDA = 2  # a GPU, on which nothing else runs, keeps as many layers as fit into this fraction (1 / 2)
 
 # --- blocks of attention in the streamed engine
 _BLOCK = 2**25  # bytes of a block on a CPU: rows enough for its matrix products, and near its caches
 _BLOCK_CUDA = 2**30  # on a GPU: fewer and larger kernels
-_SHARE_FOR_BLOCKS = 8  # a block takes at most one part in so many of what is free
+_SHARE_FOR_BLOCKS = 8  # a block takes at most this fraction (1 / 8) of the free memory
 _FEWEST_ROWS = 16  # below, matrix products are mostly overhead
 _MOST_ROWS = 128  # above, a CPU gains nothing
 _MOST_ROWS_CUDA = 1024
@@ -54,13 +54,14 @@ _MAP_COPIES = 2  # [query_step, key_step] of each map: block sums, and the reduc
 
 @dataclass(frozen=True)
 class Plan:
-    """An engine with its settings, and what it costs.
+    """An engine with its settings, and the memory that it takes.
 
     Attributes:
         engine: "pattern" or "streamed".
         n_rows: query rows per block of the streamed engine.
-        n_kept: its layers, from the top, whose activations are kept instead of computed again.
-        n_bytes: estimate of the peak, the model itself left out.
+        n_kept: number of layers, from the top, whose activations the streamed engine keeps instead of computing them
+            again.
+        n_bytes: estimate of the peak in bytes, the model itself left out.
     """
 
     engine: Literal["pattern", "streamed"]
@@ -83,24 +84,25 @@ def plan(
 ) -> Plan:
     """Choose an engine for a trace and lay out its memory.
 
-    "auto" keeps patterns whole as long as that is a small matter, and streams otherwise.
+    "auto" keeps whole patterns as long as they are small, and streams otherwise.
 
     Args:
         model: the model.
-        n_tokens: length of the trace.
-        n_steps: its number of steps.
-        engine: what the caller asks for.
+        n_tokens: length of the trace in tokens.
+        n_steps: number of its steps.
+        engine: the requested engine.
         layers: indices of the layers to map, ascending.
         keep_heads: keep the map of every head.
         keep_tokens: keep the token map of every layer.
-        only_pattern: why the trace can't be streamed, if it can't.
-        forward_only: there is no backward pass to keep anything for.
+        only_pattern: the reason why the trace can't be streamed; None if it can.
+        forward_only: True where no backward pass follows, for which activations would be kept.
 
     Raises:
-        ValueError: engine="streamed" where only patterns will do.
-        MemoryError: what the engine needs is not free.
+        ValueError: engine="streamed" is requested for a trace that can't be streamed.
+        MemoryError: the engine needs more memory than is free.
 
     Example:
+        >>> from stepsal.saliency.memory import plan
         >>> layers = tuple(range(8))
         >>> plan(stepsal.load("mini"), 100, 9, engine="auto", layers=layers, keep_heads=False, keep_tokens=False,
         ...      only_pattern=None).engine
@@ -130,12 +132,12 @@ def plan(
 
 
 def least_bytes(model: TransformerBridge, n_tokens: int, n_steps: int) -> tuple[int, int]:
-    """Return what the streamed and the pattern engine need for the maps of all layers, whatever is free.
+    """Return the bytes that the streamed and the pattern engine need for the maps of all layers.
 
     Args:
-        model: the model; it may be a blueprint, without weights.
-        n_tokens: length of the trace.
-        n_steps: its number of steps.
+        model: the model; it may be without weights (`stepsal.bridge.loading.blueprint`).
+        n_tokens: length of the trace in tokens.
+        n_steps: number of its steps.
     """
     widths, n_layers = _Widths.of(model), model.cfg.n_layers
     maps = _map_bytes(widths, n_tokens, n_steps, n_layers, keep_heads=False, keep_tokens=False)

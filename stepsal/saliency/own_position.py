@@ -29,11 +29,11 @@ from stepsal.bridge.hooks import Hook, attention_hooks
 
 
 class OwnPositionHooks(NamedTuple):
-    """Pairs of hook point and hook, by where they stand among the hooks of others at the same point.
+    """Pairs of hook point and hook, by their order among the hooks of others at the same point.
 
     Attributes:
-        first: hooks on what the attention gave, before others edit it.
-        last: hooks on what the attention gets, as others have edited it.
+        first: hooks on outputs of the attention; they run before those of others.
+        last: hooks on inputs of the attention; they run after those of others.
     """
 
     first: list[tuple[str, Hook]]
@@ -48,9 +48,10 @@ def own_position_hooks(model: TransformerBridge, layer: int) -> OwnPositionHooks
         layer: layer index.
 
     Returns:
-        Forward hooks. They hold the activations of one forward pass.
+        Forward hooks, which hold the activations of one forward pass.
 
     Example:
+        >>> from stepsal.saliency.own_position import own_position_hooks
         >>> hooks = own_position_hooks(stepsal.load("mini"), 3)
         >>> [name for name, _ in hooks.first]
         ['blocks.3.attn.hook_attn_scores', 'blocks.3.attn.o.hook_in']

@@ -36,11 +36,11 @@ def pattern_maps(
 
     Args:
         model: any model that `stepsal.bridge.hooks.check_model` accepts.
-        request: the trace, and which maps of it.
+        request: the trace, and the maps to make of it.
         on_layer: called whenever a layer has been pooled.
 
     Raises:
-        FloatingPointError: NaN or inf in the map of a layer.
+        FloatingPointError: the map of a layer holds NaN or inf.
     """
     pool = _Pool(request, next(model.parameters()).device, on_layer)
     if request.target == "attention":

@@ -1,4 +1,4 @@
-"""The values that go into both engines and come out of them: what is to be mapped of a trace, and its block sums."""
+"""Input and output of both engines: the maps that are requested of a trace, and their block sums."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from stepsal.maps.step_saliency import Target
 
 @dataclass(frozen=True, eq=False)
 class MapRequest:
-    """A trace, and which maps to make of it; see `stepsal.step_saliency` for the meaning.
+    """A trace, and the maps to make of it, as requested from `stepsal.step_saliency`.
 
     Attributes:
         tokens: token ids.
         step_ids: step of each token; -1 (template) is in no step.
         n_steps: number of steps.
         layers: indices of the layers to map, ascending; at least one.
-        target: whose loss is differentiated; "attention" for attention alone, without a backward pass.
-        keep_heads: also give the map of every head.
-        keep_tokens: also give the token map of every layer, which the streamed engine can't.
+        target: "token" or "sequence" for the loss that is differentiated; "attention" for attention alone, without a
+            backward pass.
+        keep_heads: also make the map of every head.
+        keep_tokens: also keep the token map of every layer, which only the pattern engine can.
     """
 
     tokens: Int[Tensor, " pos"]
@@ -36,12 +37,12 @@ class MapRequest:
 
 @dataclass(frozen=True, eq=False)
 class PooledMaps:
-    """Block sums of |A * dL/dA|, or of A, float32 on the CPU; `stepsal.maps.pooling.reduce_blocks` makes maps of them.
+    """Block sums of |A * dL/dA| or of A, float32 on the CPU; `stepsal.maps.pooling.reduce_blocks` turns them into maps.
 
     Attributes:
-        sums: mean over heads, summed over the blocks of query step x key step.
-        head_sums: the same of every head, if asked for.
-        tokens: the token maps, if asked for.
+        sums: sums over the blocks of query step x key step, of the mean over heads.
+        head_sums: sums of every head, if requested.
+        tokens: the token maps, if requested.
     """
 
     sums: Float[Tensor, "layer query_step key_step"]
@@ -50,14 +51,14 @@ class PooledMaps:
 
 
 def check_finite(layer: int, sums: Tensor) -> None:
-    """Refuse a map that says nothing.
+    """Refuse a map that holds NaN or inf.
 
     Args:
         layer: index of the layer, for the error.
-        sums: its block sums.
+        sums: block sums of the layer.
 
     Raises:
-        FloatingPointError: NaN or inf, naming the layer.
+        FloatingPointError: a sum is NaN or inf; the message names the layer.
     """
     if not torch.isfinite(sums).all():
         raise FloatingPointError(

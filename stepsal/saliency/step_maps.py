@@ -6,7 +6,7 @@ For layer l, query position t, key position k and the next-token loss L_t at t (
 
 pooled over blocks of query step x key step. `step_attention` pools A alone, without a gradient.
 
-What is asked for is checked first, then the memory of all traces is laid out, then they are mapped one after the other.
+The request is checked first, then the memory of all traces is laid out, then they are mapped one after the other.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from stepsal.trace.segment import Segmentation
 from stepsal.trace.trace import Trace
 
 Engine = Literal["auto", "pattern", "streamed"]
-"""How maps are computed; "auto" goes by an estimate of the memory."""
+"""Engine that computes the maps; "auto" chooses one by an estimate of the memory."""
 
 
 @overload
@@ -77,46 +77,56 @@ def step_saliency(
     keep_tokens: bool = False,
     progress: bool = True,
 ) -> StepSaliency | list[StepSaliency]:
-    """Map how much each step relies on each earlier step, layer by layer.
+    """Map how much each step relies on itself and on each earlier step, layer by layer.
 
-    One forward and one backward pass for each trace. Logits, parameters, gradients, the model's mode and the hooks of
-    others are left as they were, also when the pass is interrupted.
+    The saliency of layer l from query position t to key position k is the mean over the H heads
+
+        (1/H) sum_h |A[h, t, k] * dL_t / dA[h, t, k]|        (arXiv 2604.06695, Step-Saliency)
+
+    with A the attention pattern at `attn.hook_pattern`, and L_t the loss, in nats, of predicting token t + 1. Row t
+    belongs to the step of token t. Block (i, j) of a map holds the causal pairs k <= t with t in step i and k in
+    step j; it is reduced to one number, `values[l, i, j]`.
+
+    A trace takes one forward and one backward pass. Logits, parameters, gradients, the model's mode and the hooks of
+    others are left as they were, also where a pass is interrupted.
 
     Args:
-        model: from `stepsal.load`, or any bridge whose adapter computes attention itself.
-        trace: what the model wrote (or any text in its format); or several, which are read one after the other with
-            the same buffers.
-        target: whose loss is differentiated for query row t: "token", the paper's dL_t/dA[t, :], the loss of predicting
-            token t + 1 alone; "sequence", the loss summed over all targets, which adds what row t does for later
-            tokens through later layers, and is what back-propagating a sequence loss gives.
-        engine: "pattern" keeps the patterns of all requested layers, O(layers * heads * pos^2) memory; "streamed" no
-            pattern at all, O(layers * pos * d_model); "auto" goes by an estimate of the memory. The maps are the same.
-            Hooks on scores and patterns, StepFlow and `keep_tokens` need "pattern".
-        layers: which layers to map; see `stepsal.layers`. Layers below the lowest one cost no backward pass.
-        reduce: "density", the mean over the pairs of a block that exist (the paper's map); "mass", the sum over
-            keys and mean over query rows (saliency of a step per query token).
+        model: from `stepsal.load`, or another `TransformerBridge` whose attention patterns are exposed at
+            `attn.hook_pattern`.
+        trace: a trace that the model wrote, or any text in its format; or several, which are read one after the other
+            with the same buffers.
+        target: loss that is differentiated for query row t. "token" is L_t, the loss of predicting token t + 1 alone
+            (the paper's map); "sequence" is the sum of all L_t, which adds the effect of row t on later tokens through
+            later layers.
+        engine: "pattern" keeps the patterns of all requested layers, in O(layers * heads * pos^2) memory; "streamed"
+            keeps no pattern, in O(layers * pos * d_model); "auto" chooses by an estimate of the memory. The maps are
+            the same. Hooks on scores and patterns, StepFlow and `keep_tokens` need "pattern".
+        layers: layers to map; see `stepsal.layers`. The backward pass stops at the lowest one.
+        reduce: "density" is the mean over the pairs of a block (the paper's map); "mass" is the sum over keys and mean
+            over query rows, the saliency of a key step per query token.
         stepflow: read the trace under StepFlow with these settings, and with the segmentation of the trace: A is then
             the edited pattern, and the gradient goes through the edits. A `stepsal.stepflow` context around the call
             does the same.
-        keep_heads: also keep the map of every head.
+        keep_heads: also keep the map of every head; `values` is their mean.
         keep_tokens: also keep the token map of every layer, [query_pos, key_pos]; for short traces.
-        progress: show a bar over traces and layers when it takes more than two seconds.
+        progress: show a bar over traces and layers when the call takes more than two seconds.
 
     Returns:
-        Maps [layer, query_step, key_step] in float32 on the CPU, with labels; a list of them for several traces.
+        One `StepSaliency` for a trace; a list, in order, for a sequence, also for a sequence of one.
 
     Raises:
         ValueError: unknown target, engine, reduce or layer; a trace longer than the context or without steps; under
-            StepFlow, traces that were cut in different ways, or in another way than an open context cuts; an engine
-            that can't do what is asked; a model whose attention can't be read through hook points.
-        MemoryError: the estimate of the memory exceeds what is free; before any work.
-        FloatingPointError: NaN or inf in a map, naming the layer.
+            StepFlow, traces with different segmentations, or one that differs from the open context's; a request that
+            the engine can't serve; a model whose attention can't be read through hook points.
+        MemoryError: the maps need more memory than is free, by an estimate that is made before any pass.
+        FloatingPointError: a map holds NaN or inf; the message names the layer.
 
     Example:
         >>> model = stepsal.load("mini")
         >>> trace = stepsal.Trace.from_text("Ann is 1. Who is 2?", " Bob is Ann plus 1.</think>Bob.", model)
-        >>> stepsal.step_saliency(model, trace, layers="deep").values.shape
-        torch.Size([2, 3, 3])
+        >>> stepsal.step_saliency(model, trace).top(1)[["query_step", "key_step"]]
+           query_step  key_step
+        0           1         0
     """
     _check_choice("target", target, ("token", "sequence"))
     return _step_maps(
@@ -163,36 +173,46 @@ def step_attention(
     keep_tokens: bool = False,
     progress: bool = True,
 ) -> StepSaliency | list[StepSaliency]:
-    """Map attention alone by steps, in one forward pass: what saliency is to be compared with.
+    """Map attention by steps, without gradients, as a baseline for saliency.
 
-    Attention tells where a token looks, saliency how much its loss depends on what it sees there. Attention is pooled
-    as saliency is, over the same rows: those that predict a token.
+    Attention tells where a token looks; saliency tells how much its loss depends on what it sees there. The attention
+    pattern, averaged over heads, is reduced by steps as `step_saliency` does with |A * dL/dA|, over the same query rows
+    (all but the last token, which predicts nothing). A trace takes one forward pass.
 
     Args:
-        model: as for `step_saliency`.
-        trace: one or several, likewise.
-        engine: "auto", "pattern" or "streamed", likewise.
-        layers: which layers to map; see `stepsal.layers`.
-        reduce: "density", the mean attention of the pairs of a block; "mass", the attention of a query token on a step.
-        stepflow: read the trace under StepFlow with these settings: A is then the edited pattern.
-        keep_heads: also keep the map of every head.
-        keep_tokens: also keep the token map of every layer.
-        progress: show a bar when it takes more than two seconds.
+        model: from `stepsal.load`, or another `TransformerBridge` whose attention patterns are exposed at
+            `attn.hook_pattern`.
+        trace: a trace that the model wrote, or any text in its format; or several, which are read one after the other
+            with the same buffers.
+        engine: "pattern" builds the whole pattern of a layer, in O(heads * pos^2) memory; "streamed" builds it in
+            blocks, in O(pos * d_model); "auto" chooses by an estimate of the memory. The maps are the same. Hooks on
+            scores and patterns, StepFlow and `keep_tokens` need "pattern".
+        layers: layers to map; see `stepsal.layers`.
+        reduce: "density" is the mean attention over the pairs of a block; "mass" is the attention that a query token
+            pays to all tokens of the key step together, averaged over query tokens.
+        stepflow: read the trace under StepFlow with these settings, and with the segmentation of the trace: the map is
+            then that of the edited pattern. A `stepsal.stepflow` context around the call does the same.
+        keep_heads: also keep the map of every head; `values` is their mean.
+        keep_tokens: also keep the token map of every layer, [query_pos, key_pos]; for short traces.
+        progress: show a bar over traces and layers when the call takes more than two seconds.
 
     Returns:
-        Maps with target="attention", like those of `step_saliency`.
+        One `StepSaliency` with target="attention" for a trace; a list, in order, for a sequence, also for a sequence of
+        one.
 
     Raises:
-        ValueError: as `step_saliency`.
-        MemoryError: as `step_saliency`.
-        FloatingPointError: as `step_saliency`.
+        ValueError: unknown engine, reduce or layer; a trace longer than the context or without steps; under StepFlow,
+            traces with different segmentations, or one that differs from the open context's; a request that the engine
+            can't serve; a model whose attention can't be read through hook points.
+        MemoryError: the maps need more memory than is free, by an estimate that is made before any pass.
+        FloatingPointError: a map holds NaN or inf; the message names the layer.
 
     Example:
         >>> model = stepsal.load("mini")
         >>> trace = stepsal.Trace.from_text("Ann is 1. Who is 2?", " Bob is Ann plus 1.</think>Bob.", model)
         >>> attention = stepsal.step_attention(model, trace, reduce="mass")
-        >>> bool((attention.values.sum(-1) <= 1.0001).all())  # the rest is on tokens of the template
-        True
+        >>> round(float(attention.layer(-1)[1, 0]), 2)  # of the attention of a thinking token, the part on the question
+        0.14
     """
     return _step_maps(
         model, trace, target="attention", engine=engine, layers=layers, reduce=reduce, stepflow=stepflow,
@@ -244,8 +264,8 @@ def _plans(model: TransformerBridge, requests: Sequence[MapRequest], engine: Eng
     """Lay out the memory of every trace before the first one is read.
 
     Raises:
-        ValueError: engine="streamed" where only patterns will do.
-        MemoryError: a trace needs more than is free.
+        ValueError: engine="streamed" is requested for a trace that can't be streamed.
+        MemoryError: a trace needs more memory than is free.
     """
     flow = active_flow(model)
     return [
@@ -282,7 +302,7 @@ def _mapped(
 
 
 def _provenance(model: TransformerBridge) -> dict[str, Any]:
-    """Return what a result is to say about how it was made, JSON-ready."""
+    """Return the metadata of a result, JSON-ready: how it was made."""
     metadata: dict[str, Any] = {"dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
     if flow := active_flow(model):
         metadata["stepflow"] = flow.config.to_dict()
@@ -317,7 +337,7 @@ def _one_segmentation(traces: Sequence[Trace]) -> Segmentation | None:
     """Return the segmentation of all traces, for StepFlow to follow; None without a trace.
 
     Raises:
-        ValueError: traces that were cut in different ways.
+        ValueError: the traces have different segmentations.
     """
     segmentations = [trace.segmentation for trace in traces]
     if different := [other for other in segmentations if other != segmentations[0]]:

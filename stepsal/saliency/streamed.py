@@ -1,6 +1,6 @@
 """The streamed engine: the same maps in memory that grows with the length of the trace, not with its square.
 
-The bridge's attention builds the pattern of all positions, because it offers it to hooks. Here nobody sees a whole one:
+The bridge's attention builds the pattern of all positions, to offer it to hooks. Here no whole pattern is built:
 
     attn.hook_rot_q        q is taken
     cache.update(k, v)     k and v are taken, as the attention uses them; it gets back the first key alone, so that its
@@ -68,15 +68,15 @@ def streamed_maps(
 
     Args:
         model: any model that `stepsal.bridge.hooks.check_model` accepts.
-        request: the trace, and which maps of it; token maps can't be had here.
+        request: the trace, and the maps to make of it, without token maps.
         n_rows: query rows per block.
-        n_kept: layers, from the top, that are not checkpointed.
-        workspace: buffers to use again for the next trace.
+        n_kept: number of layers, from the top, that are not checkpointed.
+        workspace: buffers, to be reused for the next trace.
         on_layer: called whenever a layer has been pooled.
 
     Raises:
-        ValueError: a model, hooks or a request that the engine can't serve; see `why_not`.
-        FloatingPointError: NaN or inf in the map of a layer.
+        ValueError: the engine can't serve the model, its hooks or the request; see `why_not`.
+        FloatingPointError: the map of a layer holds NaN or inf.
     """
     if request.keep_tokens:
         raise ValueError('token maps are whole: use engine="pattern"')
@@ -95,12 +95,16 @@ def streamed_maps(
 
 
 def why_not(model: TransformerBridge) -> str | None:
-    """Return what keeps a model from being streamed, or None: layers of its own kind, or hooks that would be missed.
+    """Return the reason why a model can't be streamed: layers of an unknown kind, or hooks that would be missed.
 
     Args:
-        model: with the hooks that are on it now.
+        model: the model, with the hooks that are on it at present.
+
+    Returns:
+        The reason in words; None where the model can be streamed.
 
     Example:
+        >>> from stepsal.saliency.streamed import why_not
         >>> why_not(stepsal.load("mini")) is None
         True
     """
@@ -118,13 +122,13 @@ def why_not(model: TransformerBridge) -> str | None:
 
 
 class StreamedPass:
-    """One forward and one backward pass over one trace; `forward` and `backward` are to be called inside `hooked`.
+    """One forward and one backward pass over one trace, to be called inside the context `hooked`.
 
     Args:
         model: the model.
-        request: the trace, and which maps of it.
+        request: the trace, and the maps to make of it.
         n_rows: query rows per block.
-        n_kept: layers, from the top, that are not checkpointed.
+        n_kept: number of layers, from the top, that are not checkpointed.
         workspace: buffers.
         on_layer: called whenever a layer has been pooled.
 
@@ -222,7 +226,7 @@ class StreamedPass:
         return hook
 
     def _checking(self, layer: int, kind: Literal["scores", "pattern"]) -> Hook:
-        """Make a hook that holds `attention_of` against the model's own numbers, at the first key of every query."""
+        """Make a hook that compares `attention_of` with the model's own numbers, at the first key of every query."""
 
         def hook(x: Tensor, hook: HookPoint) -> None:  # scores or pattern [batch=1, head, pos, key=1]
             q, k = (
@@ -253,7 +257,7 @@ class StreamedPass:
     # ------------------------------------------------------------------------------------------ attention, pooled
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return z of a layer; of one that is computed again, what it was the first time."""
+        """Return z of a layer; where the layer is computed again, z of the first time."""
         if layer in self._z:
             return self._z.pop(layer)
         attention = self.attentions[layer]
@@ -262,11 +266,11 @@ class StreamedPass:
                 return attend(q, k, v, attention, self.n_rows, self.workspace, visit)
         z = attend(q, k, v, attention, self.n_rows, self.workspace)
         if layer in self.checkpointed:
-            self._z[layer] = z.detach()  # z itself will hold the pass, in a circle that nobody could collect
+            self._z[layer] = z.detach()  # z itself would hold the pass, in a reference cycle that is not collected
         return z
 
     def attend_backward(self, layer: int, q: Tensor, k: Tensor, v: Tensor, dz: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of q, k and v, of which the lowest layer needs none."""
+        """Return the gradients of q, k and v; three times None in the lowest layer, which needs none."""
         with self._pooled(layer, q) as visit:
             gradients = attend_backward(
                 q, k, v, dz, self.attentions[layer], self.n_rows, self.workspace,
@@ -276,7 +280,7 @@ class StreamedPass:
 
     @contextmanager
     def _pooled(self, layer: int, q: Tensor) -> Iterator[Visit | None]:
-        """Give what sums the blocks of a layer over steps; the map is put away at the end. None without a request."""
+        """Yield a callback that sums the blocks of a layer over steps, or None for a layer that is not requested."""
         if layer not in self.request.layers:
             yield None
             return
@@ -303,7 +307,7 @@ def _at_first_key(
     k: Float[Tensor, "kv_head d_head"],
     eps: float,
 ) -> tuple[Float[Tensor, "head pos"], Float[Tensor, "head pos"]]:
-    """Compute scores or pattern where the first key is the only one, and how far off the model's may be."""
+    """Compute scores or pattern for the first key alone, and the tolerance for those of the model."""
     k = k.repeat_interleave(q.shape[1] // len(k), dim=0)  # [head, d_head]
     scores = attention.scale * torch.einsum("phd,hd->hp", q, k)
     tolerance = _MATMUL_ERROR * attention.scale * q.norm(dim=-1).T * k.norm(dim=-1, keepdim=True)
@@ -318,7 +322,7 @@ def _at_first_key(
 
 
 class _Attend(torch.autograd.Function):
-    """z of a layer, whose backward pass is the one that knows the saliency."""
+    """The attention output z of a layer, with a backward pass that computes the saliency, too."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, streamed: StreamedPass, layer: int) -> Tensor:
