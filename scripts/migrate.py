@@ -15,11 +15,14 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors
@@ -28,6 +31,7 @@ import safetensors.torch
 from stepsal.experiments.store import Store, StoredPart, seal
 from stepsal.generation.decoding import Decoding
 from stepsal.intervention.config import StepFlowConfig
+from stepsal.layers import layer_ranges
 from stepsal.storage import MANIFEST, alone_in, digest, to_disk, write_atomic, write_manifest
 from stepsal.trace.segment import Segmentation
 
@@ -68,6 +72,14 @@ def migrate(path: Path, n_layers: int | None = None) -> str:
         FileNotFoundError: there is nothing.
         ValueError: it is foreign, damaged, in use, or can't be told in version 2; it is left as it was.
     """
+    # not beside the folder, which may be one of several in a glob, nor inside, as it is moved
+    name = f"stepsal-migration-{digest(str(path.resolve()).encode())}.lock"
+    with filelock.FileLock(Path(tempfile.gettempdir()) / name, timeout=600):  # one migration at a time
+        return _migrate_alone(path, n_layers)
+
+
+def _migrate_alone(path: Path, n_layers: int | None) -> str:
+    """Migrate a folder or file that no other process migrates."""
     finish_interrupted(path)
     if path.is_file():
         return migrate_file(path)
@@ -162,7 +174,7 @@ def finish_interrupted(folder: Path) -> None:
 def build_population(source: Path, target: Path, n_layers: int | None) -> str:
     """Write the population of version 2, and say what is in it."""
     manifest = json.loads((source / MANIFEST).read_text(encoding="utf-8"))
-    segmentation = Segmentation.from_dict(manifest["segmentation"])
+    segmentation = segmentation_of(manifest["segmentation"])
     layers = manifest["saliency"].get("layers")
     parameters = {
         "format": "stepsal.Population",
@@ -271,14 +283,42 @@ def _write_looks(source: Path, target: Path, manifest: Mapping[str, Any]) -> int
     path = source / "looks.json"
     looks = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     for setting, n_problems in looks:
-        for old, new in LAYERS.items():
-            setting = setting.replace(old, new)
+        setting = setting_of(setting)
         part = target / "parts" / f"look-{digest(json.dumps([setting, n_problems]).encode())}"
         part.mkdir()
         look = json.dumps({"setting": setting, "n_problems": n_problems})
         write_atomic(part / "look.json", f"{look}\n".encode())
         seal(part, versions=manifest["versions"])
     return len(looks)
+
+
+def setting_of(description: str) -> str:
+    """Return the description of a setting in the words of version 2: bands by their new names, indices as ranges.
+
+    Args:
+        description: such as "OEB 3-3 at 0.15, SMI top-quarter at 0.06".
+    """
+    for old, new in LAYERS.items():
+        description = description.replace(old, new)
+
+    def as_ranges(match: re.Match[str]) -> str:
+        ends = [tuple(map(int, run.split("-"))) for run in match[0].split(",")]
+        return layer_ranges(layer for run in ends for layer in range(run[0], run[-1] + 1))
+
+    return re.sub(r"(?<=OEB |SMI )\d[\d,-]*(?= at )", as_ranges, description)
+
+
+def segmentation_of(old: Mapping[str, Any]) -> Segmentation:
+    """Return the segmentation of a population of version 1, where a compiled expression stood as "re PATTERN FLAGS".
+
+    Args:
+        old: format, split and min_chars, those that were given.
+    """
+    expression = re.fullmatch(r"re (.*) (\d+)", str(old.get("split")), re.DOTALL)
+    if expression is None:
+        return Segmentation.from_dict(dict(old))
+    rest = {name: value for name, value in old.items() if name != "split"}
+    return replace(Segmentation.from_dict(rest), split=re.compile(expression[1], int(expression[2])))
 
 
 def _check(folder: Path, kind: str, file: str, n_rows: int) -> None:

@@ -65,9 +65,10 @@ def select(paths: Sequence[Path], names: Sequence[str]) -> list[Path]:
     """
     known = {name: path for path in paths for name in (path.stem, path.stem.partition("_")[0])}
     unknown = [name for name in names if name not in known]
-    if unknown or not paths:
-        stems = ", ".join(path.stem for path in paths) or "no notebook at all"
-        raise ValueError(f"there is no notebook {', '.join(unknown)}; there is {stems}")
+    if not paths:
+        raise ValueError("there is no notebook at all in the folder; name another by --notebooks")
+    if unknown:
+        raise ValueError(f"there is no notebook {', '.join(unknown)}; there is {', '.join(p.stem for p in paths)}")
     return sorted({known[name] for name in names}) if names else list(paths)
 
 

@@ -134,7 +134,8 @@ class Calibration:
         manifest, best = self.held_out.manifest, self._best
         about = {
             "model_name": self.model_name, "weights": manifest["weights"], "task": self.task,
-            "decoding": manifest["decoding"], "n_answers": self.n_answers, "seed": self.seed,
+            "decoding": manifest["decoding"], "segmentation": manifest["segmentation"],
+            "n_answers": self.n_answers, "seed": self.seed,
             "n_settings": len(self.settings), "chosen": self.chosen.to_dict(), "beats_baseline": self.beats_baseline,
             "looks": self.looks,
             "search": {"n_problems": int(best["n_problems"]), "difference": float(best["difference"])},

@@ -28,6 +28,7 @@ from stepsal.experiments.variants import Variant, check_names, draws_needed
 from stepsal.generation.answers import answer_batch, check_questions
 from stepsal.generation.decoding import Decoding
 from stepsal.generation.flops import decoding_flops
+from stepsal.intervention.segmentation import common_segmentation
 from stepsal.storage import digest
 from stepsal.trace.segment import Segmentation
 
@@ -108,7 +109,8 @@ def evaluate(
         _check_questions_unchanged(store.folder, answers, problems)
         needed = draws_needed(variants, n_samples)
         missing = missing_answers(needed, n_problems, answers)
-        writer = _Writer(model, task.name, problems, decoding, system, segmentation, seed)
+        common = common_segmentation(segmentation, model)
+        writer = _Writer(model, task.name, problems, decoding, system, common, seed)
         n_missing, n_needed = sum(map(len, missing.values())), sum(needed.values()) * n_problems
         bar = tqdm(total=n_needed, initial=n_needed - n_missing, desc=f"answers to {task.name}", disable=not progress)
         with bar:

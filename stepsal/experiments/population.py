@@ -155,7 +155,7 @@ class Population:
         manifest = self.manifest
         metadata = {"trace": i, "task": manifest["task"], "dtype": manifest["dtype"]}
         if manifest["stepflow"] is not None:
-            metadata["stepflow"] = manifest["stepflow"]
+            metadata |= {name: manifest[name] for name in ("stepflow", "segmentation")}
         return StepSaliency(
             values=values, layers=tuple(layers), n_layers=manifest["n_layers"], model_name=manifest["model_name"],
             target=manifest["saliency"]["target"], reduce=manifest["saliency"]["reduce"], metadata=metadata,

@@ -331,10 +331,11 @@ class Evaluation:
         self.answers  # noqa: B018  complete
         base = self._variant(baseline)
         base_flops = self.answers_of(base.name)["flops"].mean()
+        batches = self._batches()
         rows = []
         for variant in self.variants:
             answers = self.answers_of(variant.name)
-            ratio = self._time_ratios(variant, base)
+            ratio = time_ratios(batches, variant, base)
             low, median, high = ratio.quantile([0.25, 0.5, 0.75])
             rows.append(
                 {"variant": variant.name, "new_tokens": answers["n_new_tokens"].mean(),
@@ -343,19 +344,11 @@ class Evaluation:
             )  # fmt: skip
         return pd.DataFrame(rows)
 
-    @cached_property
     def _batches(self) -> pd.DataFrame:
-        """Seconds and (draw, problem) pairs of every batch in the folder, by variant, run and batch."""
+        """Return seconds and (draw, problem) pairs of every batch in the folder, by variant, run and batch."""
         frame = read_answers(Store.load(self.folder, KIND, VERSION)).sort_values(["draw", "problem"])
         frame["pair"] = list(zip(frame["draw"], frame["problem"], strict=True))
         return frame.groupby(["variant", "run", "batch"]).agg(seconds=("seconds", "sum"), pairs=("pair", tuple))
-
-    def _time_ratios(self, variant: Variant, base: Variant) -> pd.Series:
-        """Return the time of an answer of a variant over that of the baseline, for each batch that both have done."""
-        batches = self._batches
-        both = batches.loc[variant.key].join(batches.loc[base.key], how="inner", rsuffix="_base")
-        both = both[both["pairs"] == both["pairs_base"]]
-        return both["seconds"] / both["seconds_base"] * variant.votes / base.votes
 
     def _variant(self, name: str | None) -> Variant:
         """Return the variant of a name; None is the first."""
@@ -363,6 +356,19 @@ class Evaluation:
         if name is not None and name not in by_name:
             raise ValueError(f"there is no variant {name!r}; there is {', '.join(map(repr, by_name))}")
         return self.variants[0] if name is None else by_name[name]
+
+
+def time_ratios(batches: pd.DataFrame, variant: Variant, base: Variant) -> pd.Series:
+    """Return the time of an answer of a variant over that of the baseline, for each batch that both have done.
+
+    Args:
+        batches: seconds, and pairs of draw and problem, by variant, run and batch.
+        variant: the variant.
+        base: the baseline.
+    """
+    both = batches.loc[variant.key].join(batches.loc[base.key], how="inner", rsuffix="_base")
+    both = both[both["pairs"] == both["pairs_base"]]
+    return both["seconds"] / both["seconds_base"] * variant.votes / base.votes
 
 
 def voted_for(final_answers: pd.Series) -> Any:

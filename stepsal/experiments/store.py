@@ -138,7 +138,8 @@ class Store:
         with alone_in(folder):
             empty = all(path.name.startswith(".") for path in folder.iterdir())  # dots: the lock, unfinished files
             manifest = None if empty else read_manifest(folder, document["format"], version)
-            if manifest is None or not _part_folders(folder):
+            inner = [path.parent for path in folder.glob(f"[!.]*/{MANIFEST}")]  # as in a calibration
+            if manifest is None or not any(map(_part_folders, [folder, *inner])):
                 write_manifest(folder, document, package_versions(PACKAGES))
                 (folder / PARTS).mkdir(exist_ok=True)
                 to_disk(folder)
@@ -267,7 +268,10 @@ class Store:
                 continue
             lock.unlink(missing_ok=True)
         for unfinished in self.folder.glob(".*.part"):
-            unfinished.unlink(missing_ok=True)
+            if unfinished.is_dir():
+                shutil.rmtree(unfinished)
+            else:
+                unfinished.unlink(missing_ok=True)
         counting = set(self.names())
         self._delete(folder.name for folder in _part_folders(self.folder) if folder.name not in counting)
 

@@ -129,7 +129,7 @@ def generate_batch(
         ['The answer is Anna = 5.', 'The answer is Anna = 6.']
     """
     decoding = Decoding(max_new_tokens, temperature, top_p, stop, budget_forcing)
-    seeds = [seed + row for row in range(len(questions))] if isinstance(seed, int) else seed
+    seeds = [seed + row for row in range(len(questions or ()))] if isinstance(seed, int) else seed
     return answer_batch(
         model, questions, decoding, seeds=seeds, stepflow=stepflow, segmentation=segmentation, system=system,
         progress=progress,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -35,17 +36,23 @@ class Decoding:
     budget_forcing: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise ValueError(f"temperature={self.temperature} must be a number >= 0; 0 decodes greedily")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must lie in (0, 1]; 1 keeps every token")
-        if self.budget_forcing < 0:
-            raise ValueError(f"budget_forcing={self.budget_forcing} must be >= 0; 0 lets the thinking end")
-        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+        if not _is_number(self.max_new_tokens, Integral) or self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens!r} must be a whole number, at least 1")
+        if not _is_number(self.temperature, Real) or not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature={self.temperature!r} must be a number >= 0; 0 decodes greedily")
+        if not _is_number(self.top_p, Real) or not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p!r} must lie in (0, 1]; 1 keeps every token")
+        if not _is_number(self.budget_forcing, Integral) or self.budget_forcing < 0:
+            raise ValueError(f"budget_forcing={self.budget_forcing!r} must be a whole number >= 0; 0 forces nothing")
+        stop = self.stop if isinstance(self.stop, str) else tuple(self.stop)
+        if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
             raise ValueError(f"stop={self.stop!r} must be a list of texts, none of them empty")
-        object.__setattr__(self, "stop", tuple(self.stop))
+        plain = {  # numbers of other libraries have no form in JSON
+            "max_new_tokens": int(self.max_new_tokens), "temperature": float(self.temperature),
+            "top_p": float(self.top_p), "stop": stop, "budget_forcing": int(self.budget_forcing),
+        }  # fmt: skip
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
 
     def but(
         self,
@@ -101,3 +108,8 @@ class Decoding:
                 f"unknown settings of decoding: {', '.join(unknown)}; leave them out, and use {', '.join(known)}"
             )
         return cls(**settings)
+
+
+def _is_number(value: object, kind: type[Integral] | type[Real]) -> bool:
+    """Tell whether a value is a number of a kind; True and False are none."""
+    return isinstance(value, kind) and not isinstance(value, bool)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformer_lens.model_bridge import TransformerBridge
 
+from stepsal.intervention import agreed_segmentation
 from stepsal.trace.trace import Trace
 
 _CHUNK = 1024  # positions whose logits are copied to float32 at a time
@@ -27,6 +28,9 @@ def log_probabilities(model: TransformerBridge, trace: Trace) -> Float[Tensor, "
     Returns:
         One value for each token but the first, float32 on the CPU.
 
+    Raises:
+        ValueError: a StepFlow is open with another segmentation than that of the trace.
+
     Example:
         >>> from stepsal.generation.scoring import log_probabilities
         >>> model = stepsal.load("mini")
@@ -34,6 +38,7 @@ def log_probabilities(model: TransformerBridge, trace: Trace) -> Float[Tensor, "
         >>> log_probabilities(model, trace).shape == (len(trace) - 1,)
         True
     """
+    agreed_segmentation(model, trace.segmentation)
     tokens = trace.tokens.to(next(model.parameters()).device)
     logits = model(tokens[None], attention_mask=torch.ones_like(tokens)[None])[0, :-1]  # [pos, d_vocab]
     targets = tokens[1:].to(logits.device)

@@ -6,6 +6,7 @@ Values from the command line come as text, or as lists of texts, and are read he
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from stepsal.intervention import StepFlowConfig
+from stepsal.intervention.config import PUBLISHED
 from stepsal.trace import Segmentation
 
 LOADING = ("device", "device_map", "dtype", "revision", "trust_remote_code")
@@ -62,12 +64,13 @@ class ModelArguments:
             raise ValueError(f"batch_size={batch_size!r} must be a whole number >= 1")
         loading = {name: arguments[name] for name in LOADING if name in arguments}
         read_dtype(loading.get("dtype"))
-        segmentation = {name: arguments[name] for name in SEGMENTATION if name in arguments}
+        segmentation = preset_segmentation(arguments.get("preset"))
+        segmentation |= {name: arguments[name] for name in SEGMENTATION if name in arguments}
         if "min_chars" in segmentation:
             segmentation["min_chars"] = read_number(segmentation["min_chars"])
             if not isinstance(segmentation["min_chars"], int):
-                raise ValueError(f"min_chars={arguments['min_chars']!r} must be a whole number >= 0")
-        return cls(loading, batch_size, read_stepflow(arguments), Segmentation(**segmentation))
+                raise ValueError(f"min_chars={segmentation['min_chars']!r} must be a whole number >= 0")
+        return cls(loading, batch_size, read_stepflow(arguments), Segmentation.from_dict(segmentation))
 
     def to_dict(self) -> dict[str, Any]:
         """Return what answers depend on, JSON-ready but for objects among the loading options."""
@@ -98,15 +101,42 @@ def read_stepflow(arguments: Mapping[str, Any]) -> StepFlowConfig | None:
         if name in arguments
     }
     preset, switch = arguments.get("preset"), arguments.get("stepflow")
-    if switch not in (None, True, False):
+    if switch is not None and not isinstance(switch, bool):
         raise ValueError(f"stepflow={switch!r} must be true or false; published or saved settings go by preset=")
     if switch is False or (switch is None and preset is None and not changes):
         return None
     if preset is None:
         return StepFlowConfig(**changes)
-    if Path(preset).suffix or Path(preset).exists():
-        return StepFlowConfig.load(preset).but(**changes)
-    return StepFlowConfig.preset(str(preset)).but(**changes)
+    if str(preset) in PUBLISHED:
+        return StepFlowConfig.preset(str(preset)).but(**changes)
+    return StepFlowConfig.load(preset).but(**changes)
+
+
+def preset_segmentation(preset: Any) -> dict[str, Any]:
+    """Read how steps were found for the settings of a file; empty where the file doesn't say, or none is named.
+
+    Args:
+        preset: the value of `preset`.
+
+    Raises:
+        ValueError: the file can't be read.
+        FileNotFoundError: there is no such file.
+
+    Example:
+        >>> from stepsal.harness.arguments import preset_segmentation
+        >>> preset_segmentation("paper")
+        {}
+    """
+    if preset is None or str(preset) in PUBLISHED:
+        return {}
+    if not Path(preset).is_file():
+        names = " or ".join(map(repr, PUBLISHED))
+        raise FileNotFoundError(f"there is no preset {str(preset)!r}: name a file of settings, or {names}")
+    try:
+        document = json.loads(Path(preset).read_text(encoding="utf-8"))
+        return dict((document.get("calibration") or {}).get("segmentation") or {})
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"preset={preset!r} holds no settings ({error}); use StepFlowConfig.save") from error
 
 
 def read_layers(value: Any) -> Any:

@@ -219,13 +219,18 @@ async def result_of(future: Future[T]) -> T:
     """Wait for the result of another thread, in asyncio or trio, without holding up the event loop.
 
     Each wait has a thread of its own: those that a program shares are few, and Inspect writes its files by them. The
-    thread of a wait that is cancelled goes on until the future has a result or is cancelled, too.
+    thread ends with the wait, also where that is cancelled before there is a result.
 
     Args:
         future: what `Engine.ask` or `Engine.run` returned.
     """
-    limiter = anyio.CapacityLimiter(1)
-    return await anyio.to_thread.run_sync(future.result, abandon_on_cancel=True, limiter=limiter)
+    done = threading.Event()
+    future.add_done_callback(lambda _: done.set())
+    try:
+        await anyio.to_thread.run_sync(done.wait, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
+    finally:
+        done.set()  # lets the thread of a cancelled wait go
+    return future.result()
 
 
 _engines: dict[tuple[Any, ...], tuple[Engine, int]] = {}  # with the number of those who use it

@@ -38,6 +38,7 @@ from stepsal.harness.arguments import ModelArguments, read_dtype
 from stepsal.harness.chat import render, tool_calls
 from stepsal.harness.engine import Reply, Request, release, result_of, shared_engine
 from stepsal.harness.inspect_private import active_sample, sample_metadata
+from stepsal.intervention.segmentation import common_segmentation
 from stepsal.storage import digest
 from stepsal.trace import Trace
 from stepsal.trace.sections import sections
@@ -126,6 +127,7 @@ class StepsalAPI(ModelAPI):
             options["dtype"] = read_dtype(options["dtype"])
         self.engine = shared_engine(self._key, lambda: load(model_name, **options))
         self._closed = False
+        self.segmentation = common_segmentation(self.segmentation, self.model)
         if self.stepflow is not None:
             try:
                 self.stepflow.resolve(self.model.cfg.n_layers)  # refuses layers that the model does not have

@@ -45,7 +45,7 @@ def capture_step_saliency(
         keep_tokens: as in `stepsal.step_saliency`.
 
     Raises:
-        ValueError: no layers are named; or, when the solver runs, a model of another provider.
+        ValueError: no layers are named, or an unknown target; or, when the solver runs, a model of another provider.
 
     Example:
         >>> from inspect_ai.solver import generate
@@ -55,6 +55,10 @@ def capture_step_saliency(
     from stepsal.layers import checked_layers
 
     chosen = checked_layers(read_layers(layers))
+    if chosen == ():
+        raise ValueError(f'layers={layers!r} names no layer, so there is nothing to map; use "all"')
+    if target not in ("token", "sequence"):
+        raise ValueError(f"target={target!r} is unknown; choose 'token' or 'sequence'")
 
     async def solve(state: TaskState, generate: Generate) -> TaskState:
         from stepsal.harness.capture import capture

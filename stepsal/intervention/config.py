@@ -28,7 +28,8 @@ class StepFlowChanges(TypedDict, total=False):
     into_summary: bool
 
 
-_PRESETS: dict[str, StepFlowChanges] = {"paper": {}, "authors-code": {"window": 4, "bridge": "prompt"}}
+PUBLISHED: dict[str, StepFlowChanges] = {"paper": {}, "authors-code": {"window": 4, "bridge": "prompt"}}
+"""Published settings by name, as changes to the defaults."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,10 @@ class StepFlowConfig:
             >>> stepsal.StepFlowConfig.preset("authors-code", alpha=0.1).window
             4
         """
-        if name not in _PRESETS:
-            known = " or ".join(map(repr, _PRESETS))
+        if name not in PUBLISHED:
+            known = " or ".join(map(repr, PUBLISHED))
             raise ValueError(f"there is no preset {name!r}; use {known}, or StepFlowConfig.load for a file")
-        return cls(**_PRESETS[name]).but(**changes)
+        return cls(**PUBLISHED[name]).but(**changes)
 
     def but(self, **changes: Unpack[StepFlowChanges]) -> StepFlowConfig:
         """Return a copy with some settings changed.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from stepsal.bridge.presets import preset_format
 from stepsal.trace.formats import FORMATS, Format
+from stepsal.trace.prompt import template_around
 from stepsal.trace.segment import Segmentation
 
 if TYPE_CHECKING:
@@ -49,6 +50,43 @@ def resolved_segmentation(segmentation: Segmentation, model: TransformerBridge, 
     return replace(segmentation, format=format)
 
 
+def common_segmentation(segmentation: Segmentation, model: TransformerBridge) -> Segmentation:
+    """Return the segmentation for answers of a model that are compared with and without StepFlow.
+
+    Otherwise "auto" is told by the markers of a text without StepFlow, and by the model under it. Here it is told by
+    the model for both, so that the same text is graded and mapped alike. Where the model doesn't tell, "auto" stays.
+
+    Args:
+        segmentation: the way to find sections and steps.
+        model: the model that writes.
+
+    Example:
+        >>> from stepsal.intervention.segmentation import common_segmentation
+        >>> common_segmentation(stepsal.Segmentation(), stepsal.load("mini")).format
+        'think'
+    """
+    if segmentation.format != "auto" or model.tokenizer is None:
+        return segmentation
+    opened = FORMATS["think"].opened_by(template_around(model.tokenizer)[1])
+    format = preset_format(model) or ("think" if opened else "auto")
+    return replace(segmentation, format=format)
+
+
+def same_segmentation(one: Segmentation, other: Segmentation) -> bool:
+    """Tell whether two resolved segmentations find the same steps, a format by name or by value.
+
+    Args:
+        one: a segmentation whose format is not "auto".
+        other: likewise.
+
+    Example:
+        >>> from stepsal.intervention.segmentation import same_segmentation
+        >>> same_segmentation(stepsal.Segmentation("think"), stepsal.Segmentation(stepsal.trace.FORMATS["think"]))
+        True
+    """
+    return replace(one, format=format_of(one)) == replace(other, format=format_of(other))
+
+
 def agreement(current: Segmentation, requested: Segmentation | None) -> Segmentation:
     """Return the segmentation of an open StepFlow context, if a requested one agrees with it.
 
@@ -67,7 +105,7 @@ def agreement(current: Segmentation, requested: Segmentation | None) -> Segmenta
     if requested is None:
         return current
     resolved = replace(requested, format=current.format) if requested.format == "auto" else requested
-    if replace(resolved, format=format_of(resolved)) != replace(current, format=format_of(current)):
+    if not same_segmentation(resolved, current):
         raise ValueError(
             f"StepFlow is open with {current}, but {requested} is asked for: use the same segmentation for both, or "
             "leave the context"

@@ -21,6 +21,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from stepsal.bridge.hooks import check_model
 from stepsal.intervention import StepFlowConfig, active_flow, agreed_segmentation
 from stepsal.intervention import stepflow as open_stepflow
+from stepsal.intervention.segmentation import same_segmentation
 from stepsal.layers import Layers, layer_indices
 from stepsal.maps.pooling import Reduce, pair_counts, reduce_blocks, row_counts
 from stepsal.maps.step_saliency import StepSaliency, Target, labels_of
@@ -305,7 +306,7 @@ def _provenance(model: TransformerBridge) -> dict[str, Any]:
     """Return the metadata of a result, JSON-ready: how it was made."""
     metadata: dict[str, Any] = {"dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
     if flow := active_flow(model):
-        metadata["stepflow"] = flow.config.to_dict()
+        metadata |= {"stepflow": flow.config.to_dict(), "segmentation": flow.segmentation.to_dict()}
     return metadata
 
 
@@ -340,9 +341,10 @@ def _one_segmentation(traces: Sequence[Trace]) -> Segmentation | None:
         ValueError: the traces have different segmentations.
     """
     segmentations = [trace.segmentation for trace in traces]
-    if different := [other for other in segmentations if other != segmentations[0]]:
+    if different := [other for other in segmentations if not same_segmentation(other, segmentations[0])]:
         raise ValueError(
-            f"the traces were cut with {segmentations[0]} and {different[0]}: map them one by one under StepFlow"
+            f"the traces have the segmentations {segmentations[0]} and {different[0]}: map them one by one under "
+            "StepFlow"
         )
     return segmentations[0] if segmentations else None
 

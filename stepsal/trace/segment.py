@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, NamedTuple, cast
 
 from stepsal.trace.boundaries import (
@@ -74,8 +75,7 @@ class Segmenter:
     def __init__(
         self, format: Format, *, split: Split = "sentence", min_chars: int = 15, template: Iterable[str] = ()
     ) -> None:
-        if min_chars < 0:
-            raise ValueError(f"min_chars={min_chars} must not be negative; 0 lets every step end")
+        check_steps(split, min_chars)
         self.format = format
         self.min_chars = min_chars
         self._rule = boundary_rule(split)
@@ -310,6 +310,25 @@ def segment(
     return segmenter.finish()
 
 
+def check_steps(split: Split, min_chars: int) -> None:
+    """Refuse settings by which no steps can be found.
+
+    Args:
+        split: where steps end within a section.
+        min_chars: least length of a step in characters.
+
+    Raises:
+        ValueError: an unknown split, or `min_chars` that is no whole number >= 0.
+
+    Example:
+        >>> from stepsal.trace.segment import check_steps
+        >>> check_steps("sentence", 15)
+    """
+    boundary_rule(split)
+    if not isinstance(min_chars, Integral) or isinstance(min_chars, bool) or min_chars < 0:
+        raise ValueError(f"min_chars={min_chars!r} must be a whole number >= 0; 0 lets every step end")
+
+
 @dataclass(frozen=True)
 class Segmentation:
     """A way to find the sections and steps of a response, the same for traces and for StepFlow.
@@ -338,10 +357,13 @@ class Segmentation:
     min_chars: int = 15
 
     def __post_init__(self) -> None:
+        known = ", ".join(map(repr, ("auto", *FORMATS)))
         if isinstance(self.format, str) and self.format not in ("auto", *FORMATS):
-            known = ", ".join(map(repr, ("auto", *FORMATS)))
             raise ValueError(f"format={self.format!r} is unknown; use {known}, or Format.with_marker({self.format!r})")
-        Segmenter(FORMATS["plain"], split=self.split, min_chars=self.min_chars)  # names the setting that is wrong
+        if not isinstance(self.format, str | Format):
+            raise ValueError(f"format={self.format!r} is no format; use {known}, or a Format of your own")
+        check_steps(self.split, self.min_chars)
+        object.__setattr__(self, "min_chars", int(self.min_chars))
 
     @property
     def format_name(self) -> str:

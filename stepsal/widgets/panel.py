@@ -19,6 +19,7 @@ import torch
 from stepsal.generation.answers import generate
 from stepsal.generation.decoding import Decoding
 from stepsal.intervention import StepFlowConfig
+from stepsal.intervention.segmentation import common_segmentation
 from stepsal.saliency import step_saliency
 from stepsal.widgets.explorer import Explorer
 
@@ -176,12 +177,13 @@ class StepFlowPanel(ipywidgets.VBox):
         handle = self.model.original_model.register_forward_pre_hook(self._before_pass)
         try:
             config, question = self.config, self.question.value
+            segmentation = common_segmentation(self.segmentation or Segmentation(), self.model)
             configs = {PLAIN: None, EDITED: config}
             traces, saliency = {}, {}
             for name, settings in configs.items():
                 _say(self.status, f"answering {name} ...")
                 traces[name] = generate(
-                    self.model, question, stepflow=settings, seed=self.seed, segmentation=self.segmentation,
+                    self.model, question, stepflow=settings, seed=self.seed, segmentation=segmentation,
                     **self.decoding.to_dict(),
                 )  # fmt: skip
             for name, settings in configs.items():

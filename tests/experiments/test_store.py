@@ -340,3 +340,24 @@ def test_a_copy_holds_what_counts_and_inner_stores(tmp_path: Path) -> None:
         store.save(tmp_path / "damaged")
     assert not (tmp_path / "damaged").exists()
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_store_whose_inner_stores_hold_parts_keeps_its_parameters(tmp_path: Path) -> None:
+    with Store.opened(tmp_path, "calibration", 2, PARAMETERS):
+        pass
+    inner = Store.opened(tmp_path / "search", "evaluation", 2, PARAMETERS)
+    with inner as store, store.adding("a") as folder:
+        (folder / "text").write_text("a")
+    with (
+        pytest.raises(ValueError, match="seed=0, not 1"),
+        Store.opened(tmp_path, "calibration", 2, PARAMETERS | {"seed": 1}),
+    ):
+        pass
+
+
+def test_an_unfinished_copy_inside_a_store_is_removed(tmp_path: Path) -> None:
+    unfinished = tmp_path / "store" / ".copy.1234.part"
+    with Store.opened(tmp_path / "store", "population", 2, PARAMETERS):
+        unfinished.mkdir()
+    with Store.opened(tmp_path / "store", "population", 2, PARAMETERS):
+        assert not unfinished.exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from stepsal.generation.decoding import Decoding
@@ -12,7 +13,7 @@ from stepsal.generation.decoding import Decoding
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be a whole number, at least 1"),
         ({"temperature": -0.1}, "temperature=-0.1 must be a number >= 0"),
         ({"temperature": float("inf")}, "temperature=inf"),
         ({"temperature": float("nan")}, "temperature=nan"),
@@ -21,6 +22,9 @@ from stepsal.generation.decoding import Decoding
         ({"stop": "end"}, "stop='end' must be a list of texts"),
         ({"stop": ["a", ""]}, "none of them empty"),
         ({"budget_forcing": -1}, "budget_forcing=-1"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5 must be a whole number"),
+        ({"max_new_tokens": True}, "max_new_tokens=True must be a whole number"),
+        ({"temperature": "0.6"}, "temperature='0.6' must be a number"),
     ],
 )
 def test_numbers_out_of_range(options: dict, message: str) -> None:
@@ -49,3 +53,9 @@ def test_unknown_settings_are_named() -> None:
         Decoding.from_dict({"temp": 0.5, "budget": 9, "top_p": 0.9})
     with pytest.raises(ValueError, match="top_p=2"):
         Decoding.from_dict({"top_p": 2})
+
+
+def test_numbers_and_texts_of_other_kinds_become_plain() -> None:
+    decoding = Decoding(np.int64(5), np.float32(0.5), stop=(text for text in ["a", "b"]))
+    assert decoding.stop == ("a", "b")
+    assert json.loads(json.dumps(decoding.to_dict()))["max_new_tokens"] == 5

@@ -153,6 +153,7 @@ class TestAnswers:
             ({"tau": 0.1}, r"unknown model arguments \['tau'\]"),
             ({"tau_max": 3}, "tau_max=3"),
             ({"stepflow": "on"}, "'on'"),
+            ({"stepflow": 0}, "stepflow=0 must be true or false"),
             ({"preset": "nowhere.json"}, "nowhere.json"),
             ({"dtype": "bf16"}, "dtype='bf16' is unknown"),
             ({"batch_size": 0}, "batch_size=0"),
@@ -198,6 +199,13 @@ class TestAnswers:
         path = str(config.save(tmp_path / "preset.json"))
         assert get_model("stepsal/mini", preset=path).api.stepflow == config
         assert get_model("stepsal/mini", preset=path, alpha=0.2).api.stepflow == config.but(alpha=0.2)
+
+    def test_a_preset_brings_its_segmentation(self, tmp_path: Path) -> None:
+        paragraphs = stepsal.Segmentation("think", split="paragraph")
+        about = {"segmentation": paragraphs.to_dict()}
+        path = str(stepsal.StepFlowConfig().save(tmp_path / "preset.json", calibration=about))
+        assert get_model("stepsal/mini", preset=path).api.segmentation == paragraphs
+        assert get_model("stepsal/mini", preset=path, split="line").api.segmentation.split == "line"
 
     def test_steps_are_found_as_asked_for_in_stepflow_and_in_traces(
         self, mini: TransformerBridge, tmp_path: Path

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from strong_flow import RESPONSE
 from tiny_models import char_tokenizer, tiny_chat, tiny_hf_model
 from transformer_lens.model_bridge import TransformerBridge
 
 import stepsal
 from stepsal import Segmentation, StepFlowConfig, Trace
+from stepsal.generation.answers import answer_batch
+from stepsal.generation.scoring import log_probabilities
 from stepsal.intervention import active_flow, agreed_segmentation
-from stepsal.intervention.segmentation import agreement, resolved_segmentation
-from stepsal.trace import Format
+from stepsal.intervention.segmentation import agreement, common_segmentation, resolved_segmentation
+from stepsal.trace import FORMATS, Format
 
 QUESTION = "Anna is 1 plus 1. What is Anna?"
 PLAIN_TEMPLATE = "<bos>{% for m in messages %}<user>{{ m.content }}{% endfor %}<assistant>"
@@ -123,3 +128,51 @@ class TestUnderAnOpenContext:
         with stepsal.stepflow(model, config, segmentation=own):
             expected = stepsal.step_saliency(model, trace)
         assert stepsal.step_saliency(model, trace, stepflow=config).values.equal(expected.values)
+
+    def test_log_probabilities(self, mini: TransformerBridge) -> None:
+        trace = stepsal.Trace.from_text("What is Anna?", "Anna is 3.</think>3.", mini)
+        with (
+            stepsal.stepflow(mini, segmentation=Segmentation(split="paragraph")),
+            pytest.raises(ValueError, match="use the same segmentation for both"),
+        ):
+            log_probabilities(mini, trace)
+
+    def test_a_format_agrees_by_name_and_by_value(self, mini: TransformerBridge) -> None:
+        traces = [
+            stepsal.Trace.from_text("What is Anna?", "Anna is 3.</think>3.", mini, segmentation=Segmentation(format))
+            for format in ("think", FORMATS["think"])
+        ]
+        one, other = stepsal.step_saliency(mini, traces, stepflow=StepFlowConfig())
+        assert torch.equal(one.values, other.values)
+        assert one.metadata["segmentation"] == Segmentation("think").to_dict()
+
+
+class TestCommonSegmentation:
+    """With and without StepFlow, answers of a known model are cut by one rule."""
+
+    def test_it_is_told_by_the_model(self, mini: TransformerBridge) -> None:
+        assert common_segmentation(Segmentation(split="line"), mini) == Segmentation("think", split="line")
+        assert common_segmentation(Segmentation("plain"), mini) == Segmentation("plain")
+
+    def test_it_stays_open_where_the_model_does_not_tell(self) -> None:
+        model = tiny("model", PLAIN_TEMPLATE)
+        assert common_segmentation(Segmentation(), model) == Segmentation()
+
+    def test_variants_with_and_without_stepflow_have_it(self, mini: TransformerBridge, tmp_path: Path) -> None:
+        config = StepFlowConfig()
+        variants = [stepsal.Variant("plain"), stepsal.Variant("StepFlow", stepflow=config)]
+        formats: list[object] = []
+
+        def seen(
+            model: TransformerBridge, questions: list[str], decoding: object, **options: Any
+        ) -> list[stepsal.Trace]:
+            formats.append(options["segmentation"].format)
+            return answer_batch(model, questions, decoding, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("stepsal.experiments.evaluate.answer_batch", seen)
+            stepsal.evaluate(
+                mini, stepsal.tasks.chain.ChainTask(length=1), variants, 1, folder=tmp_path, progress=False,
+                decoding=stepsal.Decoding(max_new_tokens=4),
+            )  # fmt: skip
+        assert formats == ["think", "think"]

@@ -7,6 +7,7 @@ calibration of data/, and step maps of one trace under StepFlow.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -198,6 +199,22 @@ def test_answers_of_an_interrupted_run_are_there_once(tmp_path: Path) -> None:
     assert "can_vote" not in tables[0].column_names
 
 
+LOOKS = {  # settings as version 1 described them -> as version 2 does
+    "OEB 1-2 at 0.5": "OEB 1-2 at 0.5",
+    "OEB bottom-quarter at 0.5": "OEB shallow at 0.5",
+    "OEB 3-3 at 0.15, SMI 0,1,4 at 0.06": "OEB 3 at 0.15, SMI 0-1,4 at 0.06",
+    "SMI (0.25, 0.5) at 0.5": "SMI (0.25, 0.5) at 0.5",
+}
+
+
+def test_a_compiled_expression_stays_one() -> None:
+    old = {"split": f"re {chr(92)}n+ {re.compile('x', re.IGNORECASE).flags}"}  # as version 1 wrote it
+    split = migrate.segmentation_of(old).split
+    assert isinstance(split, re.Pattern)
+    assert (split.pattern, bool(split.flags & re.IGNORECASE)) == (chr(92) + "n+", True)
+    assert migrate.segmentation_of({"split": "re"}).split == "re"
+
+
 def test_a_calibration_has_a_manifest_settings_and_looks(tmp_path: Path) -> None:
     folder = record("calibration", tmp_path)
     shutil.copytree(RECORDS / "population", folder / "profile")
@@ -208,8 +225,8 @@ def test_a_calibration_has_a_manifest_settings_and_looks(tmp_path: Path) -> None
             {"oeb_layers": [1, 2], "tau_max": 0.5, "smi_layers": None, "alpha": 0.06},
         ])
     )  # fmt: skip
-    (folder / "looks.json").write_text(json.dumps([["OEB 1-2 at 0.5", 100], ["OEB bottom-quarter at 0.5", 100]]))
-    assert "2 looks" in migrate.migrate(folder)
+    (folder / "looks.json").write_text(json.dumps([[setting, 100] for setting in LOOKS]))
+    assert "4 looks" in migrate.migrate(folder)
     store = Store.load(folder, "calibration", 2)
     search = Store.load(folder / "search", "evaluation", 2).manifest
     assert store.manifest["task"] == "chain answers as under OEB 1-2 at 0.5"
@@ -222,7 +239,7 @@ def test_a_calibration_has_a_manifest_settings_and_looks(tmp_path: Path) -> None
         StepFlowConfig(oeb_layers=(1, 2), tau_max=0.5, smi_layers=()),
     ]
     looks = {name: json.loads((part / "look.json").read_text()) for name, part in parts.items()}
-    assert sorted(look["setting"] for look in looks.values()) == ["OEB 1-2 at 0.5", "OEB shallow at 0.5"]
+    assert {look["setting"] for look in looks.values()} == set(LOOKS.values())
     for name, look in looks.items():
         content = json.dumps([look["setting"], look["n_problems"]])
         assert name == f"look-{stepsal.storage.digest(content.encode())}"

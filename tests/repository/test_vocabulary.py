@@ -28,6 +28,7 @@ CALLED_WITH = r"\b(?:{})\((?:[^()]|\([^()]*\))*?\b(?:{})\s*="
 """A call or signature with a keyword; keywords of calls inside it do not count."""
 #: Each old word of the table, and how it would be written; words that mean other things too with what is around them.
 PATTERNS = {
+    'StepFlowConfig.preset("qwq-32b")': r"preset\(\"(?:qwq|gpt-oss|qwen3|deepseek)",
     "layers=None": r"(?<![\w.])layers\s*(?::[^=,()]*)?=\s*None",
     '"bottom-quarter"': r"\bbottom-quarter\b",
     '"top-quarter"': r"\btop-quarter\b",
