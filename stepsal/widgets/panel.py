@@ -21,13 +21,14 @@ from stepsal.generation.decoding import Decoding
 from stepsal.intervention import StepFlowConfig
 from stepsal.intervention.segmentation import common_segmentation
 from stepsal.saliency import step_saliency
+from stepsal.trace.segment import Segmentation
 from stepsal.widgets.explorer import Explorer
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
     from stepsal.maps import StepSaliency
-    from stepsal.trace import Segmentation, Trace
+    from stepsal.trace import Trace
 
 PLAIN, EDITED = "without StepFlow", "with StepFlow"
 _running = threading.Lock()  # one run at a time in a process: panels may share a model
