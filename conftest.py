@@ -1,4 +1,4 @@
-"""What all test runs share: `stepsal` in the doctests, and skips of what is not asked for or not installed."""
+"""Settings of all test runs: `stepsal` in the doctests, and skips of what is not asked for or not installed."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ KEPT_TOKENS = 20_000_000  # of answers that are kept for `capture_step_saliency`
 COUNTED_PROMPTS = 100_000  # prompts whose repetitions are counted
 
 Place = tuple[str, ...]
-"""Where an answer belongs: attempt, configured seed, sample, epoch and prompt; empty without a seed."""
+"""The place of an answer: attempt, configured seed, sample, epoch and prompt; empty without a seed."""
 
 
 class KeptAnswer(NamedTuple):

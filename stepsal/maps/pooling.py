@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Reduce = Literal["density", "mass"]
-"""How a block is reduced: mean over its pairs ("density"), or sum over keys and mean over query rows ("mass")."""
+"""The reduction of a block: mean over its pairs ("density"), or sum over keys and mean over query rows ("mass")."""
 
 ROWS_PER_BLOCK = 256
 """Query rows that are pooled at a time: the only temporary of pooling is [ROWS_PER_BLOCK, key_pos]."""

@@ -1,4 +1,4 @@
-"""What a plot of steps is about to show, settled by pure functions before anything is drawn.
+"""The contents of a plot of steps, settled by pure functions before anything is drawn.
 
 Tests, figure data and the explorer look at these states instead of the pixels.
 """
