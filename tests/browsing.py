@@ -1,4 +1,4 @@
-"""What the tests in a real Chromium share: pages on which nothing may go wrong, and the parts of an explorer on them.
+"""Helpers of the tests in a real Chromium: pages on which nothing may go wrong, and the parts of an explorer on them.
 
 Pictures of what the tests saw are left in build/screenshots.
 """

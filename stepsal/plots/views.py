@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from stepsal.layers import Layers
 
     Map: TypeAlias = StepSaliency | Float[ArrayLike, "query key"]
-    """What a plot of a map takes: a `StepSaliency`, or the bare numbers [query, key]."""
+    """A map to plot: a `StepSaliency`, or the bare numbers [query, key]."""
 
 
 @dataclass(frozen=True)

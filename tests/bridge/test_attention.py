@@ -1,4 +1,4 @@
-"""What is read off Hugging Face models, held against their configurations; no model is needed for the values."""
+"""Tests of the values read off Hugging Face models, held against their configurations; no model is needed for the values."""
 
 from __future__ import annotations
 

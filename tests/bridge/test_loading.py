@@ -55,7 +55,7 @@ def test_smollm2_answers(smollm2: TransformerBridge) -> None:
 
 
 class TestRoom:
-    """What a model needs, and where it goes."""
+    """Tests of the memory that a model needs, and of the devices that it is on."""
 
     def test_spread_over_what_there_is(self, mini: TransformerBridge) -> None:
         model = stepsal.load(str(MINI), device_map="auto")
