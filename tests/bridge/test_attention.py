@@ -1,4 +1,4 @@
-"""Tests of the values read off Hugging Face models, held against their configurations; no model is needed for the values."""
+"""Tests of the values read off Hugging Face models, held against their configurations."""
 
 from __future__ import annotations
 
