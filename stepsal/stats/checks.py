@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from numbers import Real
 
-if TYPE_CHECKING:
-    import pandas as pd
+import numpy as np
+import pandas as pd
+from pandas.api import types
 
 FEWEST_RESAMPLES = 99  # the smallest p-value of fewer is above 0.01
 
 
 def require_columns(name: str, frame: pd.DataFrame, columns: Sequence[str]) -> None:
-    """Check that a table has all columns that will be read.
+    """Check that a table is one of pandas, and has all columns that will be read.
 
     Args:
         name: what the caller calls the table, for the error.
@@ -20,7 +21,7 @@ def require_columns(name: str, frame: pd.DataFrame, columns: Sequence[str]) -> N
         columns: names of the columns.
 
     Raises:
-        ValueError: a column is missing.
+        ValueError: it is something else, or a column is missing.
 
     Example:
         >>> import pandas as pd
@@ -28,8 +29,61 @@ def require_columns(name: str, frame: pd.DataFrame, columns: Sequence[str]) -> N
         Traceback (most recent call last):
         ValueError: data has no column 'b'; it has a
     """
+    if not isinstance(frame, pd.DataFrame):
+        kind = f"{type(frame).__module__.partition('.')[0]}.{type(frame).__name__}"
+        raise ValueError(f"{name} is a {kind}: give a pandas.DataFrame, for which most tables have a to_pandas()")
     if missing := [column for column in columns if column not in frame]:
         raise ValueError(f"{name} has no column {missing[0]!r}; it has {', '.join(map(str, frame.columns))}")
+
+
+def plain_columns(name: str, frame: pd.DataFrame, numbers: Sequence[str], labels: Sequence[str] = ()) -> pd.DataFrame:
+    """Return the columns that a statistic reads as numpy has them, whatever backend the table has.
+
+    Args:
+        name: what the caller calls the table, for the error.
+        frame: the table, whose columns may be of pyarrow or nullable.
+        numbers: columns to compute with, which become float64, with NaN where a value is missing.
+        labels: columns that tell rows apart: numbers, booleans or texts.
+
+    Raises:
+        ValueError: a column to compute with holds something else than numbers, or a label is missing in one of pyarrow
+            or in a nullable one; the message names the column and the first such value.
+
+    Example:
+        >>> import pandas as pd
+        >>> table = pd.DataFrame({"trace": ["a", "b"], "decay": [0.5, None]}).convert_dtypes(dtype_backend="pyarrow")
+        >>> stepsal.stats.checks.plain_columns("data", table, ["decay"], ["trace"])["decay"].dtype
+        dtype('float64')
+    """
+    columns = {label: _plain_label(name, frame[label]) for label in labels}
+    columns |= {column: _plain_numbers(name, frame[column]) for column in numbers}
+    return pd.DataFrame(columns, index=frame.index)
+
+
+def _plain_numbers(name: str, column: pd.Series) -> pd.Series:
+    """Return a column as float64."""
+    if not types.is_numeric_dtype(column.dtype):
+        for row, value in column.items():
+            if not isinstance(value, Real) and not pd.isna(value):
+                raise ValueError(
+                    f"{name} has {value!r} in column {column.name!r} (row {row!r}), which is {column.dtype}: make it "
+                    "numbers, as by pandas.to_numeric"
+                )
+    return pd.Series(column.to_numpy(dtype=float, na_value=np.nan), column.index, name=column.name)
+
+
+def _plain_label(name: str, column: pd.Series) -> pd.Series:
+    """Return a column of labels in a type of numpy."""
+    if not types.is_extension_array_dtype(column.dtype) or isinstance(column.dtype, pd.CategoricalDtype):
+        return column
+    if column.isna().any():
+        row = column.index[column.isna()][0]
+        raise ValueError(
+            f"{name} has no value in column {column.name!r} (row {row!r}), which tells rows apart: fill it"
+        )
+    kinds = ((types.is_bool_dtype, bool), (types.is_integer_dtype, np.int64), (types.is_float_dtype, float))
+    kind = next((kind for is_kind, kind in kinds if is_kind(column.dtype)), object)
+    return pd.Series(column.to_numpy(dtype=kind), column.index, dtype=kind, name=column.name)
 
 
 def refuse_repeats(name: str, frame: pd.DataFrame, keys: Sequence[str], remedy: str = "") -> None:

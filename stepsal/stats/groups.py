@@ -28,7 +28,7 @@ import pandas as pd
 from jaxtyping import Bool, Float, Int
 from scipy import stats as scipy_stats
 
-from stepsal.stats.checks import check_resampling, refuse_repeats, require_columns
+from stepsal.stats.checks import check_resampling, plain_columns, refuse_repeats, require_columns
 from stepsal.stats.prediction import auroc
 
 LENGTHS = ("n_steps", "n_tokens")
@@ -84,7 +84,8 @@ def compare_groups(
         Rows are NaN where no stratum has traces of both groups.
 
     Raises:
-        ValueError: a missing column, no finite value in one of the groups, a trace in both, or numbers out of range.
+        ValueError: a missing column or one that holds no numbers, no finite value in one of the groups, a trace in both
+            groups, or options out of range.
 
     Example:
         >>> import pandas as pd
@@ -127,7 +128,8 @@ def mean_profile(
         One row per group and layer: `by`, layer, n (traces), mean, low, high. NaN intervals below 5 traces.
 
     Raises:
-        ValueError: a missing column, several rows for one trace and layer, or numbers out of range.
+        ValueError: a missing column or one that holds no numbers, several rows for one trace and layer, or options out
+            of range.
 
     Example:
         >>> import pandas as pd
@@ -138,6 +140,7 @@ def mean_profile(
     check_resampling(n_resamples, level)
     require_columns("data", data, ["trace", "layer", metric, by])
     refuse_repeats("data", data, ["trace", "layer"])
+    data = plain_columns("data", data, [metric], ["layer", by])
     rows = []
     for (group, layer), column in data.groupby([by, "layer"], sort=True)[metric]:
         values = column.to_numpy(dtype=float)
@@ -203,6 +206,8 @@ def _complete_traces(correct: pd.DataFrame, wrong: pd.DataFrame, metric: str, ma
     for name, group in groups.items():
         require_columns(name, group, [*keys, metric, *match])
         refuse_repeats(name, group, keys)
+        groups[name] = plain_columns(name, group, [metric, *match], keys)
+    correct, wrong = groups.values()
     if shared := set(correct["trace"]) & set(wrong["trace"]):
         raise ValueError(f"trace {min(shared)!r} is in both groups; the numbers of traces must tell them apart")
 

@@ -15,7 +15,7 @@ import pandas as pd
 from jaxtyping import Bool, Float, Int
 from scipy import stats as scipy_stats
 
-from stepsal.stats.checks import check_resampling, require_columns
+from stepsal.stats.checks import check_resampling, plain_columns, require_columns
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -99,8 +99,10 @@ def tell_apart(
     """
     columns = {label: [names] if isinstance(names, str) else list(names) for label, names in predictors.items()}
     check_resampling(n_resamples, level)
-    _check_data(data, columns, baseline, correct, group)
-    complete = data[np.isfinite(data[_distinct(columns)].to_numpy(dtype=float)).all(1)]
+    require_columns("data", data, [correct, group, *_distinct(columns)])
+    data = plain_columns("data", data, _distinct(columns), [correct, group])
+    _check_data(data, columns, baseline, correct)
+    complete = data[np.isfinite(data[_distinct(columns)].to_numpy()).all(1)]
     is_wrong, problems = ~complete[correct].to_numpy(dtype=bool), pd.factorize(complete[group])[0]
     folds = _folds(problems, is_wrong, n_folds, seed)
     counts = _draws_of_problems(problems, n_resamples, seed)
@@ -122,11 +124,8 @@ def _distinct(columns: Mapping[str, Sequence[str]]) -> list[str]:
     return list(dict.fromkeys(name for names in columns.values() for name in names))
 
 
-def _check_data(
-    data: pd.DataFrame, columns: Mapping[str, Sequence[str]], baseline: str | None, correct: str, group: str
-) -> None:
-    """Refuse missing columns, a baseline that is no predictor, and outcomes that are not booleans."""
-    require_columns("data", data, [correct, group, *_distinct(columns)])
+def _check_data(data: pd.DataFrame, columns: Mapping[str, Sequence[str]], baseline: str | None, correct: str) -> None:
+    """Refuse a baseline that is no predictor, and outcomes that are not booleans."""
     if baseline is not None and baseline not in columns:
         raise ValueError(f"baseline={baseline!r} is no predictor; use one of {', '.join(map(repr, columns))}")
     if data[correct].dtype != bool:

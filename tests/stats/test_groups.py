@@ -230,6 +230,58 @@ def test_bad_input_is_named() -> None:
         compare_groups(correct, wrong, "x", bins=0)
 
 
+BACKENDS = ["pyarrow", "numpy_nullable"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("names", ["numbers", "texts"])
+def test_tables_of_any_backend_give_the_same_results(backend: str, names: str) -> None:
+    correct, wrong = two_groups(np.random.default_rng(1), 14, 12, 0.8, layers=3)
+    correct.loc[4, "x"] = np.nan  # a trace that is left out
+    if names == "texts":
+        correct, wrong = (frame.assign(trace=frame["trace"].map("trace {}".format)) for frame in (correct, wrong))
+    converted = [frame.convert_dtypes(dtype_backend=backend) for frame in (correct, wrong)]
+    assert all("numpy" not in type(dtype).__module__ for dtype in converted[0].dtypes)
+    options = {"n_resamples": 99, "bins": 3}
+    expected = compare_groups(correct, wrong, "x", **options)
+    pd.testing.assert_frame_equal(compare_groups(*converted, "x", **options), expected)
+    pd.testing.assert_frame_equal(compare_groups(correct, converted[1], "x", **options), expected)  # one of each
+    both = pd.concat([correct.assign(correct=True), wrong.assign(correct=False)])
+    expected = mean_profile(both, "x", n_resamples=99)
+    pd.testing.assert_frame_equal(
+        mean_profile(both.convert_dtypes(dtype_backend=backend), "x", n_resamples=99), expected
+    )
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("x", ["high"] * 6, r"correct has 'high' in column 'x' \(row 0\), which is \S+: make it numbers"),
+        ("x", ["0.5"] * 6, "correct has '0.5' in column 'x'"),
+        ("x", [0.5, None, "n/a", 1, 2, 3], r"'n/a' in column 'x' \(row 2\)"),
+        ("n_steps", [[3]] * 6, r"correct has \[3\] in column 'n_steps'"),
+        (
+            "trace",
+            pd.array([0, 1, None, 3, 4, 5], "Int64"),
+            r"no value in column 'trace' \(row 2\), which tells rows apart",
+        ),
+    ],
+)
+def test_columns_that_hold_something_else(column: str, values: object, message: str) -> None:
+    correct, wrong = group(np.arange(6.0)[:, None], 0), group(np.arange(6.0)[:, None], 6)
+    with pytest.raises(ValueError, match=message):
+        compare_groups(correct.assign(**{column: values}), wrong, "x")
+
+
+@pytest.mark.parametrize(("table", "kind"), [({"trace": [1]}, "builtins.dict"), (np.zeros((2, 2)), "numpy.ndarray")])
+def test_what_is_no_table(table: object, kind: str) -> None:
+    correct = group(np.arange(6.0)[:, None], 0)
+    with pytest.raises(ValueError, match=f"wrong is a {kind}: give a pandas.DataFrame"):
+        compare_groups(correct, table, "x")
+    with pytest.raises(ValueError, match=f"data is a {kind}"):
+        mean_profile(table, "x")
+
+
 def test_strata_are_bins_or_exact() -> None:
     lengths = pd.DataFrame({"n_steps": [3, 3, 4, 4], "n_tokens": [10, 11, 10, 99]})
     assert len(set(strata_of(lengths, None))) == 4

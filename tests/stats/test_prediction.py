@@ -81,3 +81,18 @@ def test_tell_apart_names_bad_input() -> None:
         tell_apart(data.assign(correct=data["correct"].astype(str)), {"a": "noise"})
     with pytest.raises(ValueError, match="n_folds=100"):
         tell_apart(data, {"a": "noise"}, n_folds=100)
+
+
+@pytest.mark.parametrize("backend", ["pyarrow", "numpy_nullable"])
+def test_tables_of_any_backend_tell_traces_apart_alike(backend: str) -> None:
+    rng = np.random.default_rng(2)
+    data = pd.DataFrame(
+        {"problem": [f"p{i}" for i in range(40)], "correct": [True, False] * 20, "x": rng.normal(size=40)}
+    )
+    data.loc[3, "x"] = np.nan
+    expected = tell_apart(data, {"X": "x"}, n_resamples=99)
+    pd.testing.assert_frame_equal(
+        tell_apart(data.convert_dtypes(dtype_backend=backend), {"X": "x"}, n_resamples=99), expected
+    )
+    with pytest.raises(ValueError, match="data has 'a' in column 'x'"):
+        tell_apart(data.assign(x="a"), {"X": "x"})
