@@ -70,8 +70,11 @@ class Scene:
             attention: attention maps of the one trace, or of some of the labels.
 
         Raises:
-            ValueError: no maps, attention of an unknown label, or of other steps or layers than the saliency.
+            ValueError: no maps, something else than maps, attention of an unknown label, or of other steps or layers
+                than the saliency.
         """
+        for name, value in (("saliency", saliency), ("attention", attention)):
+            _check_maps(name, value)
         maps = {saliency.model_name: saliency} if isinstance(saliency, StepSaliency) else dict(saliency)
         if isinstance(attention, StepSaliency):
             if len(maps) > 1:
@@ -355,6 +358,23 @@ class Scene:
         else:
             theirs = [_nearest(other, self.maps[label].layers[positions[0]])]
         return share - normalise_rows(other.values[theirs].mean(0)[None])[0]
+
+
+def _check_maps(name: str, maps: Any) -> None:
+    """Refuse what is neither a map nor a dict of maps by label; None may stand for no attention."""
+    if isinstance(maps, StepSaliency) or (maps is None and name == "attention"):
+        return
+    if not isinstance(maps, Mapping):
+        raise ValueError(
+            f"{name} is a {type(maps).__name__}: give a StepSaliency of one trace, or a dict of several by label, such "
+            'as {"wrong": first, "correct": second}'
+        )
+    for label, value in maps.items():
+        if not isinstance(value, StepSaliency):
+            raise ValueError(
+                f"{name}[{label!r}] is a {type(value).__name__}, not a StepSaliency: stepsal.step_saliency or "
+                "stepsal.step_attention makes one"
+            )
 
 
 def _nearest(saliency: StepSaliency, layer: int) -> int:

@@ -6,6 +6,7 @@ import html
 import json
 import re
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import ipywidgets
@@ -159,6 +160,27 @@ def test_maps_that_do_not_go_together() -> None:
         Explorer(saliency(), attention=saliency(6))
     with pytest.raises(ValueError, match="say whose attention"):
         Explorer({"a": saliency(), "b": saliency()}, attention=saliency())
+
+
+@pytest.mark.parametrize("container", [list, tuple, iter, lambda maps: np.array(maps, dtype=object)])
+def test_maps_in_other_containers_than_a_dict(container: Callable[[list[StepSaliency]], object]) -> None:
+    maps = [saliency(), saliency()]
+    kind = type(container(maps)).__name__
+    with pytest.raises(
+        ValueError, match=f'saliency is a {kind}: give a StepSaliency of one trace, or a dict .*"wrong"'
+    ):
+        Explorer(container(maps))
+    with pytest.raises(ValueError, match=f"attention is a {kind}"):
+        Explorer(maps[0], attention=container(maps[:1]))
+
+
+def test_what_is_no_map() -> None:
+    with pytest.raises(ValueError, match="saliency is a NoneType"):
+        Explorer(None)
+    with pytest.raises(ValueError, match=r"saliency\['a'\] is a Tensor, not a StepSaliency: stepsal.step_saliency"):
+        Explorer({"a": saliency().values})
+    with pytest.raises(ValueError, match=r"attention\['a'\] is a list"):
+        Explorer({"a": saliency()}, attention={"a": [saliency()]})
 
 
 def test_what_is_shown(explorer: Explorer) -> None:
