@@ -32,6 +32,7 @@ def generate(
     top_p: float = 1.0,
     stop: Sequence[str] = (),
     budget_forcing: int = 0,
+    stop_in_thinking: bool = False,
     seed: int = 0,
     system: str | None = None,
     progress: bool = False,
@@ -49,9 +50,10 @@ def generate(
         max_new_tokens: most tokens that an answer may have, thinking and summary together; the prompt does not count.
         temperature: divides the logits; 0 takes the most likely token.
         top_p: sample from the smallest set of tokens whose probability reaches top_p, in (0, 1]; 1 keeps all.
-        stop: end the answer as soon as one of these texts appears; it is kept in the response.
+        stop: end the answer as soon as one of these texts appears outside the thinking; it is kept in the response.
         budget_forcing: number of times that "Wait" replaces the end of the thinking, so that the model thinks on (s1,
             arXiv 2501.19393). The end is `</think>`, or the end of the answer where the tokenizer has no such token.
+        stop_in_thinking: True lets a stop text end the answer in the middle of the thinking, too.
         seed: seed of the sampling.
         system: a system prompt; None keeps what the chat template does by itself.
         progress: show a bar over tokens.
@@ -61,8 +63,8 @@ def generate(
         is True where `max_new_tokens` or the end of the context ended the answer.
 
     Raises:
-        ValueError: the question is empty, a number is out of range, the prompt fills the context, or the segmentation
-            differs from that of an open StepFlow context.
+        ValueError: the question is empty, a number is out of range, the prompt fills the context, the segmentation
+            differs from that of an open StepFlow context, or the model's logits are NaN or infinite.
 
     Example:
         >>> model = stepsal.load("mini")
@@ -70,7 +72,7 @@ def generate(
         >>> trace.summary
         'The answer is Anna = 7.'
     """
-    decoding = Decoding(max_new_tokens, temperature, top_p, stop, budget_forcing)
+    decoding = Decoding(max_new_tokens, temperature, top_p, stop, budget_forcing, stop_in_thinking)
     return answer_batch(
         model, [question], decoding, seeds=[seed], stepflow=stepflow, segmentation=segmentation, system=system,
         progress=progress,
@@ -88,6 +90,7 @@ def generate_batch(
     top_p: float = 1.0,
     stop: Sequence[str] = (),
     budget_forcing: int = 0,
+    stop_in_thinking: bool = False,
     seed: int | Sequence[int] = 0,
     system: str | None = None,
     progress: bool = False,
@@ -106,9 +109,10 @@ def generate_batch(
         max_new_tokens: most tokens that an answer may have, thinking and summary together; the prompt does not count.
         temperature: divides the logits; 0 takes the most likely token.
         top_p: sample from the smallest set of tokens whose probability reaches top_p, in (0, 1]; 1 keeps all.
-        stop: end an answer as soon as one of these texts appears; it is kept in the response.
+        stop: end an answer as soon as one of these texts appears outside the thinking; it is kept in the response.
         budget_forcing: number of times that "Wait" replaces the end of the thinking, so that the model thinks on (s1,
             arXiv 2501.19393). The end is `</think>`, or the end of the answer where the tokenizer has no such token.
+        stop_in_thinking: True lets a stop text end the answer in the middle of the thinking, too.
         seed: seeds of the sampling, one for each question; a single number means seed, seed + 1, ... An answer depends
             on its own seed only, so that it is the same in any batch (up to rounding in the logits).
         system: a system prompt; None keeps what the chat template does by itself.
@@ -128,7 +132,7 @@ def generate_batch(
         >>> [trace.summary for trace in stepsal.generate_batch(model, questions)]
         ['The answer is Anna = 5.', 'The answer is Anna = 6.']
     """
-    decoding = Decoding(max_new_tokens, temperature, top_p, stop, budget_forcing)
+    decoding = Decoding(max_new_tokens, temperature, top_p, stop, budget_forcing, stop_in_thinking)
     seeds = [seed + row for row in range(len(questions or ()))] if isinstance(seed, int) else seed
     return answer_batch(
         model, questions, decoding, seeds=seeds, stepflow=stepflow, segmentation=segmentation, system=system,
@@ -179,7 +183,8 @@ def answer_batch(
     context = nullcontext() if stepflow is None else open_stepflow(model, stepflow, segmentation=segmentation)
     with context:
         segmentation = agreed_segmentation(model, segmentation)
-        answers = write(model, [p.ids for p in prompts], decoding=decoding, seeds=seeds, progress=progress)
+        prompt_ids = [prompt.ids for prompt in prompts]
+        answers = write(model, prompt_ids, decoding=decoding, segmentation=segmentation, seeds=seeds, progress=progress)
     return [
         Trace.from_answer(prompt, tokens, model, truncated=ended in ("limit", "context"), segmentation=segmentation)
         for prompt, (tokens, ended) in zip(prompts, answers, strict=True)

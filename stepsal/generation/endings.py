@@ -8,6 +8,13 @@ from typing import Any
 from tokenizers.decoders import DecodeStream
 from transformer_lens.model_bridge import TransformerBridge
 
+from stepsal.bridge.presets import preset_format
+from stepsal.trace.formats import FORMATS, Format
+from stepsal.trace.segment import Segmentation, Segmenter
+
+PROMPT_END = 64
+"""Number of tokens at the end of a prompt among which a marker may open the thinking."""
+
 
 def end_tokens(model: TransformerBridge) -> frozenset[int]:
     """Return the end-of-sequence tokens of a model, from its tokenizer and its generation settings.
@@ -27,6 +34,80 @@ def end_tokens(model: TransformerBridge) -> frozenset[int]:
     return frozenset(int(token) for token in tokens if token is not None)
 
 
+def watched_formats(model: TransformerBridge, segmentation: Segmentation | None) -> tuple[Format, ...]:
+    """Return the formats by whose markers the thinking of a model's answers may be told while they are written.
+
+    Args:
+        model: a model, with or without a tokenizer.
+        segmentation: the way to find sections; where it names no format, the model tells it, and where the model
+            does not tell either, it may be any of the known ones.
+
+    Example:
+        >>> from stepsal.generation.endings import watched_formats
+        >>> [format.name for format in watched_formats(stepsal.load("mini"), None)]
+        ['think']
+    """
+    format: str | Format = "auto" if segmentation is None else segmentation.format
+    if format == "auto":
+        format = preset_format(model) or "auto"
+    if isinstance(format, Format):
+        return (format,)
+    return tuple(FORMATS.values()) if format == "auto" else (FORMATS[format],)
+
+
+class ThinkingWatch:
+    """A check whether an answer is known to be thinking while it is written.
+
+    It is where a marker has opened the thinking, in the answer or at the end of its prompt, and none has closed it
+    since. Where all is thinking until a marker, as in `Format.with_marker`, no marker is needed to open it.
+
+    Args:
+        formats: the formats whose markers count.
+        prompt: the rendered prompt, or the end of it.
+
+    Example:
+        >>> from stepsal.generation.endings import ThinkingWatch
+        >>> watch = ThinkingWatch([stepsal.trace.FORMATS["think"]], "<assistant><think>")
+        >>> watch.push("One more than one.")
+        >>> is_open_before = watch.is_open
+        >>> watch.push("</think>Two.")
+        >>> is_open_before, watch.is_open
+        (True, False)
+    """
+
+    def __init__(self, formats: Sequence[Format], prompt: str) -> None:
+        self._segmenters = [
+            Segmenter(format.after(prompt), split="line") for format in formats if not format.last_is_summary
+        ]
+        self._is_told = [
+            not _opens_thinking(segmenter.format) or segmenter.format.opened_by(prompt)
+            for segmenter in self._segmenters
+        ]
+
+    def push(self, text: str) -> None:
+        """Read more of the answer.
+
+        Args:
+            text: the next characters.
+        """
+        for i, segmenter in enumerate(self._segmenters):
+            segmenter.push(text)
+            self._is_told[i] = self._is_told[i] or bool(segmenter.breaks)
+
+    @property
+    def is_open(self) -> bool:
+        """True where the text so far ends in the thinking."""
+        return any(
+            is_told and segmenter.role == "thinking"
+            for is_told, segmenter in zip(self._is_told, self._segmenters, strict=True)
+        )
+
+
+def _opens_thinking(format: Format) -> bool:
+    """Tell whether a format has a marker that opens the thinking."""
+    return any(section == "thinking" for ends in format.markers.values() for section in ends.values())
+
+
 class StopTexts:
     """A check for the texts that end an answer, in each row of a batch and wherever tokens divide them.
 
@@ -34,24 +115,41 @@ class StopTexts:
         tokenizer: tokenizer of the model.
         n_rows: number of rows of the batch.
         texts: the stop texts, at least one and none of them empty (as `Decoding.stop`).
+        watches: for each row, the check whether it is thinking, where a stop text does not count; None lets stop texts
+            count everywhere.
     """
 
-    def __init__(self, tokenizer: Any, n_rows: int, texts: Sequence[str]) -> None:
+    def __init__(
+        self, tokenizer: Any, n_rows: int, texts: Sequence[str], watches: Sequence[ThinkingWatch] | None = None
+    ) -> None:
         self._texts, self._longest = tuple(texts), max(map(len, texts))
         self._backend = tokenizer.backend_tokenizer
         self._streams = [DecodeStream(skip_special_tokens=False) for _ in range(n_rows)]
         self._recent = [""] * n_rows  # the last characters of each row
+        self._watches = watches
 
     def push(self, row: int, token: int) -> bool:
-        """Read a token of a row, and tell whether it completes a stop text.
+        """Read a token of a row, and tell whether it completes a stop text that counts.
 
         Args:
             row: number of the row in the batch.
             token: the id of the token.
         """
-        text = self._recent[row] + (self._streams[row].step(self._backend, token) or "")
-        self._recent[row] = text[-self._longest :]
-        return any(stop in text for stop in self._texts)
+        piece = self._streams[row].step(self._backend, token) or ""
+        before, watch = self._recent[row], None if self._watches is None else self._watches[row]
+        self._recent[row] = (before + piece)[-self._longest :]
+        is_complete = any(stop in before + piece for stop in self._texts)
+        if watch is None:
+            return is_complete
+        if not is_complete:
+            watch.push(piece)
+            return False
+        does_count = False
+        for char in piece:  # the thinking may end in the middle of a token
+            before += char
+            watch.push(char)
+            does_count |= before.endswith(self._texts) and not watch.is_open
+        return does_count
 
 
 def check_budget_forcing(model: TransformerBridge, times: int) -> None:

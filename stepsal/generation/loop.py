@@ -18,9 +18,17 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from stepsal.generation.decoding import Decoding
-from stepsal.generation.endings import BudgetForcing, StopTexts, end_tokens
-from stepsal.generation.sampling import choose, uniform_draws
+from stepsal.generation.endings import (
+    PROMPT_END,
+    BudgetForcing,
+    StopTexts,
+    ThinkingWatch,
+    end_tokens,
+    watched_formats,
+)
+from stepsal.generation.sampling import UNDEFINED, choose, uniform_draws
 from stepsal.intervention import active_flow
+from stepsal.trace.segment import Segmentation
 
 Ended = Literal["end", "stop", "limit", "context"]
 """End of an answer: the end-of-sequence token, a stop text, the limit of new tokens, or the end of the context."""
@@ -66,6 +74,7 @@ def write(
     prompt_ids: Sequence[Sequence[int]],
     *,
     decoding: Decoding,
+    segmentation: Segmentation | None = None,
     max_new_tokens: Sequence[int] | None = None,
     seeds: Sequence[int],
     still_asked: Callable[[int], bool] | None = None,
@@ -77,6 +86,7 @@ def write(
         model: a model with a tokenizer.
         prompt_ids: token ids of each row, fewer than the model's context holds.
         decoding: settings for all rows.
+        segmentation: the way to find the thinking, in which stop texts don't count; None lets the model tell it.
         max_new_tokens: limit of new tokens for each row, in place of that of `decoding`.
         seeds: seeds of the sampling, one for each row.
         still_asked: called with the number of a row after each of its tokens; a row for which it returns False ends, as
@@ -87,16 +97,17 @@ def write(
         The new tokens of each row, in the order of the prompts.
 
     Raises:
-        ValueError: budget forcing is requested of a model that ends its thinking by several tokens.
+        ValueError: budget forcing is requested of a model that ends its thinking by several tokens, or the model's
+            logits are NaN or infinite.
 
     Example:
         >>> from stepsal.generation.loop import write
         >>> model = stepsal.load("mini")
         >>> text = "<|endoftext|><|user|>Anna is 3 plus 3. What is Anna?<|assistant|><think>"
         >>> ids = model.tokenizer(text)["input_ids"]
-        >>> tokens, ended = write(model, [ids], decoding=stepsal.Decoding(stop=["Anna = 6"]), seeds=[0])[0]
-        >>> ended, model.tokenizer.decode(tokens)[-8:]
-        ('stop', 'Anna = 6')
+        >>> tokens, ended = write(model, [ids], decoding=stepsal.Decoding(stop=["Anna ="]), seeds=[0])[0]
+        >>> ended, model.tokenizer.decode(tokens)[-20:]  # in the thinking it does not count
+        ('stop', 'The answer is Anna =')
     """
     requested = [decoding.max_new_tokens] * len(prompt_ids) if max_new_tokens is None else max_new_tokens
     rooms = [model.cfg.n_ctx - len(ids) for ids in prompt_ids]
@@ -106,7 +117,7 @@ def write(
         limits,
         rooms,
         end_tokens(model),
-        StopTexts(model.tokenizer, len(limits), decoding.stop) if decoding.stop else None,
+        _stop_texts(model, prompt_ids, decoding, segmentation) if decoding.stop else None,
         BudgetForcing(model, len(limits), decoding.budget_forcing) if decoding.budget_forcing else None,
         still_asked,
     )
@@ -116,12 +127,42 @@ def write(
             row_draws = None if draws is None else draws[answers.running, n_written]
             chosen = choose(batch.next_logits(), row_draws, decoding.temperature, decoding.top_p)  # [row]
             on_host: list[int] = chosen.tolist()  # the one synchronisation
+            if UNDEFINED in on_host:
+                raise _no_distribution(model, row=answers.running[on_host.index(UNDEFINED)], n_written=n_written)
             tokens, going = answers.push(on_host)
             bar.update()
             if not going:
                 break
             batch.append(chosen if tokens == on_host else torch.tensor(tokens).to(chosen.device), going)
     return answers.written()
+
+
+def _stop_texts(
+    model: TransformerBridge,
+    prompt_ids: Sequence[Sequence[int]],
+    decoding: Decoding,
+    segmentation: Segmentation | None,
+) -> StopTexts:
+    """Return the check for stop texts, which count outside the thinking only, or everywhere if so decided."""
+    watches = None
+    if not decoding.stop_in_thinking:
+        formats = watched_formats(model, segmentation)
+        watches = [ThinkingWatch(formats, model.tokenizer.decode(ids[-PROMPT_END:])) for ids in prompt_ids]
+    return StopTexts(model.tokenizer, len(prompt_ids), decoding.stop, watches)
+
+
+def _no_distribution(model: TransformerBridge, row: int, n_written: int) -> ValueError:
+    """Return the error that the logits of a row are such that no token can be chosen."""
+    dtype = next(model.parameters()).dtype
+    remedy = (
+        "float16 holds no number above 65504: load the model with dtype='bfloat16' or 'float32'"
+        if dtype == torch.float16
+        else "look for NaN in its weights and in what hooks on it write, or load it with dtype='float32'"
+    )
+    return ValueError(
+        f"the logits of {model.cfg.model_name!r} ({str(dtype).removeprefix('torch.')}) for new token {n_written} of "
+        f"row {row} are NaN or infinite, so that no token can be chosen: {remedy}"
+    )
 
 
 class Answers:

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+UNDEFINED = -1  # in place of a token: there is no distribution to choose from
+
 
 def uniform_draws(seeds: Sequence[int], n_tokens: int) -> Float[Tensor, "row new_token"]:
     """Return a random number in [0, 1) for each token of each row, which depends on the seed of the row alone; float64.
@@ -31,6 +33,9 @@ def choose(
 ) -> Int[Tensor, " row"]:
     """Return the most likely token of each row, or the one at a quantile of its sampling distribution.
 
+    A row whose logits give no distribution, because one of them is NaN or plus infinity or all are minus infinity, has
+    `UNDEFINED` in place of a token.
+
     Args:
         logits: logits of the next token.
         draws: the quantile for each row; None chooses the most likely token.
@@ -45,12 +50,14 @@ def choose(
         (tensor([1]), tensor([2]))
     """
     if draws is None:
-        return logits.argmax(-1)
+        tokens = logits.argmax(-1, keepdim=True)  # of NaN, where there is one
+        return tokens.masked_fill(~logits.gather(-1, tokens).isfinite(), UNDEFINED).squeeze(-1)
     p = torch.softmax(logits.double() / temperature, dim=-1)
     if top_p < 1:
         ordered, order = p.sort(dim=-1, descending=True)
         is_outside = ordered.cumsum(-1) - ordered >= top_p  # what comes before is enough already
         p = p.scatter(-1, order, ordered.masked_fill(is_outside, 0.0))
     cumulative = p.cumsum(-1)  # [row, d_vocab]
-    quantile = draws.to(p.device)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, quantile, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+    total = cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, draws.to(p.device)[:, None] * total, right=True)
+    return tokens.clamp(max=logits.shape[-1] - 1).masked_fill(~total.isfinite(), UNDEFINED).squeeze(-1)

@@ -194,7 +194,7 @@ class Engine:
             answers = write(
                 self.model, [request.prompt_ids for request in requests],
                 max_new_tokens=[request.decoding.max_new_tokens for request in requests],
-                decoding=first.decoding, seeds=[request.seed for request in requests],
+                decoding=first.decoding, segmentation=first.segmentation, seeds=[request.seed for request in requests],
                 still_asked=lambda row: not requests[row].cancelled.is_set(),
             )  # fmt: skip
         logs = [None if log is None else log.of(row).summary() for row in range(len(requests))]

@@ -25,6 +25,7 @@ from stepsal.generation.decoding import Decoding
         ({"max_new_tokens": 2.5}, "max_new_tokens=2.5 must be a whole number"),
         ({"max_new_tokens": True}, "max_new_tokens=True must be a whole number"),
         ({"temperature": "0.6"}, "temperature='0.6' must be a number"),
+        ({"stop_in_thinking": "no"}, "stop_in_thinking='no' must be True, or False to let"),
     ],
 )
 def test_numbers_out_of_range(options: dict, message: str) -> None:
@@ -43,9 +44,15 @@ def test_changes_make_a_copy() -> None:
 
 
 def test_settings_survive_json() -> None:
-    decoding = Decoding(9, 0.5, 0.9, ("a", "b"), 2)
-    assert Decoding.from_dict(json.loads(json.dumps(decoding.to_dict()))) == decoding
+    for decoding in (Decoding(9, 0.5, 0.9, ("a", "b"), 2), Decoding(stop=["a"], stop_in_thinking=True)):
+        assert Decoding.from_dict(json.loads(json.dumps(decoding.to_dict()))) == decoding
     assert Decoding.from_dict({}) == Decoding()
+
+
+def test_settings_of_before_stop_in_thinking_could_be_chosen() -> None:
+    assert Decoding.from_dict({"stop": []}) == Decoding()
+    assert Decoding.from_dict({"stop": ["a"]}) == Decoding(stop=["a"], stop_in_thinking=True)
+    assert Decoding.from_dict({"stop": ["a"], "stop_in_thinking": False}) == Decoding(stop=["a"])
 
 
 def test_unknown_settings_are_named() -> None:

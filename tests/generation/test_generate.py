@@ -166,7 +166,7 @@ class TestStops:
     def test_a_row_ends_with_the_text_wherever_tokens_cut_it(self, mini: TransformerBridge) -> None:
         whole = stepsal.generate(mini, PROBLEMS[1].question)
         for text in (" so ", "eds", ".", whole.response[25:60]):
-            trace = stepsal.generate(mini, PROBLEMS[1].question, stop=["never written", text])
+            trace = stepsal.generate(mini, PROBLEMS[1].question, stop=["never written", text], stop_in_thinking=True)
             n = len(trace)
             assert torch.equal(trace.tokens, whole.tokens[:n])
             assert text in trace.response

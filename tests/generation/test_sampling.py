@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from stepsal.generation.sampling import choose, uniform_draws
+from stepsal.generation.sampling import UNDEFINED, choose, uniform_draws
 
 
 def test_samples_follow_the_distribution() -> None:
@@ -20,6 +21,15 @@ def test_samples_follow_the_distribution() -> None:
 
 def test_without_draws_the_most_likely_token_is_chosen() -> None:
     assert choose(torch.tensor([[0.0, 2.0, 1.0], [3.0, 2.0, 1.0]]), None, 0.0, 1.0).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_rows_without_a_distribution_are_undefined_and_the_others_are_not(sampled: bool, top_p: float) -> None:
+    nan, inf = float("nan"), float("inf")
+    logits = torch.tensor([[0.0, nan, 1.0], [0.0, inf, 1.0], [-inf, -inf, -inf], [nan] * 3, [0.0, -inf, 30.0]])
+    draws = torch.full((5,), 0.5) if sampled else None
+    assert choose(logits, draws, 1.0, top_p).tolist() == [UNDEFINED] * 4 + [2]
 
 
 def test_draws_belong_to_the_seed_and_leave_the_global_state() -> None:
