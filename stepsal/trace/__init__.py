@@ -5,12 +5,14 @@ model marks the sections (`FORMATS` has the usual ones, `Format.with_marker` mak
 `tokenize_prompt` put a chat template around a question and keep where the question stands.
 
 Files: `formats` (marks of sections), `boundaries` (ends of steps), `segment` (the state machine that finds both),
-`assignment` (tokens to steps), `prompt` (chat templates), `encoding` (text to tokens and back), `trace` (the result),
-`sections` (the texts alone), `tracking` (a sequence followed by its token ids while it is written).
+`assignment` (tokens to steps), `template` (chat templates and their switches), `prompt` (a question in a template),
+`frame` (what stands around every question), `encoding` (text to tokens and back), `trace` (the result), `sections` (the
+texts alone), `tracking` (a sequence followed by its token ids while it is written).
 """
 
 from stepsal.trace.formats import FORMATS, Format, Role
-from stepsal.trace.prompt import Prompt, PromptFrame, TokenizedPrompt, render_prompt, render_prompts, tokenize_prompt
+from stepsal.trace.frame import PromptFrame
+from stepsal.trace.prompt import Prompt, TokenizedPrompt, check_chat, render_prompt, render_prompts, tokenize_prompt
 from stepsal.trace.segment import Segmentation
 from stepsal.trace.trace import Step, Trace
 
@@ -24,6 +26,7 @@ __all__ = [
     "Step",
     "TokenizedPrompt",
     "Trace",
+    "check_chat",
     "render_prompt",
     "render_prompts",
     "tokenize_prompt",

@@ -6,17 +6,17 @@ found by the template's text around it: `locate_question` finds a known question
 
 from __future__ import annotations
 
+import json
 import unicodedata
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import takewhile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jinja2
 
-# private-use characters, which are in no real text
-_QUESTION_STAND_IN = "\ue000question\ue001"
-_SYSTEM_STAND_INS = ("\ue002", "x\ue003")  # with nothing in common
+from stepsal.trace.template import apply_template, chat_template_of, reserved_names, switches_of
+
+_QUESTION_STAND_IN = "\ue000question\ue001"  # private-use characters, which are in no real text
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Prompt:
         text: the question with the chat template around it.
         start: position in `text` of the first character of the question that is no white space.
         end: position after its last character that is no white space.
+        chat: switches of the chat template that it was rendered with.
 
     Example:
         >>> prompt = stepsal.trace.render_prompt(stepsal.load("mini").tokenizer, "What is Anna?")
@@ -39,6 +40,7 @@ class Prompt:
     text: str
     start: int
     end: int
+    chat: dict[str, Any] = field(default_factory=dict, kw_only=True, hash=False)
 
     @property
     def tail(self) -> str:
@@ -63,7 +65,9 @@ class TokenizedPrompt(Prompt):
     ids: tuple[int, ...]
 
 
-def render_prompt(tokenizer: Any, question: str, system: str | None = None) -> Prompt:
+def render_prompt(
+    tokenizer: Any, question: str, system: str | None = None, *, chat: Mapping[str, Any] | None = None
+) -> Prompt:
     """Put the tokenizer's chat template around a question.
 
     A tokenizer without a chat template puts BOS before the question and a line break after it.
@@ -72,28 +76,32 @@ def render_prompt(tokenizer: Any, question: str, system: str | None = None) -> P
         tokenizer: of Hugging Face.
         question: what the user asks.
         system: a system prompt; None keeps what the chat template does by itself.
+        chat: switches of the chat template, such as {"enable_thinking": False}.
 
     Raises:
-        ValueError: an empty question, or a template that alters it.
+        ValueError: an empty question, a template that alters it, or a switch that the template does not have.
 
     Example:
         >>> prompt = stepsal.trace.render_prompt(stepsal.load("mini").tokenizer, "What is Anna?")
         >>> prompt.text[: prompt.start], prompt.tail
         ('<|endoftext|><|user|>', '<|assistant|><think>')
     """
-    return render_prompts(tokenizer, [question], system)[0]
+    return render_prompts(tokenizer, [question], system, chat=chat)[0]
 
 
-def render_prompts(tokenizer: Any, questions: Sequence[str], system: str | None = None) -> list[Prompt]:
+def render_prompts(
+    tokenizer: Any, questions: Sequence[str], system: str | None = None, *, chat: Mapping[str, Any] | None = None
+) -> list[Prompt]:
     """Put the tokenizer's chat template around several questions, as `render_prompt` does around one.
 
     Args:
         tokenizer: of Hugging Face.
         questions: the questions that the user asks.
         system: a system prompt; None keeps what the chat template does by itself.
+        chat: switches of the chat template.
 
     Raises:
-        ValueError: an empty question, or a template that alters it.
+        ValueError: an empty question, a template that alters it, or a switch that the template does not have.
 
     Example:
         >>> prompts = stepsal.trace.render_prompts(stepsal.load("mini").tokenizer, ["What is Anna?", "And Hugo?"])
@@ -102,11 +110,12 @@ def render_prompts(tokenizer: Any, questions: Sequence[str], system: str | None 
     """
     for question in questions:
         require_text("question", question)
+    switches = check_chat(tokenizer, chat)
     # the template's text before a question tells where it stands: "user" or "assistant" may occur elsewhere, too
-    head, stand_in, _ = _render(tokenizer, _QUESTION_STAND_IN, system).partition(_QUESTION_STAND_IN)
+    head, stand_in, _ = _render(tokenizer, _QUESTION_STAND_IN, system, switches).partition(_QUESTION_STAND_IN)
     prompts = []
     for question in questions:
-        text = _render(tokenizer, question, system)
+        text = _render(tokenizer, question, system, switches)
         stripped = question.strip()
         indent = 0 if text.startswith(stripped, len(head)) else question.index(stripped)  # many templates strip it
         start = len(head) + indent
@@ -115,7 +124,7 @@ def render_prompts(tokenizer: Any, questions: Sequence[str], system: str | None 
                 f"the chat template altered the question {question[:60]!r}, so that it can't be found in the prompt: "
                 "set tokenizer.chat_template to one that keeps it"
             )
-        prompts.append(Prompt(question, text, start, start + len(stripped)))
+        prompts.append(Prompt(question, text, start, start + len(stripped), chat=switches))
     return prompts
 
 
@@ -133,10 +142,52 @@ def tokenize_prompt(tokenizer: Any, prompt: Prompt) -> TokenizedPrompt:
         9
     """
     ids = tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
-    return TokenizedPrompt(prompt.question, prompt.text, prompt.start, prompt.end, tuple(ids))
+    return TokenizedPrompt(prompt.question, prompt.text, prompt.start, prompt.end, tuple(ids), chat=prompt.chat)
 
 
-def template_around(tokenizer: Any, system: str | None = None) -> tuple[str, str]:
+def check_chat(tokenizer: Any, chat: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Check the switches that a caller sets of a tokenizer's chat template, and return them as a plain dict.
+
+    Args:
+        tokenizer: of Hugging Face.
+        chat: switches of the chat template by name; None and {} set none.
+
+    Raises:
+        ValueError: a name that the template does not use, or that `apply_chat_template` sets itself; a value that JSON
+            does not hold; or there is no template.
+
+    Example:
+        >>> tokenizer = stepsal.load("mini").tokenizer
+        >>> tokenizer.chat_template += "{% if enable_thinking is false %}</think>{% endif %}"
+        >>> stepsal.trace.check_chat(tokenizer, {"enable_thinking": False})
+        {'enable_thinking': False}
+    """
+    if chat is None:
+        return {}
+    if not isinstance(chat, Mapping):
+        raise ValueError(f"chat={chat!r} must map switches of the chat template, as {{'enable_thinking': False}} does")
+    if not chat:
+        return {}
+    if chat_template_of(tokenizer) is None:
+        raise ValueError(f"chat={dict(chat)!r}: the tokenizer has no chat template; set tokenizer.chat_template")
+    switches, own = switches_of(tokenizer), reserved_names(tokenizer)
+    for name, value in chat.items():
+        if name not in switches:
+            reason = "is set by apply_chat_template itself" if name in own else "is not used by the chat template"
+            remedy = f"use {', '.join(map(repr, switches))}" if switches else "it has no switches"
+            raise ValueError(f"chat={dict(chat)!r}: {name!r} {reason}; {remedy}")
+        try:
+            kept = json.loads(json.dumps(value, allow_nan=False)) == value
+        except (TypeError, ValueError):
+            kept = False
+        if not kept:
+            raise ValueError(f"chat: {name}={value!r} has no form in JSON; use text, numbers, True, False, None, lists")
+    return dict(chat)
+
+
+def template_around(
+    tokenizer: Any, system: str | None = None, *, chat: Mapping[str, Any] | None = None
+) -> tuple[str, str]:
     """Return the chat template's text before and after a question.
 
     A template without a place for a system prompt is rendered without one.
@@ -144,11 +195,16 @@ def template_around(tokenizer: Any, system: str | None = None) -> tuple[str, str
     Args:
         tokenizer: of Hugging Face.
         system: a system prompt; None keeps what the chat template does by itself.
+        chat: switches of the chat template.
+
+    Raises:
+        ValueError: a switch that the template does not have.
     """
+    switches = check_chat(tokenizer, chat)
     try:
-        text = _render(tokenizer, _QUESTION_STAND_IN, system)
+        text = _render(tokenizer, _QUESTION_STAND_IN, system, switches)
     except jinja2.TemplateError:  # raised by templates that refuse the role
-        text = _render(tokenizer, _QUESTION_STAND_IN, None)
+        text = _render(tokenizer, _QUESTION_STAND_IN, None, switches)
     head, _, tail = text.partition(_QUESTION_STAND_IN)
     return head, tail
 
@@ -182,61 +238,6 @@ def locate_question(text: str, question: str, tail: str) -> tuple[int, int]:
     )
 
 
-@dataclass(frozen=True)
-class PromptFrame:
-    r"""The chat template's text right before and right after any question, whatever the system prompt.
-
-    Attributes:
-        opening: text right before the question, such as "<|im_start|>user\n", without the system prompt. Where a
-            template puts the system prompt inside the user's turn, it is taken for part of the question.
-        tail: text between the question and the response.
-
-    Example:
-        >>> stepsal.trace.PromptFrame.of(stepsal.load("mini").tokenizer)
-        PromptFrame(opening='<|user|>', tail='<|assistant|><think>')
-    """
-
-    opening: str
-    tail: str
-
-    @classmethod
-    def of(cls, tokenizer: Any) -> PromptFrame:
-        """Read the frame off a tokenizer's chat template.
-
-        Args:
-            tokenizer: of Hugging Face.
-
-        Raises:
-            ValueError: there is no chat template, or nothing in it marks the end of a question.
-        """
-        head, tail = template_around(tokenizer)
-        heads = [head, *(template_around(tokenizer, system=system)[0] for system in _SYSTEM_STAND_INS)]
-        if not tail.strip():
-            raise ValueError(
-                "the tokenizer has no chat template that marks the end of a question, which following a sequence "
-                "needs: set tokenizer.chat_template"
-            )
-        return cls(_common_end(heads).strip() or head.strip(), tail.strip())
-
-    def locate(self, text: str) -> tuple[int, int, int] | None:
-        """Return where question and prompt lie in a text: start and end of the question, end of the prompt.
-
-        While the prompt is not complete, the result is None.
-
-        Args:
-            text: the text of a sequence, or its beginning; positions count its characters.
-        """
-        end = max(0, text.find(self.opening)) if self.opening in text else len(text)
-        while (end := text.find(self.tail, end)) >= 0:
-            start = text.rfind(self.opening, 0, end) + len(self.opening)
-            question = text[start:end]
-            if stripped := question.strip():
-                start += question.index(stripped)
-                return start, start + len(stripped), end + len(self.tail)
-            end += len(self.tail)
-        return None
-
-
 def require_text(name: str, text: str) -> None:
     """Refuse a text that is empty or white space.
 
@@ -251,17 +252,9 @@ def require_text(name: str, text: str) -> None:
         raise ValueError(f"{name}={text!r} is empty: there is nothing to trace")
 
 
-def _render(tokenizer: Any, question: str, system: str | None) -> str:
+def _render(tokenizer: Any, question: str, system: str | None, chat: Mapping[str, Any]) -> str:
     """Return the text of a prompt."""
-    if not getattr(tokenizer, "chat_template", None):
+    if chat_template_of(tokenizer) is None:
         return "".join((tokenizer.bos_token or "", f"{system}\n\n" if system else "", question, "\n"))
     messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": question})
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-
-
-def _common_end(texts: Sequence[str]) -> str:
-    """Return the longest text with which all texts end."""
-    backwards = zip(*(text[::-1] for text in texts), strict=False)
-    shared = [characters[0] for characters in takewhile(lambda c: len(set(c)) == 1, backwards)]
-    return "".join(reversed(shared))
+    return apply_template(tokenizer, [*messages, {"role": "user", "content": question}], chat)

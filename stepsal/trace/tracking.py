@@ -7,7 +7,9 @@ a whole text in one forward pass and the same text token by token get the same s
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from enum import IntEnum
 from functools import partial
 from itertools import accumulate, pairwise
@@ -18,7 +20,7 @@ from tokenizers.decoders import DecodeStream
 from stepsal.trace.assignment import StepTracker, step_ids
 from stepsal.trace.boundaries import Split
 from stepsal.trace.formats import Format, Role
-from stepsal.trace.prompt import PromptFrame
+from stepsal.trace.frame import PromptFrame
 from stepsal.trace.segment import Segmenter, Span
 
 
@@ -66,7 +68,7 @@ class SequenceTracker:
         format: format of the response; the section in which it begins is told by the prompt (`Format.after`).
         split: where steps end, as for `Segmenter`.
         min_chars: least length of a step in characters; a shorter piece is merged with the one after it.
-        whole_prompt: take the whole prompt for the question.
+        whole_prompt: take the whole prompt for the question, up to the answer where no switch of the template is set.
 
     Attributes:
         sections: the section of each token so far. Those of a prompt are known once it is complete.
@@ -99,8 +101,10 @@ class SequenceTracker:
         self._frame, self._whole_prompt = frame, whole_prompt
         self._backend = tokenizer.backend_tokenizer
         self._stream = DecodeStream(skip_special_tokens=False)
+        self._format = format
+        self._is_marked = frame.marked and frame.rest.lstrip().startswith(format.all_markers)
         self._new_segmenter = partial(
-            Segmenter, format, split=split, min_chars=min_chars, template=tokenizer.all_special_tokens
+            Segmenter, split=split, min_chars=min_chars, template=tokenizer.all_special_tokens
         )
         self._begin_turn(0, [])
 
@@ -135,15 +139,24 @@ class SequenceTracker:
         """Begin a prompt, with the text of those of its tokens that have come in already."""
         self.origin, self.in_prompt = origin, True
         self._prompt = pieces  # text of each token of the prompt, from `origin` on
-        self._recent = ""  # the last characters, in which a template text may be about to end
-        self._steps = StepTracker(self._new_segmenter())
+        self._rest: str | None = None  # what the template has written behind its tail
+        self._recent: deque[str] = deque()  # text of the last tokens, in which a template text may be about to end
+        self._n_recent = 0  # characters of these
+        self._steps = StepTracker(self._new_segmenter(self._format))
+        self._beginning: list[str] | None = None  # text of the first tokens of an answer that may lack its thinking
         self._step, self._step_section = -1, Section.OTHER
         self._step_positions: list[int] = []
 
     def _ends_with(self, template_text: str, piece: str) -> bool:
         """Tell whether a template text comes to its end in this piece."""
-        self._recent = self._recent[-len(template_text) :] + piece
-        return template_text in self._recent
+        self._recent.append(piece)
+        self._n_recent += len(piece)
+        while self._n_recent - len(self._recent[0]) >= len(template_text) + len(piece):
+            self._n_recent -= len(self._recent.popleft())
+        return template_text in "".join(self._recent)
+
+    def _forget_recent(self) -> None:
+        self._recent, self._n_recent = deque(), 0
 
     def _read_prompt(self, piece: str) -> None:
         """Read a token of a prompt; with its last one, the whole prompt gets its sections."""
@@ -156,9 +169,12 @@ class SequenceTracker:
             return
         start, end, prompt_end = place
         self.sections[self.origin :] = self._sections_of_prompt(text, start, end, prompt_end)
-        self.in_prompt, self._prompt, self._recent = False, [], ""
-        if text[prompt_end:]:  # the prompt ends in the middle of this token
-            self._steps.push(text[prompt_end:])
+        self.in_prompt, self._prompt = False, []
+        self._forget_recent()
+        self._rest = text[prompt_end:]
+        self._beginning = [] if self._is_marked else None
+        if self._rest:  # the tail ends in the middle of this token
+            self._push(self._rest)
 
     def _sections_of_prompt(self, text: str, start: int, end: int, prompt_end: int) -> list[Section]:
         """Return the section of each token of a prompt, whose question is the text from `start` to `end`."""
@@ -172,10 +188,14 @@ class SequenceTracker:
         """Read a token of a response, and return the step that begins at it and follows another one."""
         position = len(self.sections)
         if self._frame.opening and self._ends_with(self._frame.opening, piece):
-            self._begin_turn(position, [self._recent])
+            pieces = self._pieces_of_opening()
             self.sections.append(Section.OTHER)
+            self._begin_turn(position + 1 - len(pieces), pieces)
             return None
-        step = self._steps.push(piece)
+        step = self._push(piece)
+        if self._whole_prompt and self._continues_prompt(piece):
+            self.sections.append(Section.QUESTION)
+            return None
         section = _SECTION_OF[self._steps.role]
         begins = step >= 0 and step != self._step
         if begins and self._steps.segmenter.holds_back:
@@ -192,3 +212,37 @@ class SequenceTracker:
         self._step_section = section
         self._step_positions.append(position)
         return start
+
+    def _push(self, piece: str) -> int:
+        """Read a token of a response, and return its step.
+
+        A response that a marker should begin, and does not, is a summary from its first word on.
+        """
+        if self._beginning is None:
+            return self._steps.push(piece)
+        self._beginning.append(piece)
+        text, markers = "".join(self._beginning).lstrip(), self._format.all_markers
+        if any(marker.startswith(text) for marker in markers) and text not in markers:  # "" among them
+            return self._steps.push(piece)
+        pieces, self._beginning = self._beginning, None
+        if not text.startswith(markers):
+            self._steps = StepTracker(self._new_segmenter(replace(self._format, start="summary")))
+            for earlier in pieces[:-1]:
+                self._steps.push(earlier)
+        return self._steps.push(piece)
+
+    def _pieces_of_opening(self) -> list[str]:
+        """Return the text of each of the last tokens, from the one in which the opening begins."""
+        pieces = list(self._recent)
+        while self._frame.opening in "".join(pieces[1:]):
+            pieces = pieces[1:]
+        return pieces
+
+    def _continues_prompt(self, piece: str) -> bool:
+        """Tell whether a token right behind the tail belongs to what the template writes there."""
+        if self._rest is not None:
+            self._rest += piece
+            if self._frame.rest.startswith(self._rest):
+                return True
+            self._rest = None
+        return False

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import char_tokenizer
 
+from stepsal.trace.frame import PromptFrame
 from stepsal.trace.prompt import (
-    PromptFrame,
+    check_chat,
     locate_question,
     render_prompt,
     render_prompts,
@@ -16,6 +17,8 @@ from stepsal.trace.prompt import (
     tokenize_prompt,
 )
 from stepsal.trace.sections import sections
+from stepsal.trace.segment import Segmentation
+from stepsal.trace.template import switches_of
 from stepsal.trace.trace import Trace
 
 TOKENIZER = char_tokenizer()
@@ -71,10 +74,6 @@ def test_an_answer_of_no_tokens() -> None:
         Trace.from_answer(prompt, [], TOKENIZER)
 
 
-def test_a_frame_holds_no_system_prompt() -> None:
-    assert PromptFrame.of(TOKENIZER) == PromptFrame("<user>", "<assistant><think>")
-
-
 @pytest.mark.parametrize(
     ("prompt", "response", "expected"),
     [
@@ -86,3 +85,94 @@ def test_a_frame_holds_no_system_prompt() -> None:
 )
 def test_sections_as_texts(prompt: str, response: str, expected: tuple[str, str]) -> None:
     assert sections(TOKENIZER, prompt, response) == expected
+
+
+def with_template(template: object) -> object:
+    tokenizer = char_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+SWITCHED = (
+    "{%- if not thinking is defined %}{%- set thinking = false %}{%- endif %}<bos>{% for m in messages %}<user>"
+    "{% if style == 'short' or tone in ['kind', 'dry'] %}[{{ style }}]{% endif %}{{ m.content }}{% endfor %}<assistant>"
+    "{% generation %}{% if thinking %}<think>{% else %}</think>{% endif %}{% endgeneration %}{{ eos_token * 0 }}"
+    "{{ sep_token }}{{ namespace(a=1).a * '' }}{{ raise_exception('never') if tools }}"
+)
+
+
+def test_the_switches_of_a_template() -> None:
+    tokenizer = with_template(SWITCHED)
+    assert switches_of(tokenizer) == {
+        "style": (True, False, "short"), "thinking": (True, False), "tone": (True, False, "kind", "dry"),
+    }  # fmt: skip
+    assert switches_of(TOKENIZER) == switches_of(BARE) == {}
+
+
+def test_a_prompt_with_switches() -> None:
+    tokenizer = with_template(SWITCHED)
+    assert render_prompt(tokenizer, "How?").text == "<bos><user>How?<assistant></think>"
+    prompt = render_prompt(tokenizer, "How?", chat={"thinking": True, "style": "short"})
+    assert prompt.text == "<bos><user>[short]How?<assistant><think>"
+    assert prompt.text[prompt.start : prompt.end] == "How?"
+    assert prompt.chat == tokenize_prompt(tokenizer, prompt).chat == {"thinking": True, "style": "short"}
+    assert template_around(tokenizer, chat={"thinking": True}) == ("<bos><user>", "<assistant><think>")
+
+
+@pytest.mark.parametrize(
+    ("chat", "message"),
+    [
+        ({"enable_thinking": False}, "'enable_thinking' is not used by the chat template; use 'style', 'think"),
+        ({"thinking": True, "Style": 1}, "'Style' is not used"),
+        ({"tokenize": True}, "'tokenize' is set by apply_chat_template itself"),
+        ({"messages": []}, "'messages' is set by"),
+        ({"tools": []}, "'tools' is set by"),
+        ({"eos_token": ""}, "'eos_token' is set by"),
+        ({"sep_token": ""}, "'sep_token' is set by"),
+        ({"namespace": 1}, "'namespace' is set by"),
+        ({"thinking": object()}, "thinking=<object .* has no form in JSON"),
+        ({"thinking": (1, 2)}, "has no form in JSON"),
+        ({"thinking": float("nan")}, "has no form in JSON"),
+        ("thinking", "must map switches"),
+        (["thinking"], "must map switches"),
+        (True, "must map switches"),
+    ],
+)  # fmt: skip
+def test_switches_that_are_refused(chat: object, message: str) -> None:
+    tokenizer = with_template(SWITCHED)
+    for call in (check_chat, lambda tokenizer, chat: render_prompt(tokenizer, "How?", chat=chat)):
+        with pytest.raises(ValueError, match=message):
+            call(tokenizer, chat)
+
+
+def test_switches_where_there_are_none() -> None:
+    assert (
+        check_chat(TOKENIZER, None) == check_chat(TOKENIZER, {}) == check_chat(BARE, {}) == check_chat(None, {}) == {}
+    )
+    with pytest.raises(ValueError, match="it has no switches"):
+        check_chat(TOKENIZER, {"thinking": True})
+    for tokenizer in (BARE, None):
+        with pytest.raises(ValueError, match="no chat template; set"):
+            check_chat(tokenizer, {"thinking": True})
+
+
+def test_several_templates_under_one_tokenizer() -> None:
+    several = with_template({"tool_use": "<bos>{{ tools[0] }}", "default": SWITCHED})
+    assert render_prompt(several, "How?") == render_prompt(with_template(SWITCHED), "How?")
+    assert check_chat(several, {"thinking": True}) == {"thinking": True}
+    for call in (lambda t: render_prompt(t, "How?"), template_around, switches_of, PromptFrame.of):
+        with pytest.raises(ValueError, match=r"'tool_use' and none is named 'default': set tokenizer.chat_template"):
+            call(with_template({"tool_use": SWITCHED}))
+
+
+def test_a_trace_keeps_its_switches() -> None:
+    tokenizer, chat = with_template(SWITCHED), {"thinking": True}
+    trace = Trace.from_text("How many?", "Count them.</think>Two.", tokenizer, chat=chat)
+    assert (trace.chat, trace.roles) == (chat, ("question", "thinking", "summary"))
+    # the question stands before what this switch lets follow
+    again = Trace.from_tokens(trace.tokens, trace.n_prompt, tokenizer, question="How many?", chat=chat)
+    assert (again.chat, again.steps) == (chat, trace.steps)
+    plain = Trace.from_text("How many?", "Two.", tokenizer, segmentation=Segmentation("think"))
+    assert (plain.chat, plain.roles) == ({}, ("question", "summary"))
+    prompt = tokenize_prompt(tokenizer, render_prompt(tokenizer, "How many?", chat=chat))
+    assert Trace.from_answer(prompt, TOKENIZER("Two.")["input_ids"], tokenizer).chat == chat

@@ -10,7 +10,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from stepsal.tasks import chain
 from stepsal.trace.formats import FORMATS, Format
-from stepsal.trace.prompt import PromptFrame, render_prompt
+from stepsal.trace.frame import PromptFrame
+from stepsal.trace.prompt import render_prompt
 from stepsal.trace.trace import Trace
 from stepsal.trace.tracking import Section, SequenceTracker, StepStart
 
@@ -122,8 +123,11 @@ def test_several_turns() -> None:
     ids = TOKENIZER(text)["input_ids"]
     tracker, starts = follow(TOKENIZER, ids, FORMATS["think"], [])
     asked = [i for i, s in enumerate(tracker.sections) if s is Section.QUESTION]
-    # the first turn's prompt has no <think> behind it: the tokens up to there are one prompt, its question the last one
-    assert TOKENIZER.decode([ids[i] for i in asked]) == "And why is\nthat?"
+    assert TOKENIZER.decode([ids[i] for i in asked]) == "How many?And why is\nthat?"
+    assert [i for i in asked if i >= tracker.origin] == asked[len("How many?") :]
+    # every prompt of this template goes on with <think>; the first answer lacks it, and so has lost its thinking
+    written = [i for i, s in enumerate(tracker.sections) if s is Section.SUMMARY]
+    assert TOKENIZER.decode([ids[i] for i in written]).strip() == "Two."
     ids += TOKENIZER("</think>Done.\n<user>What?<assistant><think>Now then.")["input_ids"]
     tracker, starts = follow(TOKENIZER, ids, FORMATS["think"], [])
     asked = [i for i, s in enumerate(tracker.sections) if s is Section.QUESTION and i >= tracker.origin]
