@@ -39,7 +39,7 @@ from stepsal.intervention.oeb import odds_equal_bridge
 from stepsal.intervention.segmentation import agreement, format_of, resolved_segmentation
 from stepsal.intervention.smi import Injections, inject, previous_step_means
 from stepsal.intervention.values import KeptValues
-from stepsal.trace.prompt import PromptFrame
+from stepsal.trace.frame import PromptFrame
 from stepsal.trace.segment import Segmentation
 from stepsal.trace.tracking import SequenceTracker
 
@@ -172,7 +172,14 @@ class StepFlow:
         check_model(model)
         self.log = FlowLog(self.oeb_layers, self.smi_layers)
         self._frame = PromptFrame.of(model.tokenizer)
-        self.segmentation = resolved_segmentation(segmentation, model, self._frame.tail)
+        if not self._frame.opening:
+            warnings.warn(
+                "the chat template has no text before all questions of a conversation, so that StepFlow takes what "
+                "follows the first answer for more of it: give it one question at a time, or set "
+                "tokenizer.chat_template",
+                stacklevel=4,  # at the `with` of the caller
+            )
+        self.segmentation = resolved_segmentation(segmentation, model, self._frame.tail + self._frame.rest)
         self._format = format_of(self.segmentation).after(self._frame.tail)
         self._windows = {layer: sliding_window(model, layer) for layer in self.oeb_layers}
         self._editors: list[tuple[HookPoint, LensHandle]] = []

@@ -85,6 +85,8 @@ class PromptFrame:
         variants = [*_with_switches(tokenizer), *(_Rendering.of(tokenizer, 1, system=system) for system in _SYSTEMS)]
         others = [rendering for rendering in variants if rendering is not None]
         opening, tail = _opening(first, several, others), _tail(first, several, others)
+        for token in filter(None, (tokenizer.bos_token, tokenizer.eos_token)):  # an answer may be cut off before it
+            opening = opening.removeprefix(token).lstrip() or opening
         behind = [rendering.tails[0].partition(tail)[2] for rendering in (first, *others)]
         marked = all(text.lstrip().startswith(_MARKERS) for text in behind)
         return cls(opening, tail, rest=behind[0], head=first.heads[0], marked=marked)

@@ -180,6 +180,9 @@ FAMILIES = {
                  system="<seed:bos>system\n@s<seed:eos>"),
         "<seed:bos>user", "<seed:eos><seed:bos>assistant",
     ),
+    "one token that begins and ends": Family(
+        template("<user>@q", "<assistant>@a<eos>", before="<eos>"), "<user>", "<assistant>",
+    ),
     "Vicuna": Family(  # no marks, only words
         template("USER: @q ASSISTANT:", " @a</s>", system="@s ", default="A chat of two. "), "USER:", "ASSISTANT:",
     ),
