@@ -12,7 +12,9 @@ FRAGMENTS = [
     "\\[ a = b. \n C = d. \\]", "$$ x. Y $$", "\\( p. Q \\)", "```python\nx = 1. \n\nY = 2\n```", "\\begin{align} a. B",
     "\\end{align}", "<think>", "</think>", "</th", "<", "$", "`", "<|channel|>analysis<|message|>", "<|end|>",
     "<|channel|>final<|message|>", "<|return|>", "<|endoftext|>", "答案是三。", "然后呢？", "😀🎉", "שלום עולם.",
-    "The answer is no. Then", "a", "Answer:", ".", '"Quoted." ',
+    "The answer is no. Then", "a", "Answer:", ".", '"Quoted." ', "<|start|>assistant", "<|channel|>commentary to=f.g",
+    "<|channel|>", "<|message|>", " <|constrain|>json", "final", "<|call|>", "[THINK]", "[/THINK]", "◁think▷",
+    "◁/think▷", "<answer>", "~~~", "````\n", "\n```\n", "यह तीन है।", "كم هو؟", "Answer: \n",
 ]  # fmt: skip
 TEXTS = st.lists(st.one_of(st.sampled_from(FRAGMENTS), st.text(max_size=6)), max_size=25).map("".join)
-ALL_FORMATS = [*FORMATS.values(), Format.with_marker("Answer:")]
+ALL_FORMATS = [*FORMATS.values(), *map(Format.with_marker, ("Answer:", "Answer: \n", "\nAnswer:"))]

@@ -10,7 +10,8 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 
 from stepsal.trace.formats import Role
-from stepsal.trace.segment import Segmenter, Span
+from stepsal.trace.markers import Span
+from stepsal.trace.segmenter import Segmenter
 
 
 def step_ids(spans: Sequence[Span], offsets: Iterable[tuple[int, int]], text: str, breaks: Iterable[int]) -> list[int]:
@@ -20,11 +21,12 @@ def step_ids(spans: Sequence[Span], offsets: Iterable[tuple[int, int]], text: st
         spans: steps in order, as character spans of `text`.
         offsets: half-open character span of each token.
         text: the text that the tokens spell.
-        breaks: character positions at which template text ends; white space right after one belongs to no step.
+        breaks: character positions at which template text begins; white space from there to the next step belongs to
+            no step.
 
     Example:
         >>> from stepsal.trace.assignment import step_ids
-        >>> from stepsal.trace.segment import Span
+        >>> from stepsal.trace.markers import Span
         >>> spans = [Span("thinking", 0, 8), Span("summary", 9, 12)]
         >>> step_ids(spans, [(0, 3), (3, 8), (8, 12)], "One two. End", breaks=[])
         [0, 0, 1]
@@ -39,7 +41,7 @@ def step_ids(spans: Sequence[Span], offsets: Iterable[tuple[int, int]], text: st
             ids.append(i if i >= 0 and position < spans[i].end else -1)
             continue
         i = bisect_left(starts, start) - 1
-        last_break = bisect_right(breaks, start) - 1
+        last_break = (bisect_right(breaks, start) if piece else bisect_left(breaks, start)) - 1
         is_cut_off = last_break >= 0 and i >= 0 and breaks[last_break] >= spans[i].end
         ids.append(-1 if i < 0 or is_cut_off else i)
     return ids

@@ -20,12 +20,20 @@ The callable is asked at each non-space character `next_char` and returns True w
 
 CLOSERS = "\"'”’»)]}*_`"
 WIDE_CLOSERS = "」』）】》"
-WIDE_END = "。！？"  # need no white space after them
+WIDE_END = "。！？｡．︒︕︖﹒﹖﹗"  # need no white space after them
 
 _NAMED = ("sentence", "paragraph", "line")
 _BULLETS = "-*•#"
 _ABBREVIATIONS = frozenset("e.g i.e cf vs fig figs eq eqs dr mr mrs ms prof approx resp sec ch viz ca al".split())
-_OPENERS = "\"'“‘«‹„([{*_`$\\"  # what a sentence may begin with, besides letters and digits
+_OPENERS = "\"'“‘«‹„([{*_`$\\¿¡"  # what a sentence may begin with, besides letters and digits
+_WIDE_POINTS = "．﹒"  # which also stand in numbers
+_MARKS = "!?…‼‽⁇⁈⁉"  # end a sentence where the next one does not begin with a small letter
+# what ends a sentence in scripts that know no such letters: Unicode's Sentence_Terminal without the marks above
+_OTHER_ENDS = frozenset(
+    "։؝؞؟۔܀܁܂߹࠷࠹࠽࠾।॥၊။።፧፨᙮᜵᜶។៕᠃᠉᥄᥅᪨᪩᪪᪫᭎᭏᭚᭛᭞᭟᭽᭾᭿᰻᰼᱾᱿⳹⳺⳻⸮⸼⹓⹔⹠⹡꓿꘎꘏꛳꛷꡶꡷꣎꣏꤯꧈꧉꩝꩞꩟꫰꫱꯫"
+    "𐩖𐩗𐽕𐽖𐽗𐽘𐽙𐾆𐾇𐾈𐾉𑁇𑁈𑂾𑂿𑃀𑃁𑅁𑅂𑅃𑇅𑇆𑇍𑇞𑇟𑈸𑈹𑈻𑈼𑊩𑏔𑏕𑑋𑑌𑗂𑗃𑗉𑗊𑗋𑗌𑗍𑗎𑗏𑗐𑗑𑗒𑗓𑗔𑗕𑗖𑗗𑙁𑙂𑜼𑜽𑜾𑥄𑥆𑩂𑩃𑪛𑪜𑱁𑱂𑻷𑻸𑽃𑽄"
+    "𖩮𖩯𖫵𖬷𖬸𖭄𖵮𖵯𖺘𛲟𝪈"
+)
 _INLINE_LIST = re.compile(r":\s+\(?[1aAiI][.)]$")  # "We do two things: 1. ..."
 _LIST_NUMBER = re.compile(r"(\d{1,3}|[A-Za-z])[.)]")
 _SENTENCE_TAIL = 48  # characters of the step that a sentence decision looks back on
@@ -160,12 +168,14 @@ def _sentence_ends(step: str, gap: str, char: str, line_start: int) -> bool:
     body = step.rstrip(CLOSERS + WIDE_CLOSERS) or step
     mark = body[-1]
     if mark in WIDE_END:
-        return True
+        return bool(gap) or mark not in _WIDE_POINTS or not char.isdigit()
     if not gap:
         return False
+    if mark in _OTHER_ENDS:
+        return True
     if line_breaks and (char in _BULLETS or char.isdigit()):  # a new line that begins as list items do
         return True
-    if mark not in ".!?…":
+    if mark != "." and mark not in _MARKS:
         return False
     opens_sentence = char in _OPENERS or (char.isalnum() and not char.islower())
     if mark != "." or body.endswith(".."):

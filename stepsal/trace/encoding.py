@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
@@ -63,25 +64,29 @@ def check_context(n_tokens: int, model_or_tokenizer: Any) -> None:
 
 
 def encode(tokenizer: Any, text: str) -> TokenizedText:
-    """Tokenise a text, with the character spans that the tokenizer reports.
+    """Tokenise a text, with the character span of each token.
+
+    As in `decode`, a token that ends within a character has an empty span; its character counts to the token that
+    completes it.
 
     Args:
         tokenizer: a fast one.
         text: the text, with the special tokens written out; none are added.
 
     Raises:
-        ValueError: the spans do not fit the text.
+        ValueError: the text holds half a character, or the spans do not fit it.
 
     Example:
         >>> from stepsal.trace.encoding import encode
         >>> encode(stepsal.load("mini").tokenizer, "Anna is here").offsets[:2]
         ((0, 4), (4, 7))
     """
+    check_characters("the text", text)
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids = tuple(encoding["input_ids"])
     offsets = tuple((int(start), int(end)) for start, end in encoding["offset_mapping"])
     check_offsets(offsets, text, tokenizer.convert_ids_to_tokens(list(ids)))
-    return TokenizedText(text, ids, offsets)
+    return TokenizedText(text, ids, _without_shared_characters(offsets))
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> TokenizedText:
@@ -102,6 +107,45 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> TokenizedText:
         offsets.append((position, position + len(piece)))
         position += len(piece)
     return TokenizedText("".join(pieces), tuple(ids), tuple(offsets))
+
+
+def check_characters(name: str, text: str) -> None:
+    """Refuse a text with half a character in it, which no tokenizer can read.
+
+    Args:
+        name: name of the text, for the error.
+        text: the text.
+
+    Raises:
+        ValueError: the text holds a lone surrogate.
+
+    Example:
+        >>> from stepsal.trace.encoding import check_characters
+        >>> check_characters("response", "a party \U0001f389")
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        around = text[max(0, error.start - 20) : error.start + 20]
+        raise ValueError(
+            f"{name} holds half a character (a lone surrogate) at position {error.start}, in {around!a}: it was "
+            "cut within a character or read in a wrong encoding; read it as UTF-8, or replace such places by "
+            "text.encode('utf-8', 'replace').decode()"
+        ) from None
+
+
+def _without_shared_characters(offsets: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Give characters that several tokens share, such as those of an emoji, to the last of these tokens."""
+    spans: list[tuple[int, int]] = []
+    begin = None  # of the characters that are not complete
+    for (start, end), (next_start, _) in pairwise((*offsets, (offsets[-1][1],) * 2)):
+        begin = start if begin is None else begin
+        if next_start < end:
+            spans.append((begin, begin))
+        else:
+            spans.append((begin, end))
+            begin = None
+    return tuple(spans)
 
 
 def check_offsets(offsets: Sequence[tuple[int, int]], text: str, tokens: Sequence[str]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import groupby
+from bisect import bisect_left
 from typing import Any
 
 from stepsal.trace.segment import Segmentation
+from stepsal.trace.segmenter import Segmenter
 
 
-def sections(tokenizer: Any, prompt: str, response: str) -> tuple[str, str]:
+def sections(tokenizer: Any, prompt: str, response: str, segmentation: Segmentation | None = None) -> tuple[str, str]:
     """Return the thinking of a response and the text after it.
 
     Both are those of a `Trace`, with one difference: where no marker tells the thinking, the thinking is empty and the
@@ -18,6 +19,7 @@ def sections(tokenizer: Any, prompt: str, response: str) -> tuple[str, str]:
         tokenizer: the tokenizer, whose special tokens are left out.
         prompt: the rendered prompt.
         response: everything after it.
+        segmentation: the way to find sections; None is `Segmentation()`, by which the response tells the format.
 
     Example:
         >>> from stepsal.trace.sections import sections
@@ -25,16 +27,41 @@ def sections(tokenizer: Any, prompt: str, response: str) -> tuple[str, str]:
         ('One more than one.', 'Two.')
     """
     special_tokens = tokenizer.all_special_tokens
-    segmentation = Segmentation().resolved(prompt, response)
-    segmenter = segmentation.segmenter(prompt, special_tokens)
+    resolved = (segmentation or Segmentation()).resolved(prompt, response, template=special_tokens, stacklevel=3)
+    segmenter = resolved.segmenter(prompt, special_tokens)
     if segmenter.format.last_is_summary:
         return "", _without_end_tokens(response, special_tokens)
     segmenter.push(response)
-    texts: dict[str, list[str]] = {"thinking": [], "summary": []}
-    for role, run in groupby(segmenter.finish(), key=lambda span: span.role):
-        spans = list(run)
-        texts[role].append(response[spans[0].start : spans[-1].end])
-    return "\n".join(texts["thinking"]), "\n".join(texts["summary"])
+    texts = section_texts(segmenter, response)
+    return texts["thinking"], texts["summary"]
+
+
+def section_texts(segmenter: Segmenter, response: str) -> dict[str, str]:
+    r"""Return thinking and summary of a response that was read, a line break where template stands between its parts.
+
+    Args:
+        segmenter: has read the response; it is ended.
+        response: the response.
+
+    Example:
+        >>> from stepsal.trace.sections import section_texts
+        >>> segmenter = stepsal.Segmentation("think").segmenter()
+        >>> segmenter.push("One.</think>Two.<think>Three.")
+        >>> section_texts(segmenter, "One.</think>Two.<think>Three.")
+        {'thinking': 'One.\nThree.', 'summary': 'Two.'}
+    """
+    spans, breaks = segmenter.finish(), segmenter.breaks
+    runs: list[tuple[str, int, int]] = []  # of steps of one section without template between them
+    for role, start, end in spans:
+        last = runs[-1] if runs else None
+        if last and last[0] == role and bisect_left(breaks, last[2]) == bisect_left(breaks, start):
+            runs[-1] = (role, last[1], end)
+        else:
+            runs.append((role, start, end))
+    return {
+        section: "\n".join(response[start:end] for role, start, end in runs if role == section)
+        for section in ("thinking", "summary")
+    }
 
 
 def _without_end_tokens(text: str, special_tokens: list[str]) -> str:

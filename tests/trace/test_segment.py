@@ -52,15 +52,15 @@ def test_steps_are_ordered_disjoint_trimmed_and_cover_the_text(text: str, format
 
 
 @settings(max_examples=300)
-@given(TEXTS, st.sampled_from(["think", "harmony"]), st.lists(st.integers(0, 5), min_size=1).filter(any))
-def test_the_step_of_a_token_is_known_when_it_arrives(text: str, format: str, sizes: list[int]) -> None:
+@given(TEXTS, st.sampled_from(ALL_FORMATS), st.lists(st.integers(0, 5), min_size=1).filter(any))
+def test_the_step_of_a_token_is_known_when_it_arrives(text: str, format: Format, sizes: list[int]) -> None:
     offsets: list[tuple[int, int]] = []
     start = 0
     while start < len(text):
         end = min(len(text), start + sizes[len(offsets) % len(sizes)])
         offsets.append((start, end))
         start = end
-    tracker = StepTracker(Segmenter(FORMATS[format], template=TEMPLATE))
+    tracker = StepTracker(Segmenter(format, template=TEMPLATE))
     told, held = [], []
     for a, b in offsets:
         undecided = tracker.segmenter.holds_back
@@ -120,10 +120,48 @@ def test_does_not_cut(text: str) -> None:
         ("这是真的吗？！我们走。", ["这是真的吗？！", "我们走。"]),
         ("Take \\( x. Y \\) first. Then the rest.", ["Take \\( x. Y \\) first.", "Then the rest."]),
         ("Never closed \\[ a = b.\n\nNext paragraph.", ["Never closed \\[ a = b.", "Next paragraph."]),
+        ("Write ``` in a line. Then go on.", ["Write ``` in a line.", "Then go on."]),
+        ("```x``` and ~~~ too. Then go on.\n\nAnd on.", ["```x``` and ~~~ too.", "Then go on.", "And on."]),
+        ("````\n```\nA = 1. B.\n```\n````\n\nThen go on.", ["````\n```\nA = 1. B.\n```\n````", "Then go on."]),
+        ("```\nA = 1. B.\n\nC\n`````\n\nThen go on.", ["```\nA = 1. B.\n\nC\n`````", "Then go on."]),
+        ("~~~\nA = 1. ```\n\nB\n~~~\nThen on.\n\nSo.", ["~~~\nA = 1. ```\n\nB\n~~~\nThen on.", "So."]),
+        ("Do so:\n  ```py\n  A. B\n\n  C\n  ```\n\nThen on.", ["Do so:\n  ```py\n  A. B\n\n  C\n  ```", "Then on."]),
+        ("``\nA = 1. B.\n``\n\nThen on.", ["``\nA = 1.", "B.\n``", "Then on."]),
+        ("पहला वाक्य है। दूसरा वाक्य है॥ तीसरा।", ["पहला वाक्य है।", "दूसरा वाक्य है॥", "तीसरा।"]),
+        ("ما هو العدد؟ العدد هو ثلاثة.", ["ما هو العدد؟", "العدد هو ثلاثة."]),
+        ("یہ پہلا جملہ ہے۔ یہ دوسرا ہے۔", ["یہ پہلا جملہ ہے۔", "یہ دوسرا ہے۔"]),
+        ("Սա առաջինն է։ Սա երկրորդն է։", ["Սա առաջինն է։", "Սա երկրորդն է։"]),
+        ("ይህ አንድ ነው። ይህ ሁለት ነው።", ["ይህ አንድ ነው።", "ይህ ሁለት ነው።"]),
+        ("ဒါကတစ်ခု။ ဒါကနှစ်ခု။", ["ဒါကတစ်ခု။", "ဒါကနှစ်ခု။"]),
+        ("値は３．１４である．次に進む．", ["値は３．１４である．", "次に進む．"]),
+        ("¿Es cierto? ¿O no es cierto?", ["¿Es cierto?", "¿O no es cierto?"]),
+        ("Is it so‽ It is so⁇ Yes.", ["Is it so‽", "It is so⁇", "Yes."]),
     ],
 )
 def test_cuts(text: str, expected: list[str]) -> None:
     assert steps_of(text, min_chars=5) == expected
+
+
+def test_every_sentence_terminal_of_unicode_ends_a_sentence() -> None:
+    regex = pytest.importorskip("regex")
+    ends = set(regex.findall(r"\p{Sentence_Terminal}", "".join(map(chr, range(0x20000))))) - {".", "\u2024"}
+    assert len(ends) > 150
+    for end in ends:
+        text = f"One sentence{end} Another one"
+        assert steps_of(text, min_chars=5) == [f"One sentence{end}", "Another one"], hex(ord(end))
+
+
+@pytest.mark.parametrize("before", ["</think>", "<think>", ""])
+def test_code_may_begin_right_behind_a_marker(before: str) -> None:
+    assert steps_of(f"{before}```python\nA = 1. B.\n\nC\n```\n\nThen on.", min_chars=5)[-2:] == [
+        "```python\nA = 1. B.\n\nC\n```", "Then on.",
+    ]  # fmt: skip
+
+
+def test_a_marker_ends_code_that_was_never_closed() -> None:
+    assert steps_of("```\nA = 1. B.</think>It is two. So it is.", min_chars=5) == [
+        "```\nA = 1. B.", "It is two.", "So it is.",
+    ]  # fmt: skip
 
 
 def test_short_pieces_merge_forward_and_do_not_vanish() -> None:
