@@ -1,8 +1,10 @@
-"""Tell how a model marks thinking and summary, by its name, its chat template or its architecture."""
+"""Tell how a model marks thinking and summary, by its name, its tokenizer or its architecture."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from stepsal.trace.formats import FORMATS
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -19,11 +21,16 @@ FAMILIES = {
 }
 """Format of each model family, by a lower-case part of the last part of a model's name."""
 
-TEMPLATE_MARKERS = {"<|channel|>": "harmony", "</think>": "think"}
-"""Format by a marker that stands in a chat template, most specific first."""
+_SIGNS: dict[str, tuple[str, str]] = {  # for each format, two markers that its template and its vocabulary have
+    name: signs
+    for name, format in sorted(FORMATS.items(), key=lambda item: item[0] == "think")  # which others mention, too
+    if (signs := (format.header.end, format.header.starts[-1]) if format.header else format.pair)
+}
+TEMPLATE_MARKERS = {sign: name for name, (_, sign) in _SIGNS.items()}
+"""Format by a marker that stands in a chat template, the most general one last: the one that closes the thinking."""
 
 ARCHITECTURES = {"GptOssForCausalLM": "harmony", "Qwen3ForCausalLM": "think"}
-"""Format by architecture, for models that neither their name nor their chat template tells."""
+"""Format by architecture, for models that neither their name nor their tokenizer tells."""
 
 
 def family(name: str) -> str | None:
@@ -46,7 +53,7 @@ def family(name: str) -> str | None:
 
 
 def preset_format(model: TransformerBridge) -> str | None:
-    """Return the name of a model's format, told by its family, else its chat template, else its architecture.
+    """Return the name of a model's format, told by its family, else its chat template, vocabulary or architecture.
 
     Args:
         model: a bridge, with or without a tokenizer.
@@ -66,4 +73,15 @@ def preset_format(model: TransformerBridge) -> str | None:
     for marker, format in TEMPLATE_MARKERS.items():
         if any(marker in text for text in texts):
             return format
-    return ARCHITECTURES.get(str(model.cfg.architecture))
+    return _format_of_vocabulary(model.tokenizer) or ARCHITECTURES.get(str(model.cfg.architecture))
+
+
+def _format_of_vocabulary(tokenizer: Any) -> str | None:
+    """Return the format both of whose markers are tokens of their own, or None."""
+    if not hasattr(tokenizer, "convert_tokens_to_ids"):
+        return None
+    for name, signs in _SIGNS.items():
+        ids = [tokenizer.convert_tokens_to_ids(sign) for sign in signs]
+        if all(i is not None and i != tokenizer.unk_token_id for i in ids):
+            return name
+    return None

@@ -65,10 +65,43 @@ def test_then_the_chat_template_then_the_architecture() -> None:
     assert preset_format(named("x", tokenizer=False)) is None
 
 
+class Vocabulary(SimpleNamespace):
+    """As much of a tokenizer as its vocabulary."""
+
+    chat_template = None
+
+    def convert_tokens_to_ids(self, token: str) -> int | None:
+        return self.tokens.index(token) if token in self.tokens else self.unk_token_id
+
+
+@pytest.mark.parametrize("unk_token_id", [None, 0])
+@pytest.mark.parametrize(
+    ("tokens", "format"),
+    [
+        (["<unk>", "[THINK]", "[/THINK]"], "magistral"),
+        (["<unk>", "<think>", "</think>"], "think"),
+        (["<unk>", "<|START_THINKING|>", "<|END_THINKING|>", "<think>", "</think>"], "command"),
+        (["<unk>", "<|start|>", "<|channel|>", "<|message|>"], "harmony"),
+        (["<unk>", "<thought>"], None),
+        (["<unk>"], None),
+    ],
+)
+def test_the_vocabulary_tells_the_format(tokens: list[str], format: str | None, unk_token_id: int | None) -> None:
+    model = named("x")
+    model.tokenizer = Vocabulary(tokens=tokens, unk_token_id=unk_token_id)
+    assert preset_format(model) == format
+
+
+def test_templates_of_every_format_tell_it() -> None:
+    for name, format in FORMATS.items():
+        markers = " ".join((*format.all_markers, *format.openings))
+        assert preset_format(named("x", "{# " + markers + " #}")) == (None if name == "plain" else name)
+
+
 def test_real_models(mini: TransformerBridge, tiny: TransformerBridge, tiny_with_text: TransformerBridge) -> None:
     assert preset_format(mini) == "think"
-    for model in (tiny, tiny_with_text):  # without a tokenizer, and with a template that only opens the thinking
-        assert preset_format(model) == ARCHITECTURES.get(model.cfg.architecture)
+    assert preset_format(tiny) == ARCHITECTURES.get(tiny.cfg.architecture)  # without a tokenizer
+    assert preset_format(tiny_with_text) == "think"  # a template that only opens the thinking, but a token that ends it
 
 
 def test_every_format_is_one_that_there_is() -> None:
