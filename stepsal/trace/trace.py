@@ -7,8 +7,9 @@ template, section markers) is template, -1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -20,17 +21,20 @@ from torch import Tensor
 
 from stepsal.tensor_files import load_tensors, save_tensors
 from stepsal.trace.assignment import step_ids
-from stepsal.trace.encoding import TokenizedText, check_context, decode, encode, tokenizer_of
+from stepsal.trace.encoding import TokenizedText, check_characters, check_context, decode, encode, tokenizer_of
 from stepsal.trace.formats import Role
+from stepsal.trace.markers import Span
 from stepsal.trace.prompt import (
     Prompt,
     TokenizedPrompt,
+    check_chat,
     locate_question,
     render_prompt,
     require_text,
     template_around,
 )
-from stepsal.trace.segment import Segmentation, Segmenter, Span
+from stepsal.trace.segment import Segmentation
+from stepsal.trace.segmenter import Segmenter
 
 _FILE_VERSION = 1
 
@@ -65,10 +69,11 @@ class Trace:
         text: the rendered prompt and the response.
         tokens: token ids.
         offsets: half-open character span of each token in `text`.
-        steps: question first, then thinking, then summary.
+        steps: in the order of the text: the question, then thinking and summary, which may alternate.
         segmentation: the way in which sections and steps were found; its format is never "auto".
         n_prompt: number of prompt tokens, one that straddles the end of the prompt included.
         truncated: True where the answer was cut off, by a token limit or by the end of the context.
+        chat: switches of the chat template that the prompt was rendered with, such as {"enable_thinking": False}.
 
     Raises:
         ValueError: tokens, offsets and steps do not fit together.
@@ -88,6 +93,7 @@ class Trace:
     segmentation: Segmentation
     n_prompt: int
     truncated: bool = False
+    chat: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         n_tokens = len(self.tokens)
@@ -114,6 +120,7 @@ class Trace:
         *,
         segmentation: Segmentation | None = None,
         system: str | None = None,
+        chat: Mapping[str, Any] | None = None,
     ) -> Trace:
         """Make a trace of a question and a response that were written elsewhere.
 
@@ -128,10 +135,12 @@ class Trace:
                 `Segmentation(format=stepsal.trace.Format.with_marker("Final answer:"))`. The format "plain" has no
                 marker: the last paragraph is taken for the summary.
             system: a system prompt; None keeps what the chat template does by itself.
+            chat: switches of the chat template, such as {"enable_thinking": False}.
 
         Raises:
-            ValueError: the question or the response is empty, the tokenizer gives no offsets, the trace is longer than
-                the context, the response has no marker of the named format, or offsets do not fit the text.
+            ValueError: the question or the response is empty, the template does not have a switch of `chat`, the
+                tokenizer gives no offsets, the trace is longer than the context, the response has no marker of the
+                named format, or offsets do not fit the text.
 
         Example:
             >>> model = stepsal.load("mini")
@@ -141,9 +150,14 @@ class Trace:
         """
         tokenizer = tokenizer_of(model_or_tokenizer)
         require_text("response", response)
-        prompt = render_prompt(tokenizer, question, system)
-        if prompt.text.rstrip().endswith("<think>") and response.lstrip().startswith("<think>"):
-            response = response.lstrip().removeprefix("<think>")
+        check_characters("question", question)
+        check_characters("response", response)
+        prompt = render_prompt(tokenizer, question, system, chat=chat)
+        resolved = (segmentation or Segmentation()).resolved(
+            prompt.text, response, needs_markers=True, template=tokenizer.all_special_tokens, stacklevel=3
+        )
+        if resolved.named_format is not None:
+            response = resolved.named_format.without_repeated_opening(prompt.text, response)
             require_text("response", response)
         tokenized = encode(tokenizer, prompt.text + response)
         check_context(len(tokenized.ids), model_or_tokenizer)
@@ -151,7 +165,7 @@ class Trace:
             prompt,
             tokenized,
             n_prompt=sum(start < len(prompt.text) for start, _ in tokenized.offsets),
-            segmentation=(segmentation or Segmentation()).resolved(prompt.text, response, needs_markers=True),
+            segmentation=resolved,
             template=tokenizer.all_special_tokens,
         )
         if all(role == "question" for role in trace.roles):
@@ -170,6 +184,7 @@ class Trace:
         question: str,
         truncated: bool = False,
         segmentation: Segmentation | None = None,
+        chat: Mapping[str, Any] | None = None,
     ) -> Trace:
         """Make a trace of exactly the tokens that a model generated.
 
@@ -184,6 +199,7 @@ class Trace:
             question: the question as asked; it must stand in the prompt.
             truncated: True where the answer was cut off.
             segmentation: the way to find sections and steps; None is `Segmentation()`.
+            chat: switches of the chat template that the prompt was rendered with.
 
         Raises:
             ValueError: the question is empty or not in the prompt, the tokenizer gives no offsets, the trace is longer
@@ -203,7 +219,9 @@ class Trace:
         check_context(len(ids), model_or_tokenizer)
         tokenized = decode(tokenizer, ids)
         text = tokenized.text[: tokenized.offsets[n_prompt - 1][1]]
-        prompt = Prompt(question, text, *locate_question(text, question, template_around(tokenizer)[1]))
+        switches = check_chat(tokenizer, chat)
+        place = locate_question(text, question, template_around(tokenizer, chat=switches)[1])
+        prompt = Prompt(question, text, *place, chat=switches)
         return _cut_written(prompt, tokenized, n_prompt, segmentation, tokenizer, truncated=truncated)
 
     @classmethod
@@ -244,7 +262,8 @@ class Trace:
         spelled: Prompt = prompt
         text = tokenized.text[: tokenized.offsets[n_prompt - 1][1]]
         if text != prompt.text:  # the tokenizer normalises text, so that the question has moved
-            spelled = Prompt(prompt.question, text, *locate_question(text, prompt.question, prompt.tail))
+            place = locate_question(text, prompt.question, prompt.tail)
+            spelled = Prompt(prompt.question, text, *place, chat=prompt.chat)
         return _cut_written(spelled, tokenized, n_prompt, segmentation, tokenizer, truncated=truncated)
 
     def save(self, path: str | Path) -> Path:
@@ -280,6 +299,7 @@ class Trace:
             "segmentation": self.segmentation.to_dict(),
             "n_prompt": self.n_prompt,
             "truncated": self.truncated,
+            "chat": self.chat,
         }
         return save_tensors(path, "Trace", _FILE_VERSION, {"tokens": self.tokens, "offsets": self.offsets}, document)
 
@@ -363,7 +383,7 @@ class Trace:
             if step.role != role:
                 continue
             start, end = int(self.offsets[step.start, 0]), int(self.offsets[step.end - 1, 1])
-            if runs and previous is not None and previous.end == step.start:
+            if runs and previous is not None and previous.role == role and previous.end == step.start:
                 runs[-1] = (runs[-1][0], end)
             else:
                 runs.append((start, end))
@@ -385,9 +405,12 @@ def _cut_written(
         prompt,
         tokenized,
         n_prompt=n_prompt,
-        segmentation=(segmentation or Segmentation()).resolved(prompt.text, response),
+        segmentation=(segmentation or Segmentation()).resolved(
+            prompt.text, response, template=tokenizer.all_special_tokens, stacklevel=4
+        ),
         template=tokenizer.all_special_tokens,
         truncated=truncated,
+        stacklevel=4,
     )
 
 
@@ -399,12 +422,19 @@ def _cut(
     segmentation: Segmentation,
     template: Sequence[str],
     truncated: bool = False,
+    stacklevel: int = 3,
 ) -> Trace:
     """Segment a tokenised text that begins with a prompt; the format of `segmentation` is not "auto"."""
     response = tokenized.text[len(prompt.text) :]
     segmenter = segmentation.segmenter(prompt.text, template)
     segmenter.push(response)
     spans, breaks = _spans_in_text(prompt, segmenter)
+    if segmenter.unread_headers:
+        warnings.warn(
+            f"headers of messages can't be read: {', '.join(map(repr, segmenter.unread_headers))}; what follows them "
+            "counts as template text: correct them in the response, or pass a Format of your own",
+            stacklevel=stacklevel,
+        )
     ids = step_ids(spans, tokenized.offsets, tokenized.text, breaks)
     return Trace(
         question=prompt.question,
@@ -416,11 +446,12 @@ def _cut(
         segmentation=segmentation,
         n_prompt=n_prompt,
         truncated=truncated,
+        chat=prompt.chat,
     )
 
 
 def _spans_in_text(prompt: Prompt, segmenter: Segmenter) -> tuple[tuple[Span, ...], tuple[int, ...]]:
-    """End the response; return its steps as spans in the whole text, and the positions at which template text ends."""
+    """End the response; return its steps as spans in the whole text, and the positions where template text begins."""
     shift = len(prompt.text)
     response_spans = (Span(role, start + shift, end + shift) for role, start, end in segmenter.finish())
     breaks = (0, prompt.end, shift, *(position + shift for position in segmenter.breaks))

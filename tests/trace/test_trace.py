@@ -166,6 +166,103 @@ def test_characters_over_several_tokens() -> None:
     assert [text for _, text in texts(again)] == [text for _, text in texts(trace)]
 
 
+@pytest.mark.parametrize(
+    "response",
+    [
+        "先我们看数字。然后想。🎉 然后再想。</think>答案是三。🎉🎉",
+        "🎉 So it is. 答 is an answer.</think>🎉",
+        "Is it x答? It is.\n\n答案.</think>\n答",
+        "यह तीन है। वह चार है।</think>तीन।",
+        "é à ü. ö ß. ê î.</think>ñ",
+    ],
+)
+@pytest.mark.parametrize("kind", ["byte_level", "no_think_tokens", "chatml"])
+def test_tokens_that_share_a_character_are_in_the_same_steps_from_text_and_from_tokens(
+    kind: str, response: str
+) -> None:
+    tokenizer = _CACHE.setdefault(kind, make_tokenizer(kind))
+    segmentation = Segmentation(min_chars=0)
+    trace = Trace.from_text(QUESTION, response, tokenizer, segmentation=segmentation)
+    again = Trace.from_tokens(trace.tokens, trace.n_prompt, tokenizer, question=QUESTION, segmentation=segmentation)
+    assert torch.equal(again.step_ids, trace.step_ids)
+    assert torch.equal(again.offsets, trace.offsets)
+    assert "".join(trace.token_texts) == trace.text
+
+
+@given(st.text(max_size=30))
+def test_from_text_and_from_tokens_agree(text: str) -> None:
+    tokenizer = _CACHE.setdefault("byte_level", make_tokenizer("byte_level"))
+    if "\ufffd" in text or any(0xD800 <= ord(c) < 0xE000 for c in text):
+        return
+    trace = Trace.from_text(QUESTION, f"{text}So it is.</think>{text}Three.", tokenizer)
+    again = Trace.from_tokens(trace.tokens, trace.n_prompt, tokenizer, question=QUESTION)
+    assert torch.equal(again.step_ids, trace.step_ids)
+
+
+@pytest.mark.parametrize("marker", ["Final Answer:\n", "\nFinal Answer:", "\n\nFinal Answer: "])
+def test_no_step_runs_over_a_marker_with_white_space_around_it(marker: str) -> None:
+    tokenizer = _CACHE.setdefault("byte_level", make_tokenizer("byte_level"))
+    response = f"I count all of them.{marker}It is 3."
+    trace = Trace.from_text(QUESTION, response, tokenizer, segmentation=Segmentation(Format.with_marker(marker)))
+    assert texts(trace)[1:] == [("thinking", "I count all of them."), ("summary", "It is 3.")]
+    place = len(trace.text) - len(response) + response.index(marker)
+    begins_in_marker = (trace.offsets[:, 0] >= place) & (trace.offsets[:, 0] < place + len(marker))
+    assert (trace.step_ids[begins_in_marker] == -1).all()
+    assert not any(begins_in_marker[step.start : step.end].any() for step in trace.steps)
+    tracker = StepTracker(Segmenter(Format.with_marker(marker), template=tokenizer.all_special_tokens))
+    told = [tracker.push(text) for text in trace.token_texts[trace.n_prompt :]]
+    assert told[-1] == 1
+
+
+def test_sections_may_alternate(tokenizer: PreTrainedTokenizerFast) -> None:
+    response = "<think>Let me think.</think>\nThe answer: 72.<think>She has 3 left.</think>The answer is 3."
+    trace = Trace.from_text(QUESTION, response, tokenizer)
+    assert texts(trace)[1:] == [
+        ("thinking", "Let me think."), ("summary", "The answer: 72."), ("thinking", "She has 3 left."),
+        ("summary", "The answer is 3."),
+    ]  # fmt: skip
+    assert trace.thinking == "Let me think.\nShe has 3 left."
+    assert trace.summary == "The answer: 72.\nThe answer is 3."
+
+
+def test_sections_without_a_token_between_them_are_kept_apart() -> None:
+    text = "Why?One.#Two.@Three."  # a token that begins with a step holds the marker behind it, too
+    format = Format("signs", "thinking", {"thinking": {"#": "summary"}, "summary": {"@": "thinking"}})
+    steps = (Step("question", 0, 1), Step("thinking", 1, 2), Step("summary", 2, 3), Step("thinking", 3, 4))
+    offsets = torch.tensor([[0, 4], [4, 9], [9, 14], [14, 20]])
+    trace = Trace("Why?", text[4:], text, torch.arange(4), offsets, steps, Segmentation(format), 1)
+    assert trace.thinking == "One.#\nThree."
+
+
+def test_a_text_with_a_marker_that_no_format_knows() -> None:
+    chat = make_tokenizer("chatml")
+    with pytest.warns(UserWarning, match=r"'</scratchpad>'.*Format.with_marker") as caught:
+        trace = Trace.from_text(QUESTION, "<scratchpad>Let me think.</scratchpad>\n\nThree.", chat)
+    assert [warning.filename for warning in caught] == [__file__]
+    assert trace.format == "plain"
+
+
+def test_a_header_that_cant_be_read_is_told() -> None:
+    response = "<|channel|>analysis<|message|>Let me think.<|end|><|channel|>finale<|message|>Three.<|return|>"
+    tokenizer = make_tokenizer("harmony")
+    with pytest.warns(UserWarning, match=r"can't be read: '<\|channel\|>finale'") as caught:
+        trace = Trace.from_text(QUESTION, response, tokenizer)
+    with pytest.warns(UserWarning, match="can't be read") as caught_again:
+        Trace.from_tokens(trace.tokens, trace.n_prompt, tokenizer, question=QUESTION)
+    assert [warning.filename for warning in (*caught, *caught_again)] == [__file__] * 2
+    assert trace.summary is None
+
+
+@pytest.mark.parametrize(("kind", "opening"), [("byte_level", "<think>"), ("harmony", "<|start|>assistant")])
+def test_an_opening_that_prompt_and_response_share(kind: str, opening: str) -> None:
+    tokenizer = make_tokenizer(kind)
+    rest = "<|channel|>final<|message|>It is 3." if kind == "harmony" else "So it is.</think>It is 3."
+    trace = Trace.from_text(QUESTION, opening + rest, tokenizer)
+    assert trace.text.count(opening) == 1
+    assert trace.summary == "It is 3."
+
+
+@pytest.mark.filterwarnings("ignore:headers of messages can't be read")
 @settings(max_examples=60)
 @given(TEXTS, st.sampled_from(["byte_level", "no_think_tokens", "harmony"]))
 def test_token_by_token_equals_the_whole_text(response: str, kind: str) -> None:
@@ -237,6 +334,14 @@ class TestErrors:
     def test_nothing_to_trace(self, chat: PreTrainedTokenizerFast, question: str, response: str, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             Trace.from_text(question, response, chat)
+
+    @pytest.mark.parametrize("code", [0xD83D, 0xDC4D])
+    def test_half_a_character(self, chat: PreTrainedTokenizerFast, code: int) -> None:
+        half = chr(code)
+        with pytest.raises(ValueError, match=r"response holds half a character.*position 3.*read it as UTF-8"):
+            Trace.from_text(QUESTION, f"So {half} it is.", chat)
+        with pytest.raises(ValueError, match=r"question holds half a character"):
+            Trace.from_text(f"So {half}?", RESPONSE, chat)
 
     def test_slow_tokenizer(self) -> None:
         from transformers import ByT5Tokenizer
