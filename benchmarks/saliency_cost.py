@@ -91,7 +91,9 @@ def engine(
 def run_with_cache(model: TransformerBridge, n_tokens: int) -> Callable[[], None]:
     """Return a run that caches scores, patterns and their gradients, as TransformerLens does it."""
     tokens, _ = tokens_and_steps(n_tokens, model.cfg.d_vocab)
-    names = [attention_hooks(layer)[kind] for layer in range(model.cfg.n_layers) for kind in ("scores", "pattern")]
+    names = [
+        attention_hooks(model, layer)[kind] for layer in range(model.cfg.n_layers) for kind in ("scores", "pattern")
+    ]
 
     def run() -> None:
         model.zero_grad()
@@ -109,7 +111,7 @@ def backward_passes(model: TransformerBridge, n_tokens: int) -> Callable[[], Non
         patterns[hook.name] = pattern if pattern.requires_grad else pattern.detach().requires_grad_()
         return patterns[hook.name]
 
-    names = [attention_hooks(layer)["pattern"] for layer in range(model.cfg.n_layers)]
+    names = [attention_hooks(model, layer)["pattern"] for layer in range(model.cfg.n_layers)]
 
     def run() -> None:
         with differentiable(model), model.hooks(fwd_hooks=[(name, keep) for name in names]):

@@ -1,8 +1,8 @@
 """Models whose attention patterns can be read, differentiated and edited.
 
-`stepsal.load` makes a `TransformerBridge` by name; `stepsal.bridge.hooks.check_model` refuses one that can't be served.
+`stepsal.load` makes a `TransformerBridge` by name; `stepsal.bridge.check.check_model` refuses one that can't be served.
 
-Files: `loading` (models by name), `hooks` (hook points, and which models are served), `attention` (scale, window,
+Files: `loading` (models by name), `hooks` (hook points), `check` (which models are served), `attention` (scale, window,
 soft-cap and sinks, read off the Hugging Face modules), `presets` (how model families mark thinking and summary),
 `gradients` (a model ready to be differentiated, and back), `devices` (where a model is, and the memory that is free).
 """

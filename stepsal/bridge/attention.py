@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 # families with one window for all layers, named in the configuration alone
-_ONE_WINDOW = ("mistral", "mixtral", "ministral3", "starcoder2")
+_ONE_WINDOW = ("mistral", "mixtral", "ministral3", "phi3", "phimoe", "starcoder2")
+_MATMUL_ERROR = 1e-3  # of |q| |k|: what a product in reduced precision (TF32, bfloat16) may be off by
+ROUNDINGS = 8
+"""Roundings, of one epsilon each, that may lie between a product and the model's own number."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +46,7 @@ def attention_of(model: TransformerBridge, layer: int) -> Attention:
     """Read the attention of a layer off the module that the bridge wraps.
 
     Args:
-        model: a bridge that `stepsal.bridge.hooks.check_model` accepts.
+        model: a bridge that `stepsal.bridge.check.check_model` accepts.
         layer: layer index.
 
     Example:
@@ -54,11 +57,44 @@ def attention_of(model: TransformerBridge, layer: int) -> Attention:
     wrapped = model.blocks[layer].attn.original_component
     scaling = getattr(wrapped, "scaling", None)
     return Attention(
-        scale=wrapped.head_dim**-0.5 if scaling is None else scaling,
+        scale=getattr(wrapped, "head_dim", model.cfg.d_head) ** -0.5 if scaling is None else scaling,
         window=sliding_window(model, layer),
         softcap=getattr(wrapped, "attn_logit_softcapping", None),
         sinks=getattr(wrapped, "sinks", None),
     )
+
+
+def expected_scores(
+    attention: Attention,
+    q: Float[Tensor, "*batch query_pos head d_head"],
+    k: Float[Tensor, "*batch key_pos kv_head d_head"],
+    eps: float,
+) -> tuple[Float[Tensor, "*batch head query_pos key_pos"], Float[Tensor, "*batch head query_pos key_pos"]]:
+    """Compute the scores of queries and keys, masks left out, and how far a model's own may be from them.
+
+    Args:
+        attention: scale and soft-cap of the layer.
+        q: queries, with rotary embeddings and norms applied, in float32.
+        k: keys, likewise.
+        eps: epsilon of the narrowest dtype that the model computes its scores in.
+
+    Returns:
+        The scores, and the tolerance of each.
+
+    Example:
+        >>> import torch
+        >>> from stepsal.bridge.attention import Attention, expected_scores
+        >>> scores, tolerance = expected_scores(Attention(0.5), torch.ones(2, 1, 3), torch.ones(2, 1, 3), 1e-7)
+        >>> scores.tolist()
+        [[[1.5, 1.5], [1.5, 1.5]]]
+    """
+    k = k.repeat_interleave(q.shape[-2] // k.shape[-2], dim=-2)  # [*batch, key_pos, head, d_head]
+    scores = attention.scale * torch.einsum("...qhd,...khd->...hqk", q, k)
+    lengths = torch.einsum("...qh,...kh->...hqk", q.norm(dim=-1), k.norm(dim=-1))
+    tolerance = _MATMUL_ERROR * attention.scale * lengths
+    if attention.softcap is not None:
+        scores = attention.softcap * torch.tanh(scores / attention.softcap)
+    return scores, tolerance + ROUNDINGS * eps * scores.abs()
 
 
 def sliding_window(model: TransformerBridge, layer: int) -> int | None:

@@ -11,14 +11,18 @@ from typing import Any
 
 import torch
 import transformers
+from jaxtyping import Float
+from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
+from stepsal.bridge.check import check_model
 from stepsal.bridge.devices import devices_of, free_bytes
-from stepsal.bridge.hooks import check_model
+from stepsal.bridge.gradients import evaluating
 
+_N_TOKENS_OF_TRIAL = 16  # of the text by which TransformerLens and Hugging Face are compared
 DeviceMap = str | dict[str, str | int]
 """A device_map as accelerate takes it: "auto", "balanced", or the device of each module by name."""
 
@@ -55,7 +59,8 @@ def load(
         MemoryError: the model does not fit into free memory; raised before loading where its size is known.
         OSError: the hub id or the folder can't be loaded.
         ValueError: `device_map` is given beside `device` or `hf_model`, TransformerLens does not support the
-            architecture, or the attention patterns of the model can't be edited.
+            architecture or computes other logits than the model itself, or the attention patterns of the model can't
+            be edited.
 
     Example:
         >>> model = stepsal.load("mini")
@@ -74,18 +79,47 @@ def load(
     elif device is not None or dtype is not None:
         hf_model.to(device=device, dtype=dtype)  # type: ignore[call-arg]
     architecture = type(hf_model).__name__  # a config read from GGUF names none
+    own_logits = _logits_of(hf_model)
     try:
         with _taken_as_it_is(tokenizer):
             model = build_bridge_from_module(
                 hf_model, architecture, hf_config=hf_model.config, tokenizer=tokenizer, model_name=name
             )
-    except (ValueError, KeyError, NotImplementedError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
         raise ValueError(f"TransformerLens can't wrap {name!r} ({architecture}): {error}") from error
     if len(devices := devices_of(hf_model)) > 1:
         model.cfg.n_devices, model.cfg.device = len(devices), str(devices[0])
     model.eval()
     check_model(model)
+    _check_logits(name, hf_model, own_logits)
     return model
+
+
+def _logits_of(hf_model: PreTrainedModel) -> Tensor:
+    """Return the logits of a short text."""
+    n_tokens = hf_model.config.get_text_config().vocab_size
+    tokens = torch.arange(_N_TOKENS_OF_TRIAL, device=devices_of(hf_model)[0])[None] % n_tokens
+    with torch.no_grad(), evaluating(hf_model):
+        logits: Tensor = hf_model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
+    return logits[0].float()
+
+
+def _check_logits(name: str, hf_model: PreTrainedModel, own_logits: Float[Tensor, "pos d_vocab"]) -> None:
+    """Refuse a model whose logits are others once TransformerLens has put its own attention into it.
+
+    At half of the positions they may be: in a narrow dtype experts of equal merit may change places.
+
+    Raises:
+        ValueError: with the difference.
+    """
+    difference = (_logits_of(hf_model) - own_logits).norm(dim=-1) / own_logits.norm(dim=-1)  # [pos]
+    narrow = torch.finfo(hf_model.dtype).eps > torch.finfo(torch.float32).eps
+    if (median := float(difference.median())) > (0.2 if narrow else 0.01):
+        raise ValueError(
+            f"TransformerLens computes other logits for {name!r} ({type(hf_model).__name__}) than the model itself "
+            f"(relative difference {median:.2g}), so that its maps would be wrong: choose a model of a family in the "
+            "table of models (docs/models.md), or report this to TransformerLens"
+        )
 
 
 def blueprint(
@@ -118,7 +152,7 @@ def blueprint(
     else:
         config = transformers.AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        blank: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(
+        blank: PreTrainedModel = _auto_class(config).from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code
         )
     return blank
@@ -232,11 +266,21 @@ def _from_folder(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     options = {k: v for k, v in options.items() if v}
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device_map, **options)
+    auto_class = _auto_class(transformers.AutoConfig.from_pretrained(source, **options))
+    model = auto_class.from_pretrained(source, dtype=dtype, device_map=device_map, **options)
     if has_file(source, "tokenizer.json", revision):
         # exactly the tokenizer in the file; a class chosen by model type may replace its pre-tokenizer
         return model, PreTrainedTokenizerFast.from_pretrained(source, **options)
     return model, transformers.AutoTokenizer.from_pretrained(source, **options)
+
+
+def _auto_class(config: PretrainedConfig) -> Any:
+    """Return the class that makes the model of a configuration: that of text alone, or of text and images.
+
+    Some language models (Magistral, of the architecture Mistral3) are published inside a model that also sees images.
+    """
+    text, images = transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText
+    return images if type(config) in images._model_mapping and type(config) not in text._model_mapping else text
 
 
 def has_file(source: str | Path, name: str, revision: str | None = None) -> bool:

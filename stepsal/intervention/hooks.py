@@ -30,7 +30,8 @@ from transformer_lens.hook_points import HookPoint, LensHandle
 from transformer_lens.model_bridge import TransformerBridge
 
 from stepsal.bridge.attention import sliding_window
-from stepsal.bridge.hooks import attention_hooks, check_model, remove_hook
+from stepsal.bridge.check import check_model
+from stepsal.bridge.hooks import attention_hooks, remove_hook
 from stepsal.intervention.bridging import Bridging, KeySections
 from stepsal.intervention.config import StepFlowConfig
 from stepsal.intervention.ledger import Ledger, Portion
@@ -185,15 +186,15 @@ class StepFlow:
         self._editors: list[tuple[HookPoint, LensHandle]] = []
         points = model.hook_dict  # made anew at each access
         self._listeners = [
-            _LastHook(points[attention_hooks(layer)["v"]], self._listen_hook(layer)) for layer in self.smi_layers
+            _LastHook(points[attention_hooks(model, layer)["v"]], self._listen_hook(layer)) for layer in self.smi_layers
         ]
         self._begin(0)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Edit all passes of the model inside the context, and leave the model as it was."""
-        hooks = [(attention_hooks(layer)["pattern"], self._bridge_hook(layer)) for layer in self.oeb_layers]
-        hooks += [(attention_hooks(layer)["z"], self._inject_hook(layer)) for layer in self.smi_layers]
+        hooks = [(attention_hooks(self.model, layer)["pattern"], self._bridge_hook(layer)) for layer in self.oeb_layers]
+        hooks += [(attention_hooks(self.model, layer)["z"], self._inject_hook(layer)) for layer in self.smi_layers]
         _active[self.model] = self
         try:
             with self.model.hooks(fwd_hooks=hooks):

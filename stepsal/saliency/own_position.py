@@ -6,7 +6,7 @@ gradient wants only the path that stays at position t. So in every layer the key
 constants, and each position's own key and value stay attached (Step-Saliency, arXiv 2604.06695, asks for dL_t/dA[t, :];
 the single-pass form is this project's):
 
-    hook_rot_k         k.detach()                        no gradient into any key ...
+    hook_rot_k         k.detach()                        no gradient into any key (k.hook_out without rotations) ...
     hook_attn_scores   s + diag(d - d.detach())          ... but the own key's: d_t = softcap(scale * q_t.detach() k_t)
     attn.v.hook_out    v.detach()                        no gradient into any value ...
     attn.o.hook_in     z + A_tt.detach() (v_t - v_t.detach())     ... but the own value's
@@ -44,7 +44,7 @@ def own_position_hooks(model: TransformerBridge, layer: int) -> OwnPositionHooks
     """Make forward hooks that keep, in one layer, only the gradient that stays at its own position.
 
     Args:
-        model: any model that `stepsal.bridge.hooks.check_model` accepts.
+        model: any model that `stepsal.bridge.check.check_model` accepts.
         layer: layer index.
 
     Returns:
@@ -56,7 +56,7 @@ def own_position_hooks(model: TransformerBridge, layer: int) -> OwnPositionHooks
         >>> [name for name, _ in hooks.first]
         ['blocks.3.attn.hook_attn_scores', 'blocks.3.attn.o.hook_in']
     """
-    names = attention_hooks(layer)
+    names = attention_hooks(model, layer)
     attention = attention_of(model, layer)
     own: dict[str, Tensor] = {}
 
@@ -77,14 +77,14 @@ def own_position_hooks(model: TransformerBridge, layer: int) -> OwnPositionHooks
         d = attention.scale * (q * k).sum(-1).transpose(1, 2)  # [batch, head, pos]
         if attention.softcap is not None:
             d = attention.softcap * torch.tanh(d / attention.softcap)
-        return scores + torch.diag_embed(d - d.detach())
+        return scores + torch.diag_embed(d - d.detach()).to(scores.dtype)
 
     def keep_diagonal(pattern: Tensor, hook: HookPoint) -> None:  # pattern [batch, head, query_pos, key_pos]
         own["diagonal"] = pattern.detach().diagonal(dim1=-2, dim2=-1).transpose(1, 2)  # [batch, pos, head]
 
     def attach_own_value(z: Tensor, hook: HookPoint) -> Tensor:  # z [batch, pos, head, d_head]
         v = own["v"].repeat_interleave(z.shape[2] // own["v"].shape[2], dim=2)
-        return z + own["diagonal"].unsqueeze(-1) * (v - v.detach())
+        return z + (own["diagonal"].unsqueeze(-1) * (v - v.detach())).to(z.dtype)  # a pattern may be wider than z
 
     return OwnPositionHooks(
         first=[(names["scores"], attach_own_key), (names["z"], attach_own_value)],

@@ -26,7 +26,7 @@ from stepsal.bridge.gradients import differentiable
 from stepsal.bridge.hooks import Hook, attention_hooks, first_hooks_on
 from stepsal.maps.pooling import pool_steps
 from stepsal.saliency.own_position import own_position_hooks
-from stepsal.saliency.request import MapRequest, PooledMaps, check_finite
+from stepsal.saliency.request import MapRequest, PooledMaps, check_finite, explained
 
 
 def pattern_maps(
@@ -35,18 +35,19 @@ def pattern_maps(
     """Sum |A * dL/dA| over step blocks in every requested layer, from whole patterns.
 
     Args:
-        model: any model that `stepsal.bridge.hooks.check_model` accepts.
+        model: any model that `stepsal.bridge.check.check_model` accepts.
         request: the trace, and the maps to make of it.
         on_layer: called whenever a layer has been pooled.
 
     Raises:
-        FloatingPointError: the map of a layer holds NaN or inf.
+        FloatingPointError: the map of a layer holds NaN or inf; the message says where they come from.
     """
     pool = _Pool(request, next(model.parameters()).device, on_layer)
-    if request.target == "attention":
-        _read(model, request, pool)
-    else:
-        _differentiate(model, request, pool)
+    with explained(model, request.tokens):
+        if request.target == "attention":
+            _read(model, request, pool)
+        else:
+            _differentiate(model, request, pool)
     return pool.maps()
 
 
@@ -95,7 +96,9 @@ def _differentiate(model: TransformerBridge, request: MapRequest, pool: _Pool) -
             first_hooks += own.first
             last_hooks += own.last
         if layer in request.layers:
-            last_hooks.append((attention_hooks(layer)["pattern"], _multiplying(layer, pool, leaf=layer == lowest)))
+            last_hooks.append(
+                (attention_hooks(model, layer)["pattern"], _multiplying(layer, pool, leaf=layer == lowest))
+            )
     tokens = request.tokens.to(next(model.parameters()).device)
     with differentiable(model), first_hooks_on(model, first_hooks), model.hooks(fwd_hooks=last_hooks):
         inputs = tokens[None].clone()  # a copy made here is no inference tensor
@@ -133,7 +136,9 @@ def _read(model: TransformerBridge, request: MapRequest, pool: _Pool) -> None:
     def keep_last(x: Tensor, hook: HookPoint) -> Tensor:  # [batch=1, pos, d_model]; the logits are not used
         return x[:, -1:]
 
-    hooks: list[tuple[str, Hook]] = [(attention_hooks(layer)["pattern"], pooling(layer)) for layer in request.layers]
+    hooks: list[tuple[str, Hook]] = [
+        (attention_hooks(model, layer)["pattern"], pooling(layer)) for layer in request.layers
+    ]
     tokens = request.tokens.to(next(model.parameters()).device)[None]
     with differentiable(model), torch.no_grad(), model.hooks(fwd_hooks=[*hooks, ("unembed.hook_in", keep_last)]):
         model(tokens, attention_mask=torch.ones_like(tokens), return_type="logits")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 
+from stepsal.bridge.finite import why_not_finite
 from stepsal.maps.step_saliency import Target
 
 
@@ -50,6 +54,23 @@ class PooledMaps:
     tokens: Float[Tensor, "layer query_pos key_pos"] | None = None
 
 
+@contextmanager
+def explained(model: TransformerBridge, tokens: Int[Tensor, " pos"]) -> Iterator[None]:
+    """Add to a `FloatingPointError` of an engine where NaN or inf comes from, and what to do.
+
+    Args:
+        model: the model.
+        tokens: token ids of the trace.
+
+    Raises:
+        FloatingPointError: as raised inside, with the explanation.
+    """
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{error}: {why_not_finite(model, tokens)}") from error
+
+
 def check_finite(layer: int, sums: Tensor) -> None:
     """Refuse a map that holds NaN or inf.
 
@@ -61,6 +82,4 @@ def check_finite(layer: int, sums: Tensor) -> None:
         FloatingPointError: a sum is NaN or inf; the message names the layer.
     """
     if not torch.isfinite(sums).all():
-        raise FloatingPointError(
-            f"NaN or inf in the map of layer {layer}: try a wider dtype, e.g. load(..., dtype=torch.float32)"
-        )
+        raise FloatingPointError(f"NaN or inf in the map of layer {layer}")

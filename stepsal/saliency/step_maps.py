@@ -18,7 +18,7 @@ from typing import Any, Literal, overload
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from stepsal.bridge.hooks import check_model
+from stepsal.bridge.check import check_model
 from stepsal.intervention import StepFlowConfig, active_flow, agreed_segmentation
 from stepsal.intervention import stepflow as open_stepflow
 from stepsal.intervention.segmentation import same_segmentation
@@ -120,7 +120,7 @@ def step_saliency(
             StepFlow, traces with different segmentations, or one that differs from the open context's; a request that
             the engine can't serve; a model whose attention can't be read through hook points.
         MemoryError: the maps need more memory than is free, by an estimate that is made before any pass.
-        FloatingPointError: a map holds NaN or inf; the message names the layer.
+        FloatingPointError: a map holds NaN or inf; the message names the layer, the cause and a remedy.
 
     Example:
         >>> model = stepsal.load("mini")
@@ -206,7 +206,7 @@ def step_attention(
             traces with different segmentations, or one that differs from the open context's; a request that the engine
             can't serve; a model whose attention can't be read through hook points.
         MemoryError: the maps need more memory than is free, by an estimate that is made before any pass.
-        FloatingPointError: a map holds NaN or inf; the message names the layer.
+        FloatingPointError: a map holds NaN or inf; the message names the layer, the cause and a remedy.
 
     Example:
         >>> model = stepsal.load("mini")

@@ -2,7 +2,7 @@
 
 The bridge's attention builds the pattern of all positions, to offer it to hooks. Here no whole pattern is built:
 
-    attn.hook_rot_q        q is taken
+    attn.hook_rot_q        q is taken (attn.q.hook_out without rotary embeddings)
     cache.update(k, v)     k and v are taken, as the attention uses them; it gets back the first key alone, so that its
                            own scores and pattern are [query_pos, 1]
     attn.o.hook_in         z of the real attention takes the place of what came out of that (`blocks.attend`)
@@ -41,18 +41,24 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
 
-from stepsal.bridge.attention import Attention, attention_of, unembed, unknown_layer_type
+from stepsal.bridge.attention import (
+    ROUNDINGS,
+    Attention,
+    attention_of,
+    expected_scores,
+    unembed,
+    unknown_layer_type,
+)
+from stepsal.bridge.check import bias_of_scores
 from stepsal.bridge.devices import freed_at_once
 from stepsal.bridge.gradients import differentiable
 from stepsal.bridge.hooks import Hook, attention_hooks, first_hooks_on
 from stepsal.maps.pooling import StepSums
 from stepsal.saliency.blocks import Block, Visit, Workspace, attend, attend_backward, wide
-from stepsal.saliency.request import MapRequest, PooledMaps, check_finite
+from stepsal.saliency.request import MapRequest, PooledMaps, check_finite, explained
 
 MAX_LOGITS = 2**23
 """Elements of the largest [chunk, d_vocab] tensor: 32 MB in float32."""
-_MATMUL_ERROR = 1e-3  # of |q| |k|: what a product in reduced precision (TF32, bfloat16) may be off by
-_ROUNDINGS = 8  # roundings, of one epsilon each, between a product and the model's own number
 
 
 def streamed_maps(
@@ -67,7 +73,7 @@ def streamed_maps(
     """Sum |A * dL/dA| over step blocks in every requested layer, without ever holding a whole pattern.
 
     Args:
-        model: any model that `stepsal.bridge.hooks.check_model` accepts.
+        model: any model that `stepsal.bridge.check.check_model` accepts.
         request: the trace, and the maps to make of it, without token maps.
         n_rows: query rows per block.
         n_kept: number of layers, from the top, that are not checkpointed.
@@ -76,14 +82,14 @@ def streamed_maps(
 
     Raises:
         ValueError: the engine can't serve the model, its hooks or the request; see `why_not`.
-        FloatingPointError: the map of a layer holds NaN or inf.
+        FloatingPointError: a layer's scores, pattern or map holds NaN or inf; the message says where they come from.
     """
     if request.keep_tokens:
         raise ValueError('token maps are whole: use engine="pattern"')
     streamed = StreamedPass(
         model, request, n_rows=n_rows, n_kept=n_kept, workspace=workspace or Workspace(), on_layer=on_layer
     )
-    with streamed.hooked():
+    with explained(model, request.tokens), streamed.hooked():
         tokens = request.tokens.to(next(model.parameters()).device).clone()  # a copy made here is no inference tensor
         if request.target == "attention":
             with torch.no_grad():
@@ -95,7 +101,7 @@ def streamed_maps(
 
 
 def why_not(model: TransformerBridge) -> str | None:
-    """Return the reason why a model can't be streamed: layers of an unknown kind, or hooks that would be missed.
+    """Return the reason why a model can't be streamed: an unknown kind of attention, or hooks that would be missed.
 
     Args:
         model: the model, with the hooks that are on it at present.
@@ -110,7 +116,9 @@ def why_not(model: TransformerBridge) -> str | None:
     """
     if kind := unknown_layer_type(model):
         return f"{model.cfg.model_name!r} has layers of type {kind!r}, which can't be streamed"
-    names, points = [attention_hooks(layer) for layer in range(model.cfg.n_layers)], model.hook_dict
+    if bias := bias_of_scores(model):
+        return f"{bias}, which can't be streamed"
+    names, points = [attention_hooks(model, layer) for layer in range(model.cfg.n_layers)], model.hook_dict
     unseen = [hooks[kind] for hooks in names for kind in ("scores", "pattern")] + ["unembed.hook_out"]
     for name in unseen:
         if points[name].fwd_hooks or points[name].bwd_hooks:
@@ -205,7 +213,7 @@ class StreamedPass:
         gives: list[tuple[str, Hook]] = []
         takes: list[tuple[str, Hook]] = []
         for layer in range(self.model.cfg.n_layers):
-            names = attention_hooks(layer)
+            names = attention_hooks(self.model, layer)
             gives.append((names["z"], self._giving_z(layer)))
             takes.append((names["q"], self._taking_query(layer)))
             takes.append((names["scores"], self._checking(layer, "scores")))
@@ -234,6 +242,8 @@ class StreamedPass:
                 self._kv[layer][0][0, :, 0].detach(),
             )  # [pos, head, d_head], [kv_head, ..]
             eps = max(torch.finfo(x.dtype).eps, torch.finfo(q.dtype).eps)
+            if not torch.isfinite(x).all():
+                raise FloatingPointError(f"NaN or inf in the {kind} of layer {layer}")
             expected, tolerance = _at_first_key(self.attentions[layer], kind, wide(q), wide(k), eps)
             if ((wide(x.detach()[0, ..., 0]) - expected).abs() > tolerance).any():
                 raise ValueError(
@@ -247,6 +257,8 @@ class StreamedPass:
         def hook(z: Tensor, hook: HookPoint) -> Tensor:  # [batch=1, pos, head, d_head]
             q, (k, v) = self._q.pop(layer)[0].transpose(0, 1), self._kv.pop(layer)
             k, v = k[0], v[0]  # [kv_head, pos, d_head]
+            common = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+            q, k, v = q.to(common), k.to(common), v.to(common)  # rotated queries and keys may be wider than values
             if layer == self.lowest:  # the graph starts here
                 q, k, v = q.detach().requires_grad_(), k.detach(), v.detach()
             real: Tensor = _Attend.apply(q, k, v, self, layer)  # type: ignore[no-untyped-call]
@@ -308,17 +320,12 @@ def _at_first_key(
     eps: float,
 ) -> tuple[Float[Tensor, "head pos"], Float[Tensor, "head pos"]]:
     """Compute scores or pattern for the first key alone, and the tolerance for those of the model."""
-    k = k.repeat_interleave(q.shape[1] // len(k), dim=0)  # [head, d_head]
-    scores = attention.scale * torch.einsum("phd,hd->hp", q, k)
-    tolerance = _MATMUL_ERROR * attention.scale * q.norm(dim=-1).T * k.norm(dim=-1, keepdim=True)
-    if attention.softcap is not None:
-        scores = attention.softcap * torch.tanh(scores / attention.softcap)
-    tolerance = tolerance + _ROUNDINGS * eps * scores.abs()
+    scores, tolerance = (x.squeeze(-1) for x in expected_scores(attention, q, k[None], eps))
     if kind == "scores":
         return scores, tolerance
     sinks = -torch.inf if attention.sinks is None else wide(attention.sinks.detach())[:, None]
     pattern = torch.sigmoid(scores - sinks)  # a softmax over one key and the sink
-    return pattern, pattern * (1 - pattern) * tolerance + _ROUNDINGS * eps * pattern
+    return pattern, pattern * (1 - pattern) * tolerance + ROUNDINGS * eps * pattern
 
 
 class _Attend(torch.autograd.Function):
@@ -346,7 +353,7 @@ class _KeysAndValues(DynamicCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         self._keys_and_values[layer_idx] = (key_states, value_states)  # [batch, kv_head, pos, d_head]
-        return key_states[:, :, :1], value_states[:, :, :1]
+        return key_states[:, :, :1], value_states[:, :, :1].to(key_states.dtype)  # as a real cache gives them back
 
 
 @contextmanager

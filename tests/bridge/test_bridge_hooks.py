@@ -1,104 +1,66 @@
-"""The check of a model: what passes, what is refused, that it runs once and sees the model without anybody's hooks."""
+"""Hook points of attention by model, and hooks that run before those of others."""
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-import transformers
-from tiny_models import booted_elsewhere, char_tokenizer, tiny_hf_model
+from tiny_models import booted_elsewhere, tiny_hf_model
 from transformer_lens.model_bridge import TransformerBridge
 
-import stepsal
-from stepsal.bridge.hooks import attention_hooks, check_model, first_hooks_on
-from stepsal.trace import Trace
-
-
-def native_attention() -> transformers.PreTrainedModel:
-    """A model whose adapter keeps the native attention, and reports the pattern after the fact."""
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=160, n_positions=256)
-    return transformers.GPT2LMHeadModel(config).eval()
+from stepsal.bridge.hooks import attention_hooks, first_hooks_on, show_rotated
 
 
 def hooks_on(model: TransformerBridge) -> list[int]:
     return [len(point.fwd_hooks) + len(point._forward_hooks) for point in model.hook_dict.values()]
 
 
-def test_every_supported_architecture_passes(tiny: TransformerBridge) -> None:
-    check_model(tiny)
-    for names in map(attention_hooks, range(tiny.cfg.n_layers)):
-        assert set(names.values()) <= set(tiny.hook_dict)
+@pytest.mark.parametrize(
+    ("architecture", "q", "k"),
+    [
+        ("Llama", "hook_rot_q", "hook_rot_k"),
+        ("Phi3", "hook_rot_q", "hook_rot_k"),
+        ("GPT2", "q.hook_out", "k.hook_out"),
+        ("Bloom", "q.hook_out", "k.hook_out"),
+    ],
+)
+def test_queries_and_keys_are_taken_where_nothing_more_is_done_to_them(architecture: str, q: str, k: str) -> None:
+    names = attention_hooks(booted_elsewhere(tiny_hf_model(architecture)), 1)
+    assert (names["q"], names["k"]) == (f"blocks.1.attn.{q}", f"blocks.1.attn.{k}")
 
 
-def test_a_pattern_that_is_reported_after_the_fact_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'gpt2' \(GPT2LMHeadModel\) is not supported: layer 0: .*computes attention"):
-        stepsal.load("gpt2", hf_model=native_attention())
+@pytest.mark.parametrize("architecture", ["Phi3", "GPTNeoX", "Falcon"])
+def test_rotated_queries_and_keys_of_fused_projections_are_shown_and_can_be_edited(architecture: str) -> None:
+    model, tokens = booted_elsewhere(tiny_hf_model(architecture)), torch.arange(9)[None]
+    with torch.no_grad():
+        before = model(tokens)
+        for _ in range(2):  # the second time does nothing
+            show_rotated(model)
+        shown: dict[str, torch.Tensor] = {}
+        names = attention_hooks(model, 2)
+        hooks = [(names[kind], lambda x, hook, kind=kind: shown.update({kind: x})) for kind in ("q", "k", "scores")]
+        with model.hooks(fwd_hooks=hooks):
+            assert torch.equal(model(tokens), before)
+        q, k = shown["q"], shown["k"]  # [batch, pos, head, d_head], [batch, pos, kv_head, d_head]
+        assert (q.shape[2], k.shape[2]) == (model.cfg.n_heads, model.cfg.n_key_value_heads or model.cfg.n_heads)
+        k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+        causal = torch.ones(9, 9, dtype=torch.bool).tril() & (shown["scores"] > -1e30)
+        torch.testing.assert_close(shown["scores"][causal], scores[causal])
+        with model.hooks(fwd_hooks=[(names["q"], lambda q, hook: 0 * q)]):
+            assert not torch.allclose(model(tokens), before, rtol=0.01)
 
 
-@pytest.mark.parametrize("engine", ["auto", "pattern", "streamed"])
-@pytest.mark.parametrize("function", ["step_saliency", "step_attention"])
-def test_a_model_booted_elsewhere_is_refused_before_it_is_mapped(function: str, engine: str) -> None:
-    model = booted_elsewhere(native_attention(), char_tokenizer())
-    trace = Trace.from_text("How many?", "One is two. It is so.</think>Two.", model)
-    for _ in range(2):  # a refusal is not forgotten
-        with pytest.raises(ValueError, match=r"\(GPT2LMHeadModel\) is not supported: layer 0: "):
-            getattr(stepsal, function)(model, trace, engine=engine)
-    with pytest.raises(ValueError, match=r"\(GPT2LMHeadModel\) is not supported: layer 0: "), stepsal.stepflow(model):
-        pass
-    assert not any(hooks_on(model))
-
-
-def test_a_good_model_booted_elsewhere_is_mapped_as_one_of_load() -> None:
-    elsewhere = booted_elsewhere(tiny_hf_model("Llama", max_position_embeddings=512), char_tokenizer())
-    loaded = stepsal.load(
-        "tiny", hf_model=tiny_hf_model("Llama", max_position_embeddings=512), tokenizer=char_tokenizer()
-    )
-    trace = Trace.from_text("How many?", "One is two. It is so.</think>Two.", loaded)
-    elsewhere.train()
-    maps = [stepsal.step_saliency(model, trace).values for model in (elsewhere, loaded)]
-    assert torch.equal(*maps)
-    assert elsewhere.training
-
-
-def test_a_model_is_tried_out_once() -> None:
-    model, passes = booted_elsewhere(tiny_hf_model("Qwen2")), []
-    handle = model.original_model.register_forward_hook(lambda *_: passes.append(1))
-    for _ in range(3):
-        check_model(model)
-    handle.remove()
-    assert passes == [1]
-
-
-def test_hooks_of_others_take_no_part_and_are_still_there() -> None:
-    model, calls = booted_elsewhere(tiny_hf_model("Llama")), []
-
-    def needs_ten_tokens(z: torch.Tensor, hook: object) -> torch.Tensor:
-        calls.append(z.shape)
-        return z.index_fill(1, torch.tensor([9]), 0.0)
-
-    with model.hooks(fwd_hooks=[("blocks.1.attn.o.hook_in", needs_ten_tokens)]):
-        before = hooks_on(model)
-        check_model(model)
-        assert hooks_on(model) == before
+def test_a_copy_of_a_model_shows_its_own_queries() -> None:
+    model, tokens = booted_elsewhere(tiny_hf_model("Phi3")), torch.arange(9)[None]
+    show_rotated(model)
+    other, calls = copy.deepcopy(model), []
+    with torch.no_grad(), other.hooks(fwd_hooks=[(attention_hooks(other, 0)["q"], lambda q, hook: calls.append(1))]):
+        model(tokens)
         assert not calls
-        model(torch.arange(12)[None])
-    assert len(calls) == 1
-    assert not any(hooks_on(model))
-
-
-def test_a_gate_between_pattern_and_output_is_refused() -> None:
-    model = booted_elsewhere(tiny_hf_model("Llama"))
-    model.blocks[1].attn.o.hook_in.forward = lambda z: 0.5 * z  # part of the model, as no hook is
-    with pytest.raises(ValueError, match=r"layer 1: the attention output is not hook_pattern times the values"):
-        check_model(model)
-    assert not any(hooks_on(model))
-
-
-def test_keys_normalised_after_the_hook_are_refused() -> None:
-    model = booted_elsewhere(tiny_hf_model("Llama"))
-    model.cfg.qk_norm_after_rope = True
-    with pytest.raises(ValueError, match="keys are normalised after hook_rot_k"):
-        check_model(model)
+        other(tokens)
+    assert calls == [1]
 
 
 def test_first_hooks_run_before_all_others_and_are_taken_off(tiny: TransformerBridge) -> None:

@@ -37,7 +37,7 @@ class TestAgainstRecomputation:
             return [
                 (name, saver(store, kind))
                 for layer, store in enumerate(stores)
-                for kind, name in attention_hooks(layer).items()
+                for kind, name in attention_hooks(model, layer).items()
                 if kind in ("pattern", "z", "v")
             ]
 
