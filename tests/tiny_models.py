@@ -109,9 +109,14 @@ def tiny_hf_model(architecture: str, **overrides: object) -> transformers.PreTra
     return model.eval()
 
 
-def char_tokenizer() -> transformers.PreTrainedTokenizerFast:
+def with_room(architecture: str) -> dict[str, object]:
+    """Overrides that make room for 512 tokens."""
+    return {name: 512 for name in _LENGTHS if name in _SPECS[architecture]}
+
+
+def char_tokenizer(markers: tuple[str, str] = ("<think>", "</think>")) -> transformers.PreTrainedTokenizerFast:
     """One token per ASCII character, and a reasoning model's chat template; fits the vocabulary of the tiny models."""
-    special = ["<bos>", "<eos>", "<user>", "<assistant>", "<think>", "</think>"]
+    special = ["<bos>", "<eos>", "<user>", "<assistant>", *markers]
     characters = [*special, "\n", *(chr(i) for i in range(32, 127))]
     backend = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(characters)}, []))
     backend.decoder = tokenizers.decoders.Fuse()
@@ -128,8 +133,7 @@ def char_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 def tiny_chat(architecture: str, **overrides: object) -> TransformerBridge:
     """A random model with a tokenizer."""
-    length = {name: 512 for name in _LENGTHS if name in _SPECS[architecture]}
-    hf_model = tiny_hf_model(architecture, **length, **overrides)
+    hf_model = tiny_hf_model(architecture, **with_room(architecture), **overrides)
     return stepsal.load(f"tiny-{architecture}", hf_model=hf_model, tokenizer=char_tokenizer())
 
 

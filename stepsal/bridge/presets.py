@@ -30,7 +30,7 @@ TEMPLATE_MARKERS = {sign: name for name, (_, sign) in _SIGNS.items()}
 """Format by a marker that stands in a chat template, the most general one last: the one that closes the thinking."""
 
 ARCHITECTURES = {"GptOssForCausalLM": "harmony", "Qwen3ForCausalLM": "think"}
-"""Format by architecture, for models that neither their name nor their tokenizer tells."""
+"""Format by architecture, for models that neither their name nor their chat template tells."""
 
 
 def family(name: str) -> str | None:
@@ -53,7 +53,7 @@ def family(name: str) -> str | None:
 
 
 def preset_format(model: TransformerBridge) -> str | None:
-    """Return the name of a model's format, told by its family, else its chat template, vocabulary or architecture.
+    """Return the name of a model's format, told by its family, else its chat template, architecture or vocabulary.
 
     Args:
         model: a bridge, with or without a tokenizer.
@@ -73,7 +73,7 @@ def preset_format(model: TransformerBridge) -> str | None:
     for marker, format in TEMPLATE_MARKERS.items():
         if any(marker in text for text in texts):
             return format
-    return _format_of_vocabulary(model.tokenizer) or ARCHITECTURES.get(str(model.cfg.architecture))
+    return ARCHITECTURES.get(str(model.cfg.architecture)) or _format_of_vocabulary(model.tokenizer)
 
 
 def _format_of_vocabulary(tokenizer: Any) -> str | None:

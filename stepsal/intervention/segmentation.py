@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from stepsal.bridge.presets import preset_format
 from stepsal.trace.formats import FORMATS, Format
 from stepsal.trace.prompt import template_around
+from stepsal.trace.recognition import opened_format
 from stepsal.trace.segment import Segmentation
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ def format_of(segmentation: Segmentation) -> Format:
 def resolved_segmentation(segmentation: Segmentation, model: TransformerBridge, prompt_end: str) -> Segmentation:
     """Return a copy whose format is told for answers that are yet to be written, if it was "auto".
 
-    The format is told by the model's family, chat template or architecture. Where none of these tells it, it is "think"
-    if the prompt ends with a marker of that format, and "plain" otherwise.
+    The format is told by the model's family, chat template, architecture or vocabulary. Where none of these tells it,
+    it is that with one of whose markers the prompt ends, and "plain" otherwise.
 
     Args:
         segmentation: the way to find sections and steps.
@@ -46,7 +47,7 @@ def resolved_segmentation(segmentation: Segmentation, model: TransformerBridge, 
     """
     if segmentation.format != "auto":
         return segmentation
-    format = preset_format(model) or ("think" if FORMATS["think"].opened_by(prompt_end) else "plain")
+    format = preset_format(model) or opened_format(prompt_end) or "plain"
     return replace(segmentation, format=format)
 
 
@@ -67,8 +68,7 @@ def common_segmentation(segmentation: Segmentation, model: TransformerBridge) ->
     """
     if segmentation.format != "auto" or model.tokenizer is None:
         return segmentation
-    opened = FORMATS["think"].opened_by(template_around(model.tokenizer)[1])
-    format = preset_format(model) or ("think" if opened else "auto")
+    format = preset_format(model) or opened_format(template_around(model.tokenizer)[1]) or "auto"
     return replace(segmentation, format=format)
 
 

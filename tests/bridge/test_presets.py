@@ -101,7 +101,8 @@ def test_templates_of_every_format_tell_it() -> None:
 def test_real_models(mini: TransformerBridge, tiny: TransformerBridge, tiny_with_text: TransformerBridge) -> None:
     assert preset_format(mini) == "think"
     assert preset_format(tiny) == ARCHITECTURES.get(tiny.cfg.architecture)  # without a tokenizer
-    assert preset_format(tiny_with_text) == "think"  # a template that only opens the thinking, but a token that ends it
+    # a template that only opens the thinking, but a token that ends it
+    assert preset_format(tiny_with_text) == ARCHITECTURES.get(tiny_with_text.cfg.architecture, "think")
 
 
 def test_every_format_is_one_that_there_is() -> None:

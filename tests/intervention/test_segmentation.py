@@ -24,8 +24,13 @@ QUESTION = "Anna is 1 plus 1. What is Anna?"
 PLAIN_TEMPLATE = "<bos>{% for m in messages %}<user>{{ m.content }}{% endfor %}<assistant>"
 
 
-def tiny(name: str, template: str | None = None, architecture: str = "Llama") -> TransformerBridge:
-    tokenizer = char_tokenizer()
+def tiny(
+    name: str,
+    template: str | None = None,
+    architecture: str = "Llama",
+    markers: tuple[str, str] = ("<think>", "</think>"),
+) -> TransformerBridge:
+    tokenizer = char_tokenizer(markers)
     if template is not None:
         tokenizer.chat_template = template
     hf_model = tiny_hf_model(architecture, max_position_embeddings=512)
@@ -44,15 +49,30 @@ class TestResolvedFormat:
             ("tiny", PLAIN_TEMPLATE, "Qwen3", "think"),
             ("tiny", PLAIN_TEMPLATE, "GptOss", "harmony"),
             ("tiny", "{{ messages[0].content }}<a><think>\n", "Llama", "think"),
-            ("tiny", PLAIN_TEMPLATE, "Llama", "plain"),
+            ("tiny", PLAIN_TEMPLATE, "Llama", "think"),
         ],
     )
-    def test_it_is_told_by_name_template_architecture_and_prompt(
+    def test_it_is_told_by_name_template_architecture_prompt_and_vocabulary(
         self, name: str, template: str | None, architecture: str, expected: str
     ) -> None:
         model = tiny(name, template, architecture)
         with stepsal.stepflow(model, segmentation=Segmentation(split="line")):
             assert active_flow(model).segmentation == Segmentation(expected, split="line")
+
+    @pytest.mark.parametrize(
+        ("end", "markers", "expected"),
+        [
+            ("", ("<a>", "<b>"), "plain"),
+            ("", ("[THINK]", "[/THINK]"), "magistral"),
+            ("<seed:think>", ("<a>", "<b>"), "seed-oss"),
+            ("<think>", ("[THINK]", "[/THINK]"), "magistral"),
+        ],
+    )
+    def test_markers_of_any_format_tell_it(self, end: str, markers: tuple[str, str], expected: str) -> None:
+        model = tiny("tiny", "{{ messages[0].content }}<assistant>" + end, markers=markers)
+        assert resolved_segmentation(Segmentation(), model, "<assistant>" + end).format == expected
+        common = common_segmentation(Segmentation(), model).format
+        assert common == ("auto" if expected == "plain" else expected)
 
     def test_a_named_format_stays(self) -> None:
         model, own = tiny("openai/gpt-oss-20b"), Format.with_marker("Answer:")
@@ -155,7 +175,7 @@ class TestCommonSegmentation:
         assert common_segmentation(Segmentation("plain"), mini) == Segmentation("plain")
 
     def test_it_stays_open_where_the_model_does_not_tell(self) -> None:
-        model = tiny("model", PLAIN_TEMPLATE)
+        model = tiny("model", PLAIN_TEMPLATE, markers=("<a>", "<b>"))
         assert common_segmentation(Segmentation(), model) == Segmentation()
 
     def test_variants_with_and_without_stepflow_have_it(self, mini: TransformerBridge, tmp_path: Path) -> None:
