@@ -104,6 +104,8 @@ class Trace:
             raise ValueError(f"offsets must lie in 0..{len(self.text)}, within the text")
         if not 0 < self.n_prompt <= n_tokens:
             raise ValueError(f"n_prompt={self.n_prompt} must lie in 1..{n_tokens}, within the tokens")
+        if not isinstance(self.chat, dict):
+            raise ValueError(f"chat={self.chat!r} must be a dict of switches of the chat template; {{}} sets none")
         for step in self.steps:
             if step.role not in get_args(Role) or not 0 <= step.start < step.end <= n_tokens:
                 raise ValueError(f"{step} must have a role of {get_args(Role)} and lie within {n_tokens} tokens")

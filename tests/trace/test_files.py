@@ -69,6 +69,22 @@ def test_the_suffix_is_appended_where_it_is_missing(tmp_path: Path) -> None:
     assert_same(Trace.load(tmp_path / "a.1"), trace)
 
 
+def test_switches_come_back_and_old_files_have_none(tmp_path: Path) -> None:
+    trace = dataclasses.replace(
+        Trace.from_text(QUESTION, RESPONSE, TOKENIZER), chat={"thinking": False, "effort": "low", "budget": None}
+    )
+    path = trace.save(tmp_path / "trace")
+    assert_same(Trace.load(path), trace)
+    with safetensors.safe_open(path, framework="pt") as file:
+        document = json.loads(file.metadata()["stepsal"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    del document["chat"]
+    safetensors.torch.save_file(tensors, path, metadata={"stepsal": json.dumps(document)})
+    assert_same(Trace.load(path), dataclasses.replace(trace, chat={}))
+    with pytest.raises(ValueError, match="cannot be written as JSON"):
+        dataclasses.replace(trace, chat={"thinking": object()}).save(path)
+
+
 def test_a_callable_is_refused(tmp_path: Path) -> None:
     segmentation = Segmentation(split=lambda step, char: char == "T")
     trace = Trace.from_text(QUESTION, RESPONSE, TOKENIZER, segmentation=segmentation)
@@ -94,6 +110,12 @@ class TestBadFiles:
     def test_no_file(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"none.safetensors does not exist; Trace.save writes it"):
             Trace.load(tmp_path / "none")
+
+    @pytest.mark.parametrize("chat", [None, "thinking", ["thinking"], True])
+    def test_switches_that_are_no_mapping(self, path: Path, chat: object) -> None:
+        self.change(path, chat=chat)
+        with pytest.raises(ValueError, match=r"inconsistent: chat=.* must be a dict of switches"):
+            Trace.load(path)
 
     def test_cut_off(self, path: Path) -> None:
         path.write_bytes(path.read_bytes()[:-5])
