@@ -168,7 +168,9 @@ def check_manifest(folder: Path, manifest: Mapping[str, Any], parameters: Mappin
     """
     requested = json.loads(json.dumps(dict(parameters)))  # tuples become lists, as they are in the manifest
     for name, value in requested.items():
-        if (difference := _first_difference(name, manifest.get(name), value)) is not None:
+        # a manifest that was written before there was such a parameter was made without one
+        before = manifest.get(name, {} if isinstance(value, dict) else None)
+        if (difference := _first_difference(name, before, value)) is not None:
             path, before, after = difference
             raise ValueError(
                 f"{folder} was made with {path}={before!r}, not {after!r}; use another folder, or the parameters of "

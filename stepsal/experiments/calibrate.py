@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from itertools import count
 from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -52,6 +52,7 @@ from stepsal.intervention import StepFlowConfig, stepflow
 from stepsal.stats import FEWEST
 from stepsal.storage import digest
 from stepsal.tasks.parts import Part
+from stepsal.trace.prompt import check_chat
 from stepsal.trace.segment import Segmentation
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def calibrate(
     base: StepFlowConfig | None = None,
     decoding: Decoding = Decoding(temperature=1.0),
     system: str | None = None,
+    chat: Mapping[str, Any] | None = None,
     segmentation: Segmentation | None = None,
     seed: int = 0,
     batch_size: int = 32,
@@ -101,6 +103,7 @@ def calibrate(
         decoding: settings of decoding; the default samples at temperature 1. A `Decoding()` of your own is greedy: say
             `Decoding(temperature=1.0, max_new_tokens=4096)`.
         system: a system prompt; None keeps what the chat template does by itself.
+        chat: switches of the chat template, such as {"enable_thinking": False}.
         segmentation: how sections and steps are found, by StepFlow and in the traces; None is `Segmentation()`.
         seed: seed of problems and settings. Each seed divides the questions anew: a problem that is held out under one
             seed may be searched on under another.
@@ -137,10 +140,11 @@ def calibrate(
 
     parameters = {
         **identity_of(model), "task": task.name, "seed": seed, "decoding": decoding.to_dict(), "system": system,
+        "chat": (switches := check_chat(model.tokenizer, chat)),
         "segmentation": segmentation_for_manifest(segmentation),
     }  # fmt: skip
     folder, evidence = Path(folder), None
-    run = _Run(model, parts, folder, decoding, system, segmentation, batch_size, progress)
+    run = _Run(model, parts, folder, decoding, system, switches, segmentation, batch_size, progress)
     with Store.opened(folder, KIND, VERSION, parameters) as store:
         if tried is None:
             evidence = run.profile(n_profile)
@@ -165,6 +169,7 @@ class _Run:
     folder: Path
     decoding: Decoding
     system: str | None
+    chat: Mapping[str, Any]
     segmentation: Segmentation
     batch_size: int
     progress: bool
@@ -173,7 +178,8 @@ class _Run:
         """Collect traces with their maps, and return what they say about layers."""
         collect(
             self.model, self.parts[PROFILE], n_traces, self.folder / PROFILE, decoding=self.decoding,
-            system=self.system, segmentation=self.segmentation, batch_size=self.batch_size, progress=self.progress,
+            system=self.system, chat=self.chat, segmentation=self.segmentation, batch_size=self.batch_size,
+            progress=self.progress,
         )  # fmt: skip
         return evidence_of(self.folder, n_traces, self.model.cfg.n_layers)
 
@@ -194,7 +200,8 @@ class _Run:
         """Answer problems of a part under variants."""
         return evaluate(
             self.model, self.parts[name], variants, n_problems, folder=self.folder / name, decoding=self.decoding,
-            system=self.system, segmentation=self.segmentation, batch_size=self.batch_size, progress=self.progress,
+            system=self.system, chat=self.chat, segmentation=self.segmentation, batch_size=self.batch_size,
+            progress=self.progress,
         )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ what the folder has: an interrupted run goes on when it is called again, and so 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,7 @@ from stepsal.maps.pooling import Reduce
 from stepsal.metrics import SCALARS, flow_metrics, trace_metrics
 from stepsal.saliency import step_saliency
 from stepsal.storage import digest
+from stepsal.trace.prompt import check_chat
 from stepsal.trace.segment import Segmentation
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def collect(
     decoding: Decoding = Decoding(temperature=1.0),
     seed: int = 0,
     system: str | None = None,
+    chat: Mapping[str, Any] | None = None,
     stepflow: StepFlowConfig | None = None,
     segmentation: Segmentation | None = None,
     batch_size: int = 64,
@@ -85,6 +87,7 @@ def collect(
             `Decoding(temperature=1.0, max_new_tokens=4096)`.
         seed: problem i is `task.sample(seed + i)`, and its answer is sampled with seed + i.
         system: a system prompt; None keeps what the chat template does by itself.
+        chat: switches of the chat template, such as {"enable_thinking": False}.
         stepflow: settings of StepFlow, under which answers are written, scored and mapped; None goes without it.
         segmentation: how sections and steps are found, by StepFlow and in the traces; None is `Segmentation()`.
         batch_size: answers that are decoded together and written at once.
@@ -115,11 +118,12 @@ def collect(
         "seed": seed,
         "decoding": decoding.to_dict(),
         "system": system,
+        "chat": (switches := check_chat(model.tokenizer, chat)),
         "stepflow": None if stepflow is None else stepflow.to_dict(),
         "saliency": _saliency_settings(target, reduce, layers, model.cfg.n_layers),
         "segmentation": segmentation_for_manifest(segmentation),
     }
-    mapper = _Mapper(model, task, decoding, seed, system, segmentation, target, reduce, layers, engine)
+    mapper = _Mapper(model, task, decoding, seed, system, switches, segmentation, target, reduce, layers, engine)
     with Store.opened(folder, KIND, VERSION, parameters) as store:
         spans = [(first, int(part.about["n"])) for first, part in numbered(store.parts())]
         n_present = sum(n for _, n in spans)
@@ -177,6 +181,7 @@ class _Mapper:
     decoding: Decoding
     seed: int
     system: str | None
+    chat: Mapping[str, Any]
     segmentation: Segmentation
     target: Target
     reduce: Reduce
@@ -194,7 +199,7 @@ class _Mapper:
             problems = [self.task.sample(seed) for seed in seeds]
             traces = answer_batch(
                 self.model, [problem.question for problem in problems], self.decoding, seeds=seeds,
-                segmentation=self.segmentation, system=self.system,
+                segmentation=self.segmentation, system=self.system, chat=self.chat,
             )  # fmt: skip
             maps = step_saliency(
                 self.model, traces, target=self.target, engine=self.engine, layers=self.layers, reduce=self.reduce,

@@ -30,6 +30,7 @@ from stepsal.generation.decoding import Decoding
 from stepsal.generation.flops import decoding_flops
 from stepsal.intervention.segmentation import common_segmentation
 from stepsal.storage import digest
+from stepsal.trace.prompt import check_chat
 from stepsal.trace.segment import Segmentation
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def evaluate(
     decoding: Decoding = Decoding(temperature=1.0),
     seed: int = 0,
     system: str | None = None,
+    chat: Mapping[str, Any] | None = None,
     segmentation: Segmentation | None = None,
     batch_size: int = 32,
     progress: bool = True,
@@ -72,6 +74,7 @@ def evaluate(
             A variant may set `max_new_tokens` and `budget_forcing` of its own.
         seed: problem i is `task.sample(seed + i)`; draws have seeds of their own, the same under every variant.
         system: a system prompt; None keeps what the chat template does by itself.
+        chat: switches of the chat template, such as {"enable_thinking": False}.
         segmentation: how sections and steps are found, by StepFlow and in the traces; None is `Segmentation()`.
         batch_size: number of answers that are decoded together.
         progress: show a bar over answers.
@@ -97,11 +100,12 @@ def evaluate(
     _check_greedy(variants, n_samples, decoding)
     check_no_open_stepflow(model, "Variant(stepflow=...)")
     problems = [task.sample(seed + i) for i in range(n_problems)]
-    _check_prompts(model, variants, problems, decoding, system)
+    switches = check_chat(model.tokenizer, chat)
+    _check_prompts(model, variants, problems, decoding, system, switches)
     segmentation = segmentation or Segmentation()
     parameters = {
         **identity_of(model), "task": task.name, "seed": seed, "decoding": decoding.to_dict(), "system": system,
-        "segmentation": segmentation_for_manifest(segmentation),
+        "chat": switches, "segmentation": segmentation_for_manifest(segmentation),
     }  # fmt: skip
     evaluation = Evaluation(Path(folder), tuple(variants), n_problems, n_samples)
     with Store.opened(folder, KIND, VERSION, parameters) as store:
@@ -110,7 +114,7 @@ def evaluate(
         needed = draws_needed(variants, n_samples)
         missing = missing_answers(needed, n_problems, answers)
         common = common_segmentation(segmentation, model)
-        writer = _Writer(model, task.name, problems, decoding, system, common, seed)
+        writer = _Writer(model, task.name, problems, decoding, system, switches, common, seed)
         n_missing, n_needed = sum(map(len, missing.values())), sum(needed.values()) * n_problems
         bar = tqdm(total=n_needed, initial=n_needed - n_missing, desc=f"answers to {task.name}", disable=not progress)
         with bar:
@@ -208,6 +212,7 @@ class _Writer:
     problems: Sequence[Problem]
     decoding: Decoding
     system: str | None
+    chat: Mapping[str, Any]
     segmentation: Segmentation
     seed: int
 
@@ -243,7 +248,7 @@ class _Writer:
     def _answers(self, variant: Variant, questions: Sequence[str], seeds: Sequence[int]) -> list[Trace]:
         return answer_batch(
             self.model, questions, variant.decoding_of(self.decoding), seeds=seeds, stepflow=variant.stepflow,
-            segmentation=self.segmentation, system=self.system,
+            segmentation=self.segmentation, system=self.system, chat=self.chat,
         )  # fmt: skip
 
 
@@ -304,6 +309,7 @@ def _check_prompts(
     problems: Sequence[Problem],
     decoding: Decoding,
     system: str | None,
+    chat: Mapping[str, Any],
 ) -> None:
     """Refuse questions that the model can't be asked under one of the variants.
 
@@ -312,7 +318,7 @@ def _check_prompts(
     """
     for variant in {(v.instruction, v.decoding_of(decoding)): v for v in variants}.values():
         questions = [variant.question_of(problem) for problem in problems]
-        check_questions(model, questions, decoding=variant.decoding_of(decoding), system=system)
+        check_questions(model, questions, decoding=variant.decoding_of(decoding), system=system, chat=chat)
 
 
 def _check_questions_unchanged(folder: Path, answers: pd.DataFrame, problems: Sequence[Problem]) -> None:

@@ -9,6 +9,7 @@
       parts/000064/            traces 64 ..
 
 `answers.parquet` keeps of the segmentation of a trace only the format; the rest is the same for all, in the manifest.
+So are the switches of the chat template.
 """
 
 from __future__ import annotations
@@ -138,7 +139,8 @@ class Population:
 
         part, row = self._locate(i)
         columns = pq.read_table(part / ANSWERS_FILE, columns=list(TRACE_COLUMNS)).slice(row, 1).to_pylist()[0]
-        return trace_from_columns(columns, Segmentation.from_dict(self.manifest["segmentation"]))
+        segmentation = Segmentation.from_dict(self.manifest["segmentation"])
+        return trace_from_columns(columns, segmentation, self.manifest.get("chat"))
 
     def saliency(self, i: int) -> StepSaliency:
         """Return the step maps of a trace.
@@ -229,12 +231,15 @@ def trace_columns(trace: Trace) -> dict[str, Any]:
     }
 
 
-def trace_from_columns(columns: Mapping[str, Any], segmentation: Segmentation) -> Trace:
+def trace_from_columns(
+    columns: Mapping[str, Any], segmentation: Segmentation, chat: Mapping[str, Any] | None = None
+) -> Trace:
     """Return the trace that `trace_columns` has written.
 
     Args:
         columns: one value per column.
         segmentation: that of the population; its format is replaced by the one in the columns.
+        chat: switches of the chat template that the population was made with; None, as in old folders, is without any.
     """
     if columns["format"] != segmentation.format_name:
         segmentation = replace(segmentation, format=columns["format"])
@@ -248,4 +253,5 @@ def trace_from_columns(columns: Mapping[str, Any], segmentation: Segmentation) -
         segmentation=segmentation,
         n_prompt=columns["n_prompt"],
         truncated=columns["truncated"],
+        chat=dict(chat or {}),
     )

@@ -6,8 +6,9 @@ A question is rendered, tokenised and located in its prompt once: the decoding l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -35,6 +36,7 @@ def generate(
     stop_in_thinking: bool = False,
     seed: int = 0,
     system: str | None = None,
+    chat: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> Trace:
     """Let a model answer one question, and return the answer as a trace.
@@ -56,6 +58,7 @@ def generate(
         stop_in_thinking: True lets a stop text end the answer in the middle of the thinking, too.
         seed: seed of the sampling.
         system: a system prompt; None keeps what the chat template does by itself.
+        chat: switches of the chat template, such as {"enable_thinking": False}; kept in the trace.
         progress: show a bar over tokens.
 
     Returns:
@@ -63,8 +66,9 @@ def generate(
         is True where `max_new_tokens` or the end of the context ended the answer.
 
     Raises:
-        ValueError: the question is empty, a number is out of range, the prompt fills the context, the segmentation
-            differs from that of an open StepFlow context, or the model's logits are NaN or infinite.
+        ValueError: the question is empty, a number is out of range, the template does not have a switch of `chat`, the
+            prompt fills the context, the segmentation differs from that of an open StepFlow context, or the model's
+            logits are NaN or infinite.
 
     Example:
         >>> model = stepsal.load("mini")
@@ -75,7 +79,7 @@ def generate(
     decoding = Decoding(max_new_tokens, temperature, top_p, stop, budget_forcing, stop_in_thinking)
     return answer_batch(
         model, [question], decoding, seeds=[seed], stepflow=stepflow, segmentation=segmentation, system=system,
-        progress=progress,
+        chat=chat, progress=progress,
     )[0]  # fmt: skip
 
 
@@ -93,6 +97,7 @@ def generate_batch(
     stop_in_thinking: bool = False,
     seed: int | Sequence[int] = 0,
     system: str | None = None,
+    chat: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> list[Trace]:
     """Let a model answer several questions in one batch, and return the answers as traces.
@@ -116,6 +121,7 @@ def generate_batch(
         seed: seeds of the sampling, one for each question; a single number means seed, seed + 1, ... An answer depends
             on its own seed only, so that it is the same in any batch (up to rounding in the logits).
         system: a system prompt; None keeps what the chat template does by itself.
+        chat: switches of the chat template, such as {"enable_thinking": False}; kept in the trace.
         progress: show a bar over tokens.
 
     Returns:
@@ -123,8 +129,8 @@ def generate_batch(
         `truncated` is True where `max_new_tokens` or the end of the context ended the answer.
 
     Raises:
-        ValueError: there is no question or an empty one, a number is out of range, a prompt fills the context, or the
-            segmentation differs from that of an open StepFlow context.
+        ValueError: there is no question or an empty one, a number is out of range, the template does not have a switch
+            of `chat`, a prompt fills the context, or the segmentation differs from that of an open StepFlow context.
 
     Example:
         >>> model = stepsal.load("mini")
@@ -136,7 +142,7 @@ def generate_batch(
     seeds = [seed + row for row in range(len(questions or ()))] if isinstance(seed, int) else seed
     return answer_batch(
         model, questions, decoding, seeds=seeds, stepflow=stepflow, segmentation=segmentation, system=system,
-        progress=progress,
+        chat=chat, progress=progress,
     )  # fmt: skip
 
 
@@ -149,6 +155,7 @@ def answer_batch(
     stepflow: StepFlowConfig | None = None,
     segmentation: Segmentation | None = None,
     system: str | None = None,
+    chat: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> list[Trace]:
     """Let a model answer several questions in one batch, with the settings as one value.
@@ -162,6 +169,7 @@ def answer_batch(
         segmentation: the way to find sections and steps, for StepFlow and in the traces; None is that of an open
             StepFlow context, or `Segmentation()`.
         system: a system prompt; None keeps what the chat template does by itself.
+        chat: switches of the chat template, such as {"enable_thinking": False}; kept in the trace.
         progress: show a bar over tokens.
 
     Returns:
@@ -177,7 +185,7 @@ def answer_batch(
         >>> [trace.truncated for trace in traces]
         [True, True]
     """
-    prompts = check_questions(model, questions, decoding=decoding, system=system)
+    prompts = check_questions(model, questions, decoding=decoding, system=system, chat=chat)
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} questions: give one for each, or a single one")
     context = nullcontext() if stepflow is None else open_stepflow(model, stepflow, segmentation=segmentation)
@@ -192,7 +200,12 @@ def answer_batch(
 
 
 def check_questions(
-    model: TransformerBridge, questions: Sequence[str], *, decoding: Decoding, system: str | None = None
+    model: TransformerBridge,
+    questions: Sequence[str],
+    *,
+    decoding: Decoding,
+    system: str | None = None,
+    chat: Mapping[str, Any] | None = None,
 ) -> list[TokenizedPrompt]:
     """Check that a model can answer questions with these settings, and return their prompts.
 
@@ -201,13 +214,15 @@ def check_questions(
         questions: the questions that the user asks.
         decoding: settings with which the answers are to be written.
         system: a system prompt; None keeps what the chat template does by itself.
+        chat: switches of the chat template, such as {"enable_thinking": False}; kept in the trace.
 
     Returns:
         The prompt of each question with its tokens.
 
     Raises:
-        ValueError: there is no question or an empty one, the model has no tokenizer, a prompt fills the context, or
-            budget forcing is requested of a model that ends its thinking by several tokens.
+        ValueError: there is no question or an empty one, the model has no tokenizer, its template does not have a
+            switch of `chat`, a prompt fills the context, or budget forcing is requested of a model that ends its
+            thinking by several tokens.
 
     Example:
         >>> from stepsal.generation.answers import check_questions
@@ -220,7 +235,8 @@ def check_questions(
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise ValueError(f"{model.cfg.model_name!r} has no tokenizer: pass one to stepsal.load(..., tokenizer=...)")
-    prompts = [tokenize_prompt(tokenizer, prompt) for prompt in render_prompts(tokenizer, questions, system)]
+    rendered = render_prompts(tokenizer, questions, system, chat=chat)
+    prompts = [tokenize_prompt(tokenizer, prompt) for prompt in rendered]
     check_prompt(model, max((prompt.ids for prompt in prompts), key=len))
     check_budget_forcing(model, decoding.budget_forcing)
     return prompts

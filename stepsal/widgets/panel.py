@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import html
 import threading
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets
@@ -21,6 +22,7 @@ from stepsal.generation.decoding import Decoding
 from stepsal.intervention import StepFlowConfig
 from stepsal.intervention.segmentation import common_segmentation
 from stepsal.saliency import step_saliency
+from stepsal.trace.prompt import check_chat
 from stepsal.trace.segment import Segmentation
 from stepsal.widgets.explorer import Explorer
 
@@ -50,6 +52,10 @@ class StepFlowPanel(ipywidgets.VBox):
         decoding: settings of decoding for both answers; the default is greedy, with 256 new tokens at most.
         seed: seed of the sampling of both answers.
         segmentation: how sections and steps are found, by StepFlow and in the traces; None is `Segmentation()`.
+        chat: switches of the chat template, such as {"enable_thinking": False}.
+
+    Raises:
+        ValueError: the chat template does not have a switch of `chat`.
 
     Attributes:
         traces: the answers of the last run, by "without StepFlow" and "with StepFlow".
@@ -73,8 +79,10 @@ class StepFlowPanel(ipywidgets.VBox):
         decoding: Decoding = Decoding(max_new_tokens=256),  # it is frozen
         seed: int = 0,
         segmentation: Segmentation | None = None,
+        chat: Mapping[str, Any] | None = None,
     ) -> None:
         self.model, self.decoding, self.seed, self.segmentation = model, decoding, seed, segmentation
+        self.chat = check_chat(model.tokenizer, chat)
         self.traces: dict[str, Trace] = {}
         self.saliency: dict[str, StepSaliency] = {}
         self.explorer: Explorer | None = None
@@ -185,7 +193,7 @@ class StepFlowPanel(ipywidgets.VBox):
                 _say(self.status, f"answering {name} ...")
                 traces[name] = generate(
                     self.model, question, stepflow=settings, seed=self.seed, segmentation=segmentation,
-                    **self.decoding.to_dict(),
+                    chat=self.chat, **self.decoding.to_dict(),
                 )  # fmt: skip
             for name, settings in configs.items():
                 _say(self.status, f"computing maps {name} ...")
