@@ -10,7 +10,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from stepsal.bridge.presets import preset_format
 from stepsal.trace.formats import FORMATS, Format
-from stepsal.trace.segment import Segmentation, Segmenter
+from stepsal.trace.segment import Segmentation
+from stepsal.trace.segmenter import Segmenter
 
 PROMPT_END = 64
 """Number of tokens at the end of a prompt among which a marker may open the thinking."""
@@ -80,8 +81,7 @@ class ThinkingWatch:
             Segmenter(format.after(prompt), split="line") for format in formats if not format.last_is_summary
         ]
         self._is_told = [
-            not _opens_thinking(segmenter.format) or segmenter.format.opened_by(prompt)
-            for segmenter in self._segmenters
+            not segmenter.format.opens_thinking or segmenter.format.opened_by(prompt) for segmenter in self._segmenters
         ]
 
     def push(self, text: str) -> None:
@@ -101,11 +101,6 @@ class ThinkingWatch:
             is_told and segmenter.role == "thinking"
             for is_told, segmenter in zip(self._is_told, self._segmenters, strict=True)
         )
-
-
-def _opens_thinking(format: Format) -> bool:
-    """Tell whether a format has a marker that opens the thinking."""
-    return any(section == "thinking" for ends in format.markers.values() for section in ends.values())
 
 
 class StopTexts:
@@ -150,6 +145,24 @@ class StopTexts:
             watch.push(char)
             does_count |= before.endswith(self._texts) and not watch.is_open
         return does_count
+
+
+def before_stop(text: str, before_last: str, stop: Sequence[str]) -> str:
+    """Return an answer up to the stop text that ended it, which the last token has completed.
+
+    Args:
+        text: the answer.
+        before_last: the answer without its last token.
+        stop: the stop texts. Where one stands earlier in the answer, it did not count there.
+
+    Example:
+        >>> from stepsal.generation.endings import before_stop
+        >>> before_stop("One, so two.</think>Two, so", "One, so two.</think>Two,", ["so", "never written"])
+        'One, so two.</think>Two, '
+    """
+    n_before = len(before_last.rstrip("\ufffd"))  # the beginning of a character that the last token completes
+    places = [text.find(words, max(0, n_before - len(words) + 1)) for words in stop]
+    return text[: min((place for place in places if place >= 0), default=len(text))]
 
 
 def check_budget_forcing(model: TransformerBridge, times: int) -> None:

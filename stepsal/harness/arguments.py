@@ -1,14 +1,17 @@
 """Model arguments of Inspect (`-M name=value`, or keywords of `get_model`) as settings.
 
 Values from the command line come as text, or as lists of texts, and are read here: "0.15" as a number, "0,1" as layers,
-"none" and "()" as no layers.
+"none" and "()" as no layers. Switches of the chat template come one by one (`-M chat.enable_thinking=false`), or
+together as JSON (`-M chat='{"enable_thinking": false}'`).
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,13 @@ import torch
 
 from stepsal.intervention import StepFlowConfig
 from stepsal.intervention.config import PUBLISHED
-from stepsal.trace import Segmentation
+from stepsal.trace import FORMATS, Format, Segmentation
 
 LOADING = ("device", "device_map", "dtype", "revision", "trust_remote_code")
 STEPFLOW = tuple(field.name for field in fields(StepFlowConfig))
 SEGMENTATION = tuple(field.name for field in fields(Segmentation))
-KNOWN = ("batch_size", "preset", "stepflow", *LOADING, *STEPFLOW, *SEGMENTATION)
+KNOWN = ("batch_size", "chat", "preset", "stepflow", "stop_in_thinking", *LOADING, *STEPFLOW, *SEGMENTATION)
+SWITCH = "chat."  # before the name of a switch of the chat template
 
 
 @dataclass(frozen=True)
@@ -32,20 +36,25 @@ class ModelArguments:
         loading: keywords of `stepsal.load`, as they were given.
         batch_size: largest number of answers that are written together.
         stepflow: settings of StepFlow; None leaves the model as it is.
-        segmentation: how sections and steps are found, by StepFlow and in traces.
+        segmentation: how sections and steps are found, by StepFlow, in messages and in traces.
+        chat: switches of the chat template.
+        stop_in_thinking: as in `stepsal.Decoding`, for the stop sequences of Inspect.
     """
 
     loading: Mapping[str, Any]
     batch_size: int
     stepflow: StepFlowConfig | None
     segmentation: Segmentation
+    chat: Mapping[str, Any] = field(default_factory=dict)
+    stop_in_thinking: bool = False
 
     @classmethod
     def read(cls, arguments: Mapping[str, Any]) -> ModelArguments:
         """Read model arguments.
 
         Args:
-            arguments: values by name; the names are those of `KNOWN`.
+            arguments: values by name; the names are those of `KNOWN`, and `chat.<name>` for a switch of the chat
+                template.
 
         Raises:
             ValueError: an unknown name, or a value out of range, naming it.
@@ -57,8 +66,11 @@ class ModelArguments:
             >>> arguments.stepflow.oeb_layers, arguments.segmentation.split
             ((0, 1), 'paragraph')
         """
-        if unknown := sorted(set(arguments) - set(KNOWN)):
+        if unknown := sorted(name for name in arguments if name not in KNOWN and not name.startswith(SWITCH)):
             raise ValueError(f"unknown model arguments {unknown}; there are {', '.join(KNOWN)}")
+        stop_in_thinking = arguments.get("stop_in_thinking", False)
+        if not isinstance(stop_in_thinking, bool):
+            raise ValueError(f"stop_in_thinking={stop_in_thinking!r} must be true or false")
         batch_size = arguments.get("batch_size", 16)
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r} must be a whole number >= 1")
@@ -66,16 +78,73 @@ class ModelArguments:
         read_dtype(loading.get("dtype"))
         segmentation = preset_segmentation(arguments.get("preset"))
         segmentation |= {name: arguments[name] for name in SEGMENTATION if name in arguments}
+        if "format" in segmentation:
+            segmentation["format"] = read_format(segmentation["format"])
         if "min_chars" in segmentation:
             segmentation["min_chars"] = read_number(segmentation["min_chars"])
             if not isinstance(segmentation["min_chars"], int):
                 raise ValueError(f"min_chars={segmentation['min_chars']!r} must be a whole number >= 0")
-        return cls(loading, batch_size, read_stepflow(arguments), Segmentation.from_dict(segmentation))
+        return cls(
+            loading, batch_size, read_stepflow(arguments), Segmentation.from_dict(segmentation), read_chat(arguments),
+            stop_in_thinking,
+        )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """Return what answers depend on, JSON-ready but for objects among the loading options."""
         stepflow = None if self.stepflow is None else self.stepflow.to_dict()
-        return {**self.loading, "stepflow": stepflow, "segmentation": self.segmentation.to_dict()}
+        return {
+            **self.loading,
+            "stepflow": stepflow,
+            "segmentation": self.segmentation.to_dict(),
+            "chat": dict(self.chat),
+            "stop_in_thinking": self.stop_in_thinking,
+        }
+
+
+def read_chat(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the switches of the chat template among model arguments.
+
+    Args:
+        arguments: values by name: `chat`, a mapping or its JSON, and `chat.<name>`, which overrules it.
+
+    Raises:
+        ValueError: `chat` is no mapping.
+
+    Example:
+        >>> from stepsal.harness.arguments import read_chat
+        >>> read_chat({"chat": '{"effort": "high"}', "chat.enable_thinking": False})
+        {'effort': 'high', 'enable_thinking': False}
+    """
+    chat = arguments.get("chat") or {}
+    if isinstance(chat, str):
+        with suppress(ValueError):  # refused below
+            chat = json.loads(chat)
+    if not isinstance(chat, Mapping):
+        raise ValueError(
+            f"chat={chat!r} must map switches of the chat template, as -M chat='{{\"enable_thinking\": false}}' or "
+            "-M chat.enable_thinking=false does"
+        )
+    single = {name.removeprefix(SWITCH): value for name, value in arguments.items() if name.startswith(SWITCH)}
+    return {**chat, **single}
+
+
+def read_format(value: Any) -> Any:
+    """Read how a model marks its sections: the name of a format, or the text of a marker before the summary.
+
+    A single word is a name, so that a misspelt one is no marker.
+
+    Args:
+        value: the name or the text; a list, where Inspect has divided a text at its commas; a format as JSON has it.
+
+    Example:
+        >>> from stepsal.harness.arguments import read_format
+        >>> read_format("harmony"), read_format("Final answer:").all_markers
+        ('harmony', ('Final answer:',))
+    """
+    if isinstance(value, list | tuple) and all(isinstance(part, str) for part in value):
+        value = ",".join(value)
+    is_name = not isinstance(value, str) or value in ("auto", *FORMATS) or re.fullmatch(r"[\w-]*", value)
+    return value if is_name else Format.with_marker(value)
 
 
 def read_stepflow(arguments: Mapping[str, Any]) -> StepFlowConfig | None:

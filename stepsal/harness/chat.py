@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jinja2
-from inspect_ai.model import ChatMessage, ChatMessageAssistant, ChatMessageTool, ContentReasoning
+from inspect_ai.model import ChatMessage, ChatMessageAssistant, ChatMessageTool
 from inspect_ai.tool import ToolCall, ToolInfo
+
+from stepsal.harness.history import EarlierThinking, earlier_thinking
+from stepsal.trace.formats import Format
+from stepsal.trace.template import chat_template_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,12 +26,18 @@ TOOL_PROMPT = (
     "You may call functions, given as JSON schemas: {}\nTo call one, write its name and its arguments in one line of "
     "JSON between <tool_call> and </tool_call>."
 )
-_STAND_IN = "\ue000reasoning\ue001"  # private-use characters: in no real text
 _CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, model_name: str, messages: Sequence[ChatMessage], tools: Sequence[ToolInfo]
+    tokenizer: PreTrainedTokenizerBase,
+    model_name: str,
+    messages: Sequence[ChatMessage],
+    tools: Sequence[ToolInfo],
+    *,
+    switches: Mapping[str, Any] | None = None,
+    format: Format | None = None,
+    keep_thinking: bool = False,
 ) -> str:
     """Render a chat by the model's template, up to where the answer begins.
 
@@ -36,62 +46,77 @@ def render(
         model_name: name of the model, for the errors.
         messages: the chat; its last message is not the assistant's.
         tools: functions that the model may call; a system message describes them where the template does not.
+        switches: switches of the chat template.
+        format: the marks of thinking in the content of earlier answers; None is "think".
+        keep_thinking: put the thinking of earlier answers back where the template drops it; False lets the template
+            decide what it keeps.
 
     Raises:
-        ValueError: there is nothing to answer, a message has content that is no text, tools for a Harmony model, or a
-            template that refuses the chat.
+        ValueError: there is nothing to answer, a message has content that is no text, tools for a Harmony model, a
+            template that refuses the chat, or one in which thinking that is to be kept has no place.
     """
-    template = str(getattr(tokenizer, "chat_template", None) or "")
     if not messages or messages[-1].role == "assistant":
         raise ValueError("the last message is the assistant's, and there is nothing to answer; add a user message")
+    template = _template_of(tokenizer, tools)
     if tools and "<|channel|>" in template:
         raise ValueError(f"tools are not supported for Harmony models such as {model_name}; leave them out")
     schemas = [tool.model_dump(exclude_none=True) for tool in tools]
     native = "<tool_call>" in template  # the model's own way to call tools is the one that `tool_calls` reads
-    chat = [as_template_input(message, template, native) for message in messages]
-    if schemas and not native:
-        chat.insert(0, {"role": "system", "content": TOOL_PROMPT.format(json.dumps(schemas))})
-    chat = joined(chat)
-    if template:
-        text = _by_template(tokenizer, model_name, chat, schemas if native else [])
-    else:
-        text = str(tokenizer.bos_token or "") + "".join(f"{message['content']}\n" for message in chat)
-    for message in messages:  # in place of the stand-ins, which no template takes out
-        if isinstance(message, ChatMessageAssistant) and (reasoning := reasoning_of(message)):
-            text = text.replace(_STAND_IN, f"<think>{reasoning}</think>", 1)
-    # a template may open the thinking of earlier answers itself, before content that opens it too
-    return re.sub(r"<think>\s*<think>", "<think>", text)
+
+    def rendered(thoughts: Sequence[EarlierThinking | None]) -> str:
+        pairs = zip(messages, thoughts, strict=True)
+        chat = [as_template_input(message, native, thinking) for message, thinking in pairs]
+        if schemas and not native:
+            chat.insert(0, {"role": "system", "content": TOOL_PROMPT.format(json.dumps(schemas))})
+        chat = joined(chat)
+        if template:
+            return _by_template(tokenizer, model_name, chat, schemas if native else [], switches or {})
+        return str(tokenizer.bos_token or "") + "".join(f"{message['content']}\n" for message in chat)
+
+    thoughts = earlier_thinking(messages, template, format)
+    text = rendered(thoughts)
+    if keep_thinking:
+        thoughts = [thinking and thinking.unless_in(text) for thinking in thoughts]
+        text = rendered(thoughts)
+    for thinking in thoughts:
+        text = text if thinking is None else thinking.settled(text, model_name)
+    return text
 
 
-def _by_template(tokenizer: PreTrainedTokenizerBase, model_name: str, chat: Chat, schemas: list[dict[str, Any]]) -> str:
+def _template_of(tokenizer: PreTrainedTokenizerBase, tools: Sequence[ToolInfo]) -> str:
+    """Return the text of the template that transformers takes; with tools it may be another one."""
+    template = chat_template_of(tokenizer) or ""
+    of_all = getattr(tokenizer, "chat_template", None)
+    return str(of_all.get("tool_use", template)) if tools and isinstance(of_all, dict) else template
+
+
+def _by_template(
+    tokenizer: PreTrainedTokenizerBase,
+    model_name: str,
+    chat: Chat,
+    schemas: list[dict[str, Any]],
+    switches: Mapping[str, Any],
+) -> str:
     """Apply the template; many know no system prompt, which then goes into the first user message."""
     tools: Any = [{"type": "function", "function": schema} for schema in schemas] or None
+    options: dict[str, Any] = {"tools": tools, "tokenize": False, "add_generation_prompt": True, **switches}
     try:
-        return str(tokenizer.apply_chat_template(chat, tools=tools, tokenize=False, add_generation_prompt=True))
+        return str(tokenizer.apply_chat_template(chat, **options))
     except jinja2.TemplateError:
         chat = without_system(chat)
     try:
-        return str(tokenizer.apply_chat_template(chat, tools=tools, tokenize=False, add_generation_prompt=True))
+        return str(tokenizer.apply_chat_template(chat, **options))
     except (jinja2.TemplateError, TypeError) as error:
         raise ValueError(f"the chat template of {model_name} refuses this chat: {error}") from error
 
 
-def reasoning_of(message: ChatMessageAssistant) -> str:
-    """Return the thinking of an answer; "" where it has none.
-
-    Args:
-        message: the answer.
-    """
-    return "\n".join(part.reasoning for part in message.content_list if isinstance(part, ContentReasoning))
-
-
-def as_template_input(message: ChatMessage, template: str, native: bool) -> dict[str, Any]:
+def as_template_input(message: ChatMessage, native: bool, thinking: EarlierThinking | None) -> dict[str, Any]:
     """Return a message as chat templates take it.
 
     Args:
         message: a message of Inspect.
-        template: the chat template, which decides under which name reasoning is passed.
         native: True if the template knows tool calls and their results; otherwise they are written as text.
+        thinking: the thinking of the message, if it is an answer that has some.
 
     Raises:
         ValueError: content that is no text.
@@ -105,13 +130,8 @@ def as_template_input(message: ChatMessage, template: str, native: bool) -> dict
         return {"role": "user", "content": f"<tool_response>{result}</tool_response>"}
     fields: dict[str, Any] = {"role": message.role, "content": message.text}
     if isinstance(message, ChatMessageAssistant):
-        if reasoning := reasoning_of(message):
-            if "reasoning_content" in template:
-                fields["reasoning_content"] = reasoning
-            elif ".thinking" in template:  # Harmony
-                fields["thinking"] = reasoning
-            else:
-                fields["content"] = _STAND_IN + message.text
+        if thinking is not None:
+            fields |= thinking.fields(message.text)
         calls = [{"name": call.function, "arguments": call.arguments} for call in message.tool_calls or []]
         if calls and native:
             fields["tool_calls"] = [{"type": "function", "function": call} for call in calls]

@@ -10,7 +10,7 @@ import json
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +33,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from stepsal.bridge.loading import load
 from stepsal.generation.decoding import Decoding
+from stepsal.generation.endings import before_stop
 from stepsal.generation.loop import check_prompt
 from stepsal.harness.arguments import ModelArguments, read_dtype
 from stepsal.harness.chat import render, tool_calls
@@ -41,12 +42,13 @@ from stepsal.harness.inspect_private import active_sample, sample_metadata
 from stepsal.intervention.segmentation import common_segmentation
 from stepsal.storage import digest
 from stepsal.trace import Trace
+from stepsal.trace.prompt import check_chat
 from stepsal.trace.sections import sections
 
 MAX_TOKENS = 32768  # where the evaluation says nothing, as in the paper's settings; the context is a limit too
 UNSUPPORTED = (
     "best_of", "frequency_penalty", "presence_penalty", "logit_bias", "top_k", "logprobs", "top_logprobs",
-    "prompt_logprobs", "response_schema", "reasoning_effort", "reasoning_tokens", "effort", "extra_body",
+    "prompt_logprobs", "response_schema", "reasoning_mode", "reasoning_tokens", "effort", "verbosity", "extra_body",
 )  # fmt: skip
 STOP_REASONS: dict[str, StopReason] = {
     "end": "stop", "stop": "stop", "limit": "max_tokens", "context": "model_length"
@@ -66,12 +68,14 @@ class KeptAnswer(NamedTuple):
         n_prompt: number of tokens of the prompt.
         question: the last message of the user.
         truncated: True if a limit ended the answer.
+        chat: switches of the chat template.
     """
 
     tokens: Int[Tensor, " pos"]
     n_prompt: int
     question: str
     truncated: bool
+    chat: dict[str, Any]
 
 
 class StepsalAPI(ModelAPI):
@@ -82,22 +86,28 @@ class StepsalAPI(ModelAPI):
         base_url: not used; every provider has it.
         api_key: not used; every provider has it.
         config: generation options of Inspect. max_tokens, temperature (0 if not set), top_p, stop_seqs and seed are
-            honoured; those in `UNSUPPORTED` are refused.
+            honoured; reasoning_effort is, where the chat template has a switch of that name; reasoning_history "all"
+            and "last" put the thinking of earlier answers back where the template drops it, "none" leaves it out, and
+            "auto" (as if not set) lets the template decide. Options in `UNSUPPORTED` are refused.
         **model_args: `device`, `device_map`, `dtype`, `revision` and `trust_remote_code` of `stepsal.load`;
             `batch_size`, the largest number of answers written together (default 16); `preset`, published settings of
             StepFlow by name or a JSON file of `StepFlowConfig.save` or `Calibration.save_preset`; `stepflow=true` for
             the paper's settings; the fields of `StepFlowConfig` (`tau_max`, `alpha`, `oeb_layers`, ...), which change
-            these settings, and any of which switches StepFlow on; `stepflow=false`, which overrules them all; `format`,
-            `split` and `min_chars` of `Segmentation`, for StepFlow and for traces.
+            these settings, and any of which switches StepFlow on; `stepflow=false`, which overrules them all; `format`
+            (a name, or the text of a marker before the summary), `split` and `min_chars` of `Segmentation`, for
+            StepFlow, messages and traces; `chat`, switches of the chat template, or one of them by `chat.<name>`;
+            `stop_in_thinking=true`, which lets stop sequences end the thinking, too.
 
     Attributes:
         stepflow: settings of StepFlow; None leaves the model as it is.
         segmentation: how sections and steps are found.
+        chat: switches of the chat template.
+        stop_in_thinking: whether stop sequences count in the thinking, too.
         batch_size: largest number of answers that are written together.
         engine: the model and its thread, shared by models of the same name and loading options.
 
     Raises:
-        ValueError: an unknown argument, or a value out of range.
+        ValueError: an unknown argument, a value out of range, or a switch that the chat template does not have.
         FileNotFoundError: a preset that is no file.
     """
 
@@ -114,7 +124,7 @@ class StepsalAPI(ModelAPI):
         settings = digest(json.dumps(arguments.to_dict(), default=str).encode())[:12]
         super().__init__(model_name=model_name, base_url=f"stepsal:{settings}", api_key=api_key, config=config)
         self.stepflow, self.segmentation = arguments.stepflow, arguments.segmentation
-        self.batch_size = arguments.batch_size
+        self.batch_size, self.stop_in_thinking = arguments.batch_size, arguments.stop_in_thinking
         if config.max_connections is None and config.adaptive_connections is None:
             # as many samples as fit into a batch; Inspect begins with 20 otherwise
             config.max_connections = self.batch_size
@@ -127,13 +137,14 @@ class StepsalAPI(ModelAPI):
             options["dtype"] = read_dtype(options["dtype"])
         self.engine = shared_engine(self._key, lambda: load(model_name, **options))
         self._closed = False
-        self.segmentation = common_segmentation(self.segmentation, self.model)
-        if self.stepflow is not None:
-            try:
-                self.stepflow.resolve(self.model.cfg.n_layers)  # refuses layers that the model does not have
-            except ValueError:
-                self.close()
-                raise
+        try:  # what the model does not have is refused
+            self.segmentation = common_segmentation(self.segmentation, self.model)
+            self.chat = check_chat(self.model.tokenizer, arguments.chat)
+            if self.stepflow is not None:
+                self.stepflow.resolve(self.model.cfg.n_layers)
+        except ValueError:
+            self.close()
+            raise
 
     @property
     def model(self) -> TransformerBridge:
@@ -155,9 +166,10 @@ class StepsalAPI(ModelAPI):
             ValueError: options that can't be honoured, or a chat that can't be rendered.
         """
         _check_options(config, tools, tool_choice)
-        decoding = _decoding(config)
+        decoding = _decoding(config, self.stop_in_thinking)
         tools = [] if tool_choice == "none" else tools
-        prompt = self.render(input, tools)
+        chat = self._switches(config)
+        prompt = self.render(input, tools, chat=chat, keep_thinking=config.reasoning_history in ("all", "last"))
         ids: list[int] = self.model.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         try:
             check_prompt(self.model, ids)
@@ -175,20 +187,44 @@ class StepsalAPI(ModelAPI):
         finally:
             request.cancel()  # without effect on what is done; what is cancelled or out of time costs no token more
         message, reason = self._message(prompt, reply, decoding.stop, with_calls=bool(tools))
-        self._keep(message, input, ids, reply)
+        self._keep(message, input, ids, reply, chat)
         return self._output(message, reason, ids, reply, seed, time.monotonic() - begin)
 
-    def render(self, messages: list[ChatMessage], tools: list[ToolInfo]) -> str:
+    def render(
+        self,
+        messages: list[ChatMessage],
+        tools: list[ToolInfo],
+        *,
+        chat: Mapping[str, Any] | None = None,
+        keep_thinking: bool = False,
+    ) -> str:
         """Render a chat by the model's template; see `stepsal.harness.chat.render`.
 
         Args:
             messages: the chat.
             tools: functions that the model may call.
+            chat: switches of the chat template; None is `self.chat`.
+            keep_thinking: put the thinking of earlier answers back where the template drops it.
 
         Raises:
             ValueError: content that is no text, or a template that refuses the chat.
         """
-        return render(self.model.tokenizer, self.model_name, messages, tools)
+        return render(
+            self.model.tokenizer, self.model_name, messages, tools, switches=self.chat if chat is None else chat,
+            format=self.segmentation.named_format, keep_thinking=keep_thinking,
+        )  # fmt: skip
+
+    def _switches(self, config: GenerateConfig) -> dict[str, Any]:
+        """Return the switches of the chat template for an answer, the effort of its reasoning among them."""
+        effort = config.reasoning_effort
+        if effort is None:
+            return self.chat
+        try:
+            return check_chat(self.model.tokenizer, {**self.chat, "reasoning_effort": effort})
+        except ValueError as error:
+            raise ValueError(
+                f"reasoning_effort={effort!r} would have no effect on {self.model_name}: {error}"
+            ) from error
 
     def _seed(self, seed: int | None, prompt: str) -> tuple[Place, int]:
         """Count an answer at its place, and return the place and the answer's own seed."""
@@ -208,10 +244,10 @@ class StepsalAPI(ModelAPI):
     ) -> tuple[ChatMessageAssistant, StopReason]:
         """Return an answer as a message, which ends before the stop text, and why it ended."""
         ids = reply.tokens[:-1] if reply.ended == "end" else reply.tokens  # without the token that ends it
-        text = self.model.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        for stop_text in stop if reply.ended == "stop" else ():
-            text = text.partition(stop_text)[0]
-        thinking, words = sections(self.model.tokenizer, prompt, text)
+        text = self._decoded(ids)
+        if reply.ended == "stop":
+            text = before_stop(text, self._decoded(ids[:-1]), stop)
+        thinking, words = sections(self.model.tokenizer, prompt, text, self.segmentation)
         reason = STOP_REASONS[reply.ended]
         words, calls = tool_calls(words) if with_calls else (words, [])
         if calls and reason == "stop":
@@ -259,13 +295,18 @@ class StepsalAPI(ModelAPI):
             metadata["stepflow"] = [*metadata.get("stepflow", []), entry]
 
     def _keep(
-        self, message: ChatMessageAssistant, chat: Sequence[ChatMessage], prompt_ids: list[int], reply: Reply
+        self,
+        message: ChatMessageAssistant,
+        messages: Sequence[ChatMessage],
+        prompt_ids: list[int],
+        reply: Reply,
+        chat: dict[str, Any],
     ) -> None:
         """Keep an answer's tokens for `trace`; the oldest are forgotten when they are too many."""
-        question = next((message.text for message in reversed(chat) if message.role == "user"), "")
+        question = next((message.text for message in reversed(messages) if message.role == "user"), "")
         tokens = torch.tensor(prompt_ids + reply.tokens, dtype=torch.int32)
         truncated = reply.ended in ("limit", "context")
-        self._kept[str(message.id)] = KeptAnswer(tokens, len(prompt_ids), question, truncated)
+        self._kept[str(message.id)] = KeptAnswer(tokens, len(prompt_ids), question, truncated, chat)
         self._n_kept_tokens += len(tokens)
         while self._n_kept_tokens > KEPT_TOKENS:
             self._n_kept_tokens -= len(self._kept.popitem(last=False)[1].tokens)
@@ -286,8 +327,13 @@ class StepsalAPI(ModelAPI):
             )
         return Trace.from_tokens(
             kept.tokens.long(), kept.n_prompt, self.model, question=kept.question, truncated=kept.truncated,
-            segmentation=self.segmentation,
+            segmentation=self.segmentation, chat=kept.chat,
         )  # fmt: skip
+
+    def _decoded(self, ids: list[int]) -> str:
+        """Return the text of tokens as they are."""
+        tokenizer = self.model.tokenizer
+        return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def _n_tokens(self, text: str) -> int:
         return len(self.model.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -330,18 +376,19 @@ class StepsalAPI(ModelAPI):
 
 def _check_options(config: GenerateConfig, tools: Sequence[ToolInfo], tool_choice: ToolChoice) -> None:
     """Refuse generation options that would have no effect."""
-    options = [name for name in UNSUPPORTED if getattr(config, name) not in (None, False)]
+    options = [name for name in UNSUPPORTED if getattr(config, name, None) not in (None, False)]
     options += ["num_choices"] if config.num_choices not in (None, 1) else []
     options += ["tool_choice"] if tools and tool_choice not in ("auto", "none") else []
     if options:
         raise ValueError(f"stepsal models don't support {', '.join(options)}; leave it out of the generation options")
 
 
-def _decoding(config: GenerateConfig) -> Decoding:
+def _decoding(config: GenerateConfig, stop_in_thinking: bool) -> Decoding:
     """Return generation options of Inspect as a `Decoding`; its checks are those of the numbers."""
     return Decoding(
         max_new_tokens=MAX_TOKENS if config.max_tokens is None else config.max_tokens,
         temperature=config.temperature or 0.0,
         top_p=1.0 if config.top_p is None else config.top_p,
         stop=tuple(config.stop_seqs or ()),
+        stop_in_thinking=stop_in_thinking,
     )

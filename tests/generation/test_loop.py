@@ -196,9 +196,9 @@ class TestStopsOutsideTheThinking:
             assert stops.push(0, tokenizer.add(token)) is stopped, token
 
     def test_in_a_batch(self, mini: TransformerBridge) -> None:
-        questions = [chain.sample(seed, length=length).question for seed, length in ((1, 1), (2, 3), (3, 2))]
+        questions = [chain.sample(seed, length=length).question for seed, length in ((1, 1), (3, 2))]
         whole = [stepsal.generate(mini, question).response for question in questions]
-        for stop in (["ans"], ["is"], [" = ", "never written"]):
+        for stop in (["is"], [" = ", "never written"]):
             traces = stepsal.generate_batch(mini, questions, stop=stop)
             for question, trace, response in zip(questions, traces, whole, strict=True):
                 thinking, _, summary = response.partition("</think>")
