@@ -99,6 +99,39 @@ def test_uniform_attention_shows_neither_failure_whatever_the_lengths(lengths: l
     assert np.allclose(table["reach_ratio"], 1, atol=1e-6)
 
 
+def test_sections_that_alternate_equal_a_loop_over_cells() -> None:
+    """Thinking that begins again behind a part of the summary: no row sees what comes after it."""
+    order = "QTTTTSSTTTSS"
+    names = {"Q": "question", "T": "thinking", "S": "summary"}
+    lengths = [4, 5, 3, 6, 2, 3, 4, 5, 3, 2, 6, 4]
+    n = sum(lengths) + 2
+    tokens = torch.rand(N_LAYERS, n, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64).pow(4).tril()
+    saliency = labelled(tokens, lengths, [names[c] for c in order])
+    table, uniform = (
+        flow_metrics(saliency, last=2),
+        labelled(torch.ones(N_LAYERS, n, n).tril(), lengths, saliency.roles),
+    )
+    values, even = saliency.values[0].double().numpy(), uniform.values[0].double().numpy()
+    share, even = values / values.sum(-1, keepdims=True), even / even.sum(-1, keepdims=True)
+    thinking = [i for i, c in enumerate(order) if c == "T"]
+    parts, last, slopes = [], [], []
+    for i in thinking[2:]:
+        previous = max(j for j in thinking if j < i)
+        parts.append(
+            [share[i, i], share[i, previous], sum(share[i, j] for j in range(1, i) if j != previous), share[i, 0]]
+        )
+    for i in (i for i, c in enumerate(order) if c == "S"):
+        before = [j for j in thinking if j < i]
+        last.append(share[i, before[-2:]].sum())
+        x, y = -np.arange(len(before)), np.log(share[i, before] / even[i, before])
+        slopes.append(np.polyfit(x, y, 1)[0])
+    assert table.loc[0, list(PARTS)].tolist() == pytest.approx(np.mean(parts, axis=0).tolist())
+    assert sum(table.loc[0, list(PARTS)]) == pytest.approx(1)
+    assert sum(table.loc[0, list(SUMMARY_PARTS)]) == pytest.approx(1)
+    assert table.loc[0, "summary_last"] == pytest.approx(np.mean(last))
+    assert table.loc[0, "decay_slope"] == pytest.approx(np.mean(slopes))
+
+
 def test_reach_in_tokens_is_the_mean_distance_of_tokens() -> None:
     lengths = [5, 3, 4, 2, 6, 3, 4]
     saliency = random_map(0, lengths, "mass")

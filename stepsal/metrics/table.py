@@ -186,7 +186,7 @@ _FINAL = (NO_SUMMARY, SILENT_SUMMARY, NORMALISED)
 LAYER_METRICS: tuple[LayerMetric, ...] = (
     LayerMetric("own", "<R[i, i]>, i in T[2:]", "0..1", _ROWS, _part(0)),
     LayerMetric("previous", "<R[i, i's predecessor in T]>, i in T[2:]", "0..1", _ROWS, _part(1)),
-    LayerMetric("earlier", "<sum of R[i, j], j in T before i's predecessor>, i in T[2:]", "0..1", _ROWS, _part(2)),
+    LayerMetric("earlier", "<sum of R[i, j], j any other step before i>, i in T[2:]", "0..1", _ROWS, _part(2)),
     LayerMetric(
         "question", "<sum of R[i, j], j in Q>, i in T[2:]", "0..1; own, previous, earlier and question sum to one",
         _ROWS, _part(3),
@@ -219,8 +219,8 @@ LAYER_METRICS: tuple[LayerMetric, ...] = (
         lambda view: view.mean_over_summary(view.share, view.summary),
     ),
     LayerMetric(
-        "summary_last", "<sum of R[i, j], j in T[-last:]>, i in S", "0..1", (*_SUMMARY, FEW_THINKING),
-        lambda view: view.mean_over_summary(view.share, view.thinking[-view.last :]),
+        "summary_last", "<sum of R[i, j], j in the last of T before i>, i in S", "0..1", (*_SUMMARY, FEW_THINKING),
+        lambda view: view.summary_last,
     ),
     LayerMetric(
         "thinking_deficit", "summary_thinking of U, minus that of R",
@@ -228,7 +228,7 @@ LAYER_METRICS: tuple[LayerMetric, ...] = (
         lambda view: view.mean_over_summary(view.uniform - view.share, view.thinking),
     ),
     LayerMetric(
-        "decay_slope", "<slope over n of log R[i, j] / U[i, j], j the n-th step of T from its end>, i in S",
+        "decay_slope", "<slope over n of log R[i, j] / U[i, j], j the n-th step of T back from i>, i in S",
         "nats per step; < 0: the further back, the less", (NO_SUMMARY, NO_SLOPE), lambda view: view.slopes,
     ),
     LayerMetric(

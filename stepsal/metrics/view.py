@@ -55,8 +55,8 @@ class FlowView:
         for n, i in enumerate(self.rows):
             parts[0, n, i] = True
             parts[1, n, self.thinking[n + 1]] = True
-            parts[2, n, self.thinking[: n + 1]] = True
             parts[3, n, self.question] = True
+            parts[2, n, :i] = ~parts[:, n, :i].any(0)  # among them a summary before thinking that begins again
         return parts
 
     @cached_property
@@ -71,8 +71,23 @@ class FlowView:
 
     @cached_property
     def slopes(self) -> PerLayer:
-        """Slope of log share against the distance from the end of the thinking; see `_slopes`."""
-        return _slopes(*(x[:, self.summary][:, :, self.thinking] for x in (self.share, self.uniform)))
+        """Slope of log share against the distance from the end of the thinking before a row; see `_slopes`."""
+        n_before = np.searchsorted(self.thinking, self.summary)  # thinking may begin again behind a part of the summary
+        slopes = np.full((len(self.values), len(self.summary)), np.nan)
+        for n in np.unique(n_before):
+            rows = np.flatnonzero(n_before == n)
+            slopes[:, rows] = _slopes(
+                *(x[:, self.summary[rows]][:, :, self.thinking[:n]] for x in (self.share, self.uniform))
+            )
+        return mean_where(slopes, np.isfinite(slopes))
+
+    @property
+    def summary_last(self) -> PerLayer:
+        """Share of the `last` thinking steps before a summary row, mean over those rows that hold saliency."""
+        places = np.searchsorted(self.thinking, self.summary)[:, None] - 1 - np.arange(self.last)  # [row, step]
+        keys = self.thinking[np.maximum(places, 0)]
+        shares = self.share[:, self.summary[:, None], keys] * (places >= 0)
+        return mean_where(shares.sum(-1), self.filled[:, self.summary])
 
     @property
     def middle(self) -> list[int]:
@@ -132,17 +147,17 @@ def _distances(
 
 def _slopes(
     share: Float[np.ndarray, "layer row step"], uniform: Float[np.ndarray, "1 row step"]
-) -> Float[np.ndarray, " layer"]:
-    """Return the least-squares slope of log(share / uniform) over the distance from the last step.
+) -> Float[np.ndarray, "layer row"]:
+    """Return the least-squares slope of log(share / uniform) over the distance from the last step, for each row.
 
-    Mean over the rows that have saliency on every step: zeros have no logarithm, and leaving them out would hide decay.
+    NaN in rows without saliency on every step: zeros have no logarithm, and leaving them out would hide decay.
     """
     if share.shape[-1] < 2:
-        return np.full(len(share), np.nan)
+        return np.full(share.shape[:2], np.nan)
     x = np.arange(share.shape[-1])[::-1] - (share.shape[-1] - 1) / 2
     positive: Bool[np.ndarray, "layer row step"] = (share > 0) & (uniform > 0)
     y = np.log(np.where(positive, share, 1.0)) - np.log(np.where(positive, uniform, 1.0))
-    return mean_where((x * y).sum(-1) / (x**2).sum(), np.asarray(positive.all(-1)))
+    return np.where(positive.all(-1), (x * y).sum(-1) / (x**2).sum(), np.nan)
 
 
 def _normalised(values: Float[np.ndarray, "*layer query key"]) -> Float[np.ndarray, "*layer query key"]:
