@@ -226,10 +226,12 @@ def locate_question(text: str, question: str, tail: str) -> tuple[int, int]:
         >>> locate_question("user: Who is user?<a>", " user", "?<a>")
         (13, 17)
     """
+    head = (
+        text.rstrip().removesuffix(tail.strip()).rstrip()
+    )  # a question may end with white space that a template keeps
     for form in (None, "NFC", "NFKC"):  # what the tokenizer's normaliser may have made of it
         spelling = question.strip() if form is None else unicodedata.normalize(form, question.strip())
-        is_before_tail = text.endswith(spelling + tail)
-        start = len(text) - len(spelling + tail) if is_before_tail else text.rfind(spelling)
+        start = len(head) - len(spelling) if head.endswith(spelling) else text.rfind(spelling)
         if start >= 0:
             return start, start + len(spelling)
     raise ValueError(

@@ -228,7 +228,7 @@ class TestTurns:
 
     def test_a_question_is_known_when_its_prompt_ends(self) -> None:
         ids = TOKENIZER(self.TEXT)["input_ids"]
-        last = max(i for i, token in enumerate(TOKENIZER.convert_ids_to_tokens(ids)) if token == "<think>")
+        last = max(i for i, token in enumerate(TOKENIZER.convert_ids_to_tokens(ids)) if token == "<assistant>")
         ledger, portions, _ = read(padded([ids]), [last, last + 1])
         before, end, _ = portions
         assert before.changed == before.first

@@ -68,6 +68,14 @@ def test_a_question_that_the_text_does_not_hold() -> None:
         locate_question("<user>What?<assistant>", "How?", "<assistant>")
 
 
+@pytest.mark.parametrize("space", ["", " ", "\n  ", "\t"])
+def test_white_space_behind_a_question_that_its_tail_spells_as_well(space: str) -> None:
+    text = f"<user>think{space}<assistant><think>\n"
+    for tail in ("<assistant><think>\n", "<assistant><think>", f"{space}<assistant><think>\n"):
+        assert locate_question(text, f"think{space}", tail) == (6, 11)
+    assert locate_question(text, "think", "<another>") == (len(text) - 7, len(text) - 2)  # the last one
+
+
 def test_an_answer_of_no_tokens() -> None:
     prompt = tokenize_prompt(TOKENIZER, render_prompt(TOKENIZER, "How?"))
     with pytest.raises(ValueError, match="new_tokens is empty"):
