@@ -131,12 +131,16 @@ def read_manifest(folder: Path, format: str, version: int) -> dict[str, Any]:
     kind = format.removeprefix("stepsal.").lower()
     path = folder / MANIFEST
     if not path.is_file():
-        if not folder.is_dir():
+        if not folder.exists():
             raise FileNotFoundError(f"{folder} does not exist; there is no {kind}")
+        if not folder.is_dir():
+            remedy = _whole_folder(folder) or "give that folder"
+            raise ValueError(f"{folder} is a file, and a {kind} is a folder with a {MANIFEST}: {remedy}")
         inner = any((folder / name / MANIFEST).is_file() for name in ("profile", "search", "held_out"))
         if kind == "calibration" and inner:  # version 1 had no manifest of its own
             raise ValueError(_other_version(folder, 1, version))
-        raise ValueError(f"{folder} is no {kind}: it has no {MANIFEST}; choose another or an empty folder")
+        remedy = _whole_folder(folder) or "choose another or an empty folder"
+        raise ValueError(f"{folder} is no {kind}: it has no {MANIFEST}; {remedy}")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -146,6 +150,15 @@ def read_manifest(folder: Path, format: str, version: int) -> dict[str, Any]:
     if manifest.get("version") != version:
         raise ValueError(_other_version(folder, manifest.get("version"), version))
     return manifest
+
+
+def _whole_folder(part: Path) -> str | None:
+    """Return as a remedy the folder of results that a file or a folder is a part of; None where it is of none."""
+    for folder in part.absolute().parents[:3]:
+        path = folder / MANIFEST
+        if path.is_file() and '"stepsal.' in path.read_text(encoding="utf-8", errors="replace"):
+            return f"give {folder}"
+    return None
 
 
 def _other_version(folder: Path, version: object, readable: int) -> str:

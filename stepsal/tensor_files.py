@@ -53,10 +53,17 @@ def load_tensors(path: str | Path, kind: str, version: int) -> tuple[dict[str, T
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is corrupt, foreign, or of another format version.
+        ValueError: the path is a folder, or the file is corrupt, foreign, or of another format version.
     """
-    path = _with_suffix(path)
+    requested, path = Path(path), _with_suffix(path)
     if not path.is_file():
+        if requested.is_dir():
+            raise ValueError(
+                f"{requested} is a folder, and a {kind} is a file that ends in {SUFFIX}: give the file; folders are "
+                "read by Population.load, Evaluation.load and Calibration.load of stepsal.experiments"
+            )
+        if requested.is_file():
+            raise ValueError(f"{requested} holds no {kind}, whose files end in {SUFFIX}: {kind}.save writes them")
         raise FileNotFoundError(f"{path} does not exist; {kind}.save writes it")
     try:
         with safetensors.safe_open(path, framework="pt") as file:

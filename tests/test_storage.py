@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stepsal import storage
+from stepsal import StepSaliency, Trace, storage
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,6 +84,36 @@ def test_a_calibration_without_a_manifest_is_told_how_to_migrate(tmp_path: Path)
         storage.read_manifest(tmp_path, "stepsal.Calibration", 2)
     with pytest.raises(ValueError, match="no population"):
         storage.read_manifest(tmp_path, "stepsal.Population", 2)
+
+
+def test_a_part_of_a_folder_is_told_the_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    part = folder / "parts" / "000000"
+    part.mkdir(parents=True)
+    storage.write_manifest(folder, {"format": "stepsal.Population", "version": 2}, {})
+    (part / "answers.parquet").write_text("x")
+    for file in (folder / "manifest.json", part / "answers.parquet"):
+        with pytest.raises(ValueError, match=f"{file} is a file, and a population is a folder .*: give {folder}$"):
+            storage.read_manifest(file, "stepsal.Population", 2)
+    with pytest.raises(ValueError, match=f"{part} is no population: it has no manifest.json; give {folder}$"):
+        storage.read_manifest(part, "stepsal.Population", 2)
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"notes\.txt is a file, and a population is a folder .*: give that folder"):
+        storage.read_manifest(tmp_path / "notes.txt", "stepsal.Population", 2)
+    (tmp_path / "manifest.json").write_text("{}")  # somebody else's
+    with pytest.raises(ValueError, match=r"notes\.txt is a file, .*: give that folder"):
+        storage.read_manifest(tmp_path / "notes.txt", "stepsal.Population", 2)
+
+
+@pytest.mark.parametrize("kind", [Trace, StepSaliency])
+def test_folders_and_files_of_others_are_no_tensors(kind: type, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"is a folder, and a {kind.__name__} is a file .* read by Population.load"):
+        kind.load(tmp_path)
+    (tmp_path / "answers.parquet").write_text("x")
+    with pytest.raises(ValueError, match=f"answers.parquet holds no {kind.__name__}, whose files end in .safetensors"):
+        kind.load(tmp_path / "answers.parquet")
+    with pytest.raises(FileNotFoundError, match=f"maps.safetensors does not exist; {kind.__name__}.save writes it"):
+        kind.load(tmp_path / "maps")
 
 
 def test_versions_name_what_is_not_installed() -> None:

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import filelock
 
+from stepsal.generation.decoding import with_stop_in_thinking
 from stepsal.storage import (
     MANIFEST,
     alone_in,
@@ -144,6 +145,7 @@ class Store:
                 (folder / PARTS).mkdir(exist_ok=True)
                 to_disk(folder)
                 manifest = read_manifest(folder, document["format"], version)
+            manifest = _as_requested_now(manifest, document)
             check_manifest(folder, manifest, document)
             store = cls(folder, manifest)
             store._clean()
@@ -403,3 +405,11 @@ def _measure(path: Path) -> list[int | str] | None:
             return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
     except FileNotFoundError:
         return None
+
+
+def _as_requested_now(manifest: dict[str, Any], document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a manifest with what its decoding did before that could be chosen, where the request names it."""
+    decoding, requested = manifest.get("decoding"), document.get("decoding")
+    if not isinstance(decoding, dict) or "stop_in_thinking" not in (requested or {}):
+        return manifest
+    return {**manifest, "decoding": with_stop_in_thinking(decoding)}

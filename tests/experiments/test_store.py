@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from stepsal import Decoding
 from stepsal.experiments.store import Store
 
 PARAMETERS = {"model_name": "mini", "decoding": {"temperature": 1.0, "stop": ()}, "seed": 0}
@@ -21,6 +22,7 @@ PARAMETERS = {"model_name": "mini", "decoding": {"temperature": 1.0, "stop": ()}
 KILLED_EVERYWHERE = """
 import json, os, shutil, sys
 from pathlib import Path
+from stepsal import Decoding
 from stepsal.experiments.store import Store
 
 source, work, action = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
@@ -78,6 +80,7 @@ print(json.dumps(results))
 WRITER = """
 import sys, time
 from pathlib import Path
+from stepsal import Decoding
 from stepsal.experiments.store import Store
 
 folder, writer = Path(sys.argv[1]), sys.argv[2]
@@ -187,6 +190,7 @@ def test_a_reader_sees_all_contents_once_while_parts_are_merged(tmp_path: Path) 
     store = begin(tmp_path, **{f"a{i}": f"<{i}>" for i in range(4)})
     script = """
 import sys
+from stepsal import Decoding
 from stepsal.experiments.store import Store
 store = Store.load(sys.argv[1], "notes", 2)
 print("ready", flush=True)
@@ -216,6 +220,7 @@ def test_a_part_that_is_being_written_is_left_to_its_writer(tmp_path: Path) -> N
     begin(tmp_path)
     script = """
 import sys
+from stepsal import Decoding
 from stepsal.experiments.store import Store
 with Store.load(sys.argv[1], "notes", 2).adding("slow") as part:
     (part / "text").write_text("slow")
@@ -240,6 +245,7 @@ with Store.load(sys.argv[1], "notes", 2).adding("slow") as part:
 def test_a_second_run_is_refused_until_the_first_ends_or_dies(tmp_path: Path) -> None:
     script = """
 import os, sys
+from stepsal import Decoding
 from stepsal.experiments.store import Store
 with Store.opened(sys.argv[1], "notes", 2, {}):
     print("open", flush=True)
@@ -289,6 +295,22 @@ def test_foreign_and_old_folders_are_refused(tmp_path: Path) -> None:
     (folder / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
         begin(folder)
+
+
+def test_a_store_of_before_stop_in_thinking_goes_on_as_it_was(tmp_path: Path) -> None:
+    for stop, as_it_was in (([], False), (["end"], True)):
+        folder = tmp_path / f"with {len(stop)} stop texts"
+        decoding = Decoding(stop=stop).to_dict()
+        del decoding["stop_in_thinking"]
+        with Store.opened(folder, "notes", 2, PARAMETERS | {"decoding": decoding}) as store:
+            add(store, "a", "a")
+        same = Decoding(stop=stop, stop_in_thinking=as_it_was).to_dict()
+        with Store.opened(folder, "notes", 2, PARAMETERS | {"decoding": same}) as store:
+            assert store.manifest["decoding"] == json.loads(json.dumps(same))
+        other = PARAMETERS | {"decoding": same | {"stop_in_thinking": not as_it_was}}
+        message = rf"decoding\.stop_in_thinking={as_it_was}, not {not as_it_was}"
+        with pytest.raises(ValueError, match=message), Store.opened(folder, "notes", 2, other):
+            pass
 
 
 @pytest.mark.parametrize(
