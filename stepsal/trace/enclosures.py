@@ -8,6 +8,7 @@ no fence. Mathematics is enclosed by the signs of LaTeX; a blank line ends what 
 from __future__ import annotations
 
 _MATHEMATICS = {"$$": "$$", "\\[": "\\]", "\\(": "\\)", "\\begin{": "\\end{"}
+_MATHEMATICS_ENDS = "".join(start[-1] for start in _MATHEMATICS)  # last characters of the openings
 _LONGEST = max(map(len, _MATHEMATICS))
 _FENCE_CHARS = "`~"
 _SHORTEST_FENCE = 3
@@ -32,7 +33,7 @@ class Enclosures:
     def __init__(self) -> None:
         self._fence = ""  # the fence that has begun the code, "" outside
         self._is_first_line = False  # of the code: that of the fence itself
-        self._run: str | None = None  # fence characters with which the line began and that are all of it so far
+        self._run: str | None = ""  # fence characters with which the line began and that are all of it so far
         self._is_new = True  # nothing has been read
         self._tail = ""  # last characters of the step
         self._closing: str | None = None  # what ends the mathematics
@@ -50,6 +51,8 @@ class Enclosures:
             gap: white space before the character.
             char: the next character that is no white space.
         """
+        if self._run is None and not gap:  # in the middle of a word, as most often
+            return
         if self._is_new or "\n" in gap:
             if self._fence and not self._is_first_line and self._run is not None and self._run.startswith(self._fence):
                 self._fence = ""
@@ -81,13 +84,14 @@ class Enclosures:
         if self._closing is not None and gap.count("\n") >= 2:
             self._closing = None
         self._tail = (self._tail + gap + char)[-_LONGEST:]
-        if self._fence:
+        if self._run is None and not self._fence:
+            if self._closing is not None or char in _MATHEMATICS_ENDS:
+                self._read_mathematics(char)
+        elif self._fence:
             if self._is_first_line:
                 self._read_first_line(char)
         elif self._run is not None and len(self._run) == _SHORTEST_FENCE and self._closing is None:
             self._fence, self._is_first_line = self._run, True
-        else:
-            self._read_mathematics(char)
 
     def _read_first_line(self, char: str) -> None:
         """Read more of the line with which code begins."""
@@ -104,6 +108,6 @@ class Enclosures:
                 self._depth -= 1
                 if self._depth <= 0:
                     self._closing = None
-        elif char in "$[({":
+        else:
             self._closing = next((end for start, end in _MATHEMATICS.items() if self._tail.endswith(start)), None)
             self._depth = 1

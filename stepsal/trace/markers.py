@@ -104,7 +104,8 @@ class SectionReader:
 
     def pass_char(self, char: str) -> None:
         """Read a character that belongs to no marker."""
-        self._is_new = self._is_new and char.isspace()
+        if self._is_new:
+            self._is_new = char.isspace()
         if self._header is not None:
             self._header += char
             if len(self._header) > _LONGEST_HEADER:
