@@ -114,6 +114,11 @@ def with_room(architecture: str) -> dict[str, object]:
     return {name: 512 for name in _LENGTHS if name in _SPECS[architecture]}
 
 
+def has_experts(architecture: str) -> bool:
+    """Tell whether tokens are routed to experts."""
+    return any("experts" in name for name in _SPECS[architecture])
+
+
 def char_tokenizer(markers: tuple[str, str] = ("<think>", "</think>")) -> transformers.PreTrainedTokenizerFast:
     """One token per ASCII character, and a reasoning model's chat template; fits the vocabulary of the tiny models."""
     special = ["<bos>", "<eos>", "<user>", "<assistant>", *markers]

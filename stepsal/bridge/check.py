@@ -200,6 +200,8 @@ def _scores_of_another_kind(model: TransformerBridge, trial: Trial) -> tuple[str
 def _gradient_cut_off(trial: Trial) -> Fault | None:
     """Find a part that gives its output, but no gradient of it."""
     remedy = "load the weights unquantised, e.g. with dtype=torch.bfloat16"
+    if trial.error:
+        return Fault(0, f"its activations can't be differentiated ({trial.error})", remedy)
     if trial.cut_off:
         layer, name = min(trial.cut_off, key=lambda place: (place[0], -place[1].count(".")))  # its smallest part
         return Fault(
@@ -208,8 +210,6 @@ def _gradient_cut_off(trial: Trial) -> Fault | None:
             "backward pass",
             remedy,
         )
-    if trial.error:
-        return Fault(0, f"its activations can't be differentiated ({trial.error})", remedy)
     return None
 
 

@@ -79,7 +79,7 @@ def load(
     elif device is not None or dtype is not None:
         hf_model.to(device=device, dtype=dtype)  # type: ignore[call-arg]
     architecture = type(hf_model).__name__  # a config read from GGUF names none
-    own_logits = _logits_of(hf_model)
+    own_logits = _logits_of(name, hf_model)
     try:
         with _taken_as_it_is(tokenizer):
             model = build_bridge_from_module(
@@ -95,12 +95,24 @@ def load(
     return model
 
 
-def _logits_of(hf_model: PreTrainedModel) -> Tensor:
-    """Return the logits of a short text."""
-    n_tokens = hf_model.config.get_text_config().vocab_size
-    tokens = torch.arange(_N_TOKENS_OF_TRIAL, device=devices_of(hf_model)[0])[None] % n_tokens
-    with torch.no_grad(), evaluating(hf_model):
-        logits: Tensor = hf_model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
+def _logits_of(name: str, hf_model: PreTrainedModel) -> Float[Tensor, "pos d_vocab"]:
+    """Return the logits of a short text.
+
+    Raises:
+        ValueError: the model is no decoder-only language model.
+    """
+    config: Any = hf_model.config
+    d_vocab = getattr(config.get_text_config(), "vocab_size", None) or 1
+    tokens = torch.arange(_N_TOKENS_OF_TRIAL, device=devices_of(hf_model)[0])[None] % d_vocab
+    logits = None
+    if not getattr(config, "is_encoder_decoder", False):
+        with torch.no_grad(), evaluating(hf_model):
+            logits = getattr(hf_model(input_ids=tokens, attention_mask=torch.ones_like(tokens)), "logits", None)
+    if logits is None or logits.ndim != 3:
+        raise ValueError(
+            f"{name!r} ({type(hf_model).__name__}) is no decoder-only language model, which stepsal needs: load one "
+            "whose class ends in ForCausalLM"
+        )
     return logits[0].float()
 
 
@@ -112,7 +124,7 @@ def _check_logits(name: str, hf_model: PreTrainedModel, own_logits: Float[Tensor
     Raises:
         ValueError: with the difference.
     """
-    difference = (_logits_of(hf_model) - own_logits).norm(dim=-1) / own_logits.norm(dim=-1)  # [pos]
+    difference = (_logits_of(name, hf_model) - own_logits).norm(dim=-1) / own_logits.norm(dim=-1)  # [pos]
     narrow = torch.finfo(hf_model.dtype).eps > torch.finfo(torch.float32).eps
     if (median := float(difference.median())) > (0.2 if narrow else 0.01):
         raise ValueError(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import brute_force
 import pytest
 import torch
 import transformers
-from tiny_models import tiny_hf_model
+from tiny_models import char_tokenizer, tiny_hf_model
 from transformer_lens.model_bridge import TransformerBridge
 
 import stepsal
+from stepsal.bridge.loading import blueprint
 
 MINI = Path(__file__).parents[2] / "data" / "mini"
 
@@ -97,11 +99,74 @@ class TestRoom:
 
 
 def test_an_architecture_that_transformer_lens_does_not_know_is_refused() -> None:
-    config = transformers.BertConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=60
-    )
-    with pytest.raises(ValueError, match=r"'bert'.*BertModel"):
-        stepsal.load("bert", hf_model=transformers.BertModel(config))
+    config = transformers.PhimoeConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=60,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"TransformerLens can't wrap 'mine' \(PhimoeForCausalLM\)"):
+        stepsal.load("mine", hf_model=transformers.PhimoeForCausalLM(config))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4, vocab_size=60),
+        transformers.BertConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=60
+        ),
+    ],
+    ids=["encoder and decoder", "encoder"],
+)
+def test_what_is_no_decoder_is_refused(config: transformers.PretrainedConfig) -> None:
+    with pytest.raises(ValueError, match=r"'mine' \(\w+Model\) is no decoder-only language model.*ForCausalLM"):
+        stepsal.load("mine", hf_model=transformers.AutoModel.from_config(config))
+
+
+class TestMistral3:
+    """A language model that is published inside one that sees images, as Magistral is."""
+
+    @pytest.fixture(scope="class")
+    def hf_model(self) -> transformers.PreTrainedModel:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        text = {"model_type": "mistral", **sizes, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 160}
+        images = {"model_type": "pixtral", **sizes, "image_size": 28, "patch_size": 14, "head_dim": 8}
+        config = transformers.Mistral3Config(text_config=text, vision_config=images, tie_word_embeddings=False)
+        return transformers.Mistral3ForConditionalGeneration(config).eval()
+
+    def test_a_folder_is_loaded(self, hf_model: transformers.PreTrainedModel, tmp_path: Path) -> None:
+        hf_model.save_pretrained(tmp_path)
+        char_tokenizer().save_pretrained(tmp_path)
+        model = stepsal.load(str(tmp_path))
+        tokens = torch.arange(7, 30)[None]
+        with torch.no_grad():
+            torch.testing.assert_close(model(tokens), hf_model(tokens).logits)
+        trace = stepsal.Trace.from_text("How?", "One. Two.</think>2.", model)
+        expected = brute_force.token_saliency(model, trace.tokens, "token")
+        for engine in ("pattern", "streamed"):
+            maps = stepsal.step_saliency(model, trace, engine=engine, reduce="density").values
+            for token_map, got in zip(expected, maps, strict=True):
+                pooled = brute_force.pool(token_map, trace.step_ids, len(trace.steps), "density")
+                assert (got - pooled).norm() <= 1e-4 * pooled.norm()
+
+    def test_its_size_is_known_before_it_is_loaded(
+        self, hf_model: transformers.PreTrainedModel, tmp_path: Path
+    ) -> None:
+        hf_model.save_pretrained(tmp_path)
+        blank = blueprint(str(tmp_path), torch.bfloat16)
+        assert sum(p.numel() for p in blank.parameters()) == sum(p.numel() for p in hf_model.parameters())
+
+
+def test_logits_that_differ_from_those_of_the_model_are_refused() -> None:
+    hf_model = tiny_hf_model("Falcon", alibi=True, multi_query=False, parallel_attn=False)
+    with pytest.raises(ValueError, match=r"computes other logits for 'mine' \(FalconForCausalLM\).*docs/models.md"):
+        stepsal.load("mine", hf_model=hf_model)
+
+
+def test_an_adapter_that_fails_is_named() -> None:
+    hf_model = tiny_hf_model("Falcon", new_decoder_architecture=True, num_kv_heads=2)
+    with pytest.raises(ValueError, match=r"TransformerLens can't wrap 'mine' \(FalconForCausalLM\): split_with_sizes"):
+        stepsal.load("mine", hf_model=hf_model)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
