@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from string import ascii_uppercase
 from typing import NamedTuple
 
-from stepsal.tasks.latex import boxes
+from stepsal.tasks.latex import boxes, ending
 
 MOST_OPTIONS = 10
 """Most options that a problem may have."""
@@ -142,7 +142,7 @@ def read_choice(text: str, letters: str = LETTERS) -> str | None:
         >>> read_choice("The energy is $\\boxed{E}$.\n**Answer: D**"), read_choice("故选：C"), read_choice("A or B")
         ('D', 'C', None)
     """
-    emphatic = unicodedata.normalize("NFKC", text)
+    emphatic = unicodedata.normalize("NFKC", ending(text))
     plain = _simplified(emphatic)
     statements = [*_boxed(plain), *_stated(plain), *_last_line(plain)]
     statements = [s for s in statements if s.letter is None or s.letter in letters]

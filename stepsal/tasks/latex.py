@@ -8,6 +8,9 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+LONGEST = 4000
+"""Most characters of an answer that are read, from its end: patterns take their time on long texts."""
+
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?=[\dA-Za-z]))")
 _MATH = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<!\\)\$((?:\\.|[^$\n])+?)(?<!\\)\$", re.DOTALL)
 _SPACES = dict.fromkeys([0xA0, *range(0x2002, 0x200B), 0x202F, 0x205F, 0x3000], " ")
@@ -38,6 +41,27 @@ class Span(NamedTuple):
     start: int
     end: int
     content: str
+
+
+def ending(text: str) -> str:
+    r"""Return the last `LONGEST` characters of a text, after the last box if that is earlier, with short white space.
+
+    Args:
+        text: an answer; what it states stands at its end.
+
+    Example:
+        >>> from stepsal.tasks.latex import ending
+        >>> ending("a    b" + "\n" * 9 + "c")
+        'a b\n\nc'
+    """
+    start = max(0, len(text) - LONGEST)
+    end, box = text[start:], ""
+    if (last := max(text.rfind(r"\boxed"), text.rfind(r"\fbox"))) >= 0 and last < start:
+        span = boxes(text[last : last + LONGEST])
+        box = text[max(0, last - LONGEST // 4) : last + span[-1].end] + "\n" if span else ""
+        end = text[max(start, last + (span[-1].end if span else 0)) :]
+    text = re.sub(r"[^\S\n]+", lambda match: match[0][0], box + end)
+    return re.sub(r"\n\s*\n", "\n\n", text)
 
 
 def boxes(text: str) -> list[Span]:

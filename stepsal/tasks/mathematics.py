@@ -17,7 +17,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
-from stepsal.tasks.latex import Span, boxes, formulas, one_spelling, without_emphasis
+from stepsal.tasks.latex import Span, boxes, ending, formulas, one_spelling, without_emphasis
 from stepsal.tasks.math_process import Comparison, compare
 from stepsal.tasks.numbers import read_number, whole_number
 
@@ -150,10 +150,10 @@ def read_expression(text: str) -> Expression | None:
 
     Example:
         >>> from stepsal.tasks.mathematics import read_expression
-        >>> read_expression(r"It is \boxed{]0,1[}.").latex, read_expression("So 10 080 m.").latex
+        >>> read_expression(r"It is \boxed{]0,1[}.").latex, read_expression("So 10 080.").latex
         ('(0,1)', '10080')
     """
-    text = without_emphasis(text)
+    text = without_emphasis(ending(text))
     if spans := boxes(text):
         return _of_spans(text, spans, one_spelling(_joined(text, spans, _LOOSE_JOINT.search)))
     text = _FOR_ALL.sub("", text)
@@ -185,6 +185,7 @@ def expression(content: str) -> str:
         ('f(x) = 10080 x', '\\frac{71}{6}')
     """
     latex = re.sub(r"\\?\$|[€£¥₹]|\\(?:\(|\)|\[(?![^\]]*\\\\)|\])", " ", one_spelling(content))
+    latex = re.sub(r"\s+", " ", latex)  # patterns try each way to share a run of spaces
     latex = _CONDITION.sub("", latex) or latex
     while (shorter := _BEHIND.sub("", latex)).strip() not in ("", latex.strip()) and not _ends_in_joint(shorter):
         latex = shorter

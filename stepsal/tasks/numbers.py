@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from stepsal.tasks.latex import boxes, one_spelling, without_emphasis
+from stepsal.tasks.latex import boxes, ending, one_spelling, without_emphasis
 
 MOST_DIGITS = 4000  # more make a number that Python does not print
 
@@ -77,6 +77,7 @@ def read_number(text: str) -> Fraction | None:
         >>> read_number(r"There are \boxed{1,\!250}."), read_number("It is 3/4."), read_number(r"\boxed{\sqrt{2}}")
         (Fraction(1250, 1), Fraction(3, 4), None)
     """
+    text = ending(text)
     if spans := boxes(text):
         return whole_number(spans[-1].content)
     plain = _plain(text)
@@ -118,7 +119,7 @@ def _plain(text: str) -> str:
     text = _TEXT.sub(r" \1 ", text)
     text = re.sub(rf"(?<![\w)])-\s*\\?{_CURRENCY}\s*(?=[\d.])", "-", text)
     text = re.sub(rf"\\?{_CURRENCY}|\\[()\[\]]|`", " ", text)
-    return re.sub(r"\^\\circ|\s*\\?%", " ", text)
+    return re.sub(r"[^\S\n]+", " ", re.sub(r"\^\\circ|\\?%", " ", text))
 
 
 def _stated(text: str, match: re.Match[str]) -> Fraction | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import time
 
 import pytest
 from transformer_lens.model_bridge import TransformerBridge
 
 import stepsal
-from stepsal.tasks.answers import Problem
+from stepsal.tasks.answers import Problem, read_answer
 
 
 @pytest.mark.parametrize(
@@ -75,3 +76,21 @@ def test_what_was_cut_off_is_wrong(grader: str, reference: str) -> None:
 def test_bad_problems_are_refused(reference: str, grader: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Problem("?", reference, grader)
+
+
+@pytest.mark.parametrize("grader", ["number", "math"])
+def test_a_box_counts_however_much_follows(grader: str) -> None:
+    problem = Problem("?", "17", grader)
+    assert problem.grade(r"So \boxed{17}." + " Now 3 words follow." * 1000).correct
+    assert problem.grade("One 3. " * 5000 + r"So \boxed{17}.").correct
+    assert not problem.grade(r"So \boxed{17" + " and more" * 1000).correct
+
+
+@pytest.mark.parametrize("grader", ["number", "math", "choice"])
+@pytest.mark.parametrize(
+    "part", [" ", "1 ", "1,", "\\text{ ", "(", "$x", "A or ", "the answer is ", "- ", "{", "*", "\n"]
+)
+def test_long_texts_take_no_long_time(grader: str, part: str) -> None:
+    start = time.process_time()
+    read_answer(part * 10_000, grader)
+    assert time.process_time() - start < 5

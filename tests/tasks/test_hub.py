@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -50,6 +51,15 @@ def test_records_of_choices() -> None:
     orders = {HubTask("gpqa-diamond", record("gpqa-diamond"), shuffle_seed=s).sample(0).question for s in range(6)}
     assert len(orders) > 1
     assert task.problems == HubTask("gpqa-diamond", record("gpqa-diamond")).problems
+
+
+def test_an_option_that_ends_in_a_line_break_does_not_show(tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in record("gpqa-diamond").read_text().splitlines()]
+    lines[0]["Correct Answer"] += "\n"
+    lines[1]["Incorrect Answer 2"] = f" {lines[1]['Incorrect Answer 2']}\n"
+    path = tmp_path / "gpqa-diamond.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert HubTask("gpqa-diamond", path).problems == HubTask("gpqa-diamond", record("gpqa-diamond")).problems
 
 
 def test_samples_are_those_of_the_paper() -> None:
