@@ -22,7 +22,8 @@ _SPECIAL = re.compile(r"<\|[A-Za-z_][\w:/.-]{0,40}\|?>|<[A-Za-z_][\w:/.-]{0,40}\
 def recognised_format(prompt: str, response: str) -> str:
     """Return the name of the format whose markers a response or the end of its prompt holds; "plain" without any.
 
-    Of several formats with a marker in the response, that counts whose marker comes first.
+    Of several formats with a marker in the response, that counts which the prompt opens, else that whose marker comes
+    first.
 
     Args:
         prompt: the rendered prompt, whose end may hold the marker that opens the thinking.
@@ -34,9 +35,10 @@ def recognised_format(prompt: str, response: str) -> str:
         'think'
     """
     places = {name: place for name, format in FORMATS.items() if (place := _first_place(format, response)) is not None}
-    if places:
+    opened = opened_format(prompt)
+    if places and opened not in places:
         return min(places, key=lambda name: places[name])
-    return opened_format(prompt) or "plain"
+    return opened or "plain"
 
 
 def opened_format(prompt: str) -> str | None:

@@ -135,6 +135,8 @@ def test_text_and_prompt_tell_the_format(family: str, format: str, prompt: str, 
 def test_the_first_marker_tells_the_format() -> None:
     assert recognised_format("", "[THINK]Is <think> a tag?[/THINK]It is, as is </think>.") == "magistral"
     assert recognised_format("", "<think>Is [THINK] a tag?</think>It is.") == "think"
+    assert recognised_format("<think>\n", "Is [THINK] or <|channel|> a tag?</think>It is.") == "think"
+    assert recognised_format("<think>\n", "[THINK]Is it?[/THINK]It is.") == "magistral"
     assert recognised_format("", "Put it into <answer> and </answer>.") == "plain"  # of several formats
     assert opened_format("<|start|>assistant") is None  # which any model with such a template has
     assert recognised_format("<|start|>assistant", "It is two.") == "plain"
