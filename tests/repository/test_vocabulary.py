@@ -17,7 +17,7 @@ MAY_SAY_OLD_WORDS = ("tests/repository/test_vocabulary.py", "tests/repository/te
 REFUSALS = {
     "tests/test_layers.py": {'"bottom-quarter"', '"top-quarter"'},
     "tests/intervention/test_config.py": {'"bottom-quarter"', "oeb_layers=None"},
-    "tests/harness/test_harness.py": {"oeb_layers=None"},
+    "tests/harness/test_harness_arguments.py": {"oeb_layers=None"},
     "tests/maps/test_maps.py": {'reduce="mean"'},
     "tests/saliency/test_saliency.py": {"layers=None", '"bottom-quarter"'},
 }
