@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib.font_manager import FontProperties, findfont
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import Formatter, Locator, LogFormatterSciNotation, LogLocator, MaxNLocator
 
@@ -141,6 +143,12 @@ def text_width(text: str, font_size: float) -> float:
         >>> stepsal.plots.ticks.text_width("Thinking", 7) > stepsal.plots.ticks.text_width("T", 7)
         True
     """
+    return _width_in_font(text, font_size, findfont(FontProperties()), mpl.rcParams["mathtext.fontset"])
+
+
+@lru_cache(maxsize=4096)  # a figure asks for the same few texts hundreds of times while it is laid out
+def _width_in_font(text: str, font_size: float, font: str, math_fonts: str) -> float:
+    """Return the width of a text in points; the fonts are named because they decide it."""
     return float(TextPath((0, 0), text, size=font_size).get_extents().width)
 
 
