@@ -2,9 +2,11 @@ r"""The letter of an option in an answer.
 
 A statement names the letter: "the answer is C", "C is correct", "therefore, C", the same in some other languages, a box
 that holds a letter, or a last line that is one. The last statement counts. One that names several letters ("B or C") is
-a refusal: the answer then has no choice. A letter in a box that belongs to an equation, or that its sentence calls a
-quantity (the energy \boxed{E}), is no statement. Without any, an option that is mentioned ("option C") counts, or the
-only letter that stands in brackets, in bold or before the text of an option; a list of options is no choice.
+a refusal: the answer then has no choice. A letter that names something else is no statement: in a box that belongs to
+an equation, in one that its sentence calls a quantity (the energy \boxed{E}), or behind a noun ("plan B is correct").
+Without any, what counts is the label of a last line ("Svar: C"), the beginning ("C, because ..."), an option that is
+mentioned ("option C"), or the only letter that stands in brackets, in bold or before the text of an option; a list of
+options is no choice.
 """
 
 from __future__ import annotations
@@ -35,18 +37,19 @@ _LETTER = (
 _SMALL = rf"(?:\((?P<small>[{LETTERS.lower()}])\)|(?P<bare>[{LETTERS.lower()}])(?=\)|[.!]?[ ]*(?:\n|\Z)))"
 _MARKS = r"[\s\"'“”‘’«»(\[{:,*_#=>-]{0,8}"  # what may stand between a phrase and its letter
 _NOUN = (
-    "answer|answers|choice|option|antwort|lösung|respuesta|opción|opcion|alternativa|solución|réponse|"
-    "reponse|solution|risposta|resposta|opzione|opção"
+    "answer|answers|choice|option|letter|alternative|antwort|lösung|respuesta|opción|opcion|alternativa|letra|solución|"
+    "réponse|reponse|solution|lettre|risposta|resposta|opzione|opção"
 )
 _ADJECTIVE = (
     "final|correct|right|best|true|most likely|likely|only|chosen|my|closest|accurate|option|choice|"
     "letter|therefore|thus|hence|then|clearly|probably|definitely|indeed|actually|simply|so|also|"
     "here|still|now|richtige|korrekte|richtig|korrekt|daher|somit|buchstabe|antwort|correcta|"
     "correcto|opción|letra|inciso|alternativa|correcte|exacte|finale|juste|bonne|lettre|corretta|"
-    "correta|the|la|el|die|le|l'option|is|either|to this question|to the question|of the question"
+    "correta|réponse|respuesta|resposta|risposta|the|la|el|die|le|l'option|is|either|to this question|to the question|"
+    "of the question|to be"
 )
 _VERB = (
-    "is|was|would be|will be|should be|must be|has to be|can only be|could only be|seems to be|appears"
+    "is|was|would be|will be|should be|must be|has to be|can only be|could only be|seems to be|appears "
     "to be|seems|looks to be|ought to be|remains|turns out to be|comes out as|ist|lautet|wäre|muss|es|"
     "sería|debe ser|est|serait|doit être|è|é|becomes"
 )
@@ -55,40 +58,64 @@ _THEREFORE = (
     "por lo tanto|por tanto|así que|donc|ainsi"
 )
 _CORRECT = (
-    "correct|right|true|the (?:correct |right |best |final )?(?:answer|one|choice|option)|best|richtig|korrekt|"
+    "(?:correct|right|true)(?! (?:only|for|in|of|when|if|at|under|that|about)\\b)|"
+    "(?:the|our|my) (?:(?:correct|right|best|final|only|true|valid|most likely)\\s+){0,2}"
+    "(?:answer|one|choice|option|statement|alternative|solution)"
+    "(?!(?: (?:that|which) is(?:n['’]t)?)? (?:not|wrong|incorrect|false)\\b)|(?:the )?best(?! [a-z])|richtig|korrekt|"
     "die richtige|correcta|correcto|la correcta|la respuesta|correcte|exacte|juste|la bonne"
 )
+#: Words that may stand before a letter that is correct; behind others, as in "plan B", it names something else.
+_LEADS = re.compile(
+    rf"(?i:\b(?:{_NOUN}|{_ADJECTIVE}|{_THEREFORE}|"
+    "and|but|while|whereas|because|since|as|that|think|believe|say|says|means|conclude|see|find|get|know|if|when|say|"
+    "not|case|und|aber|dass|denn|weil|y|pero|que|porque|et|mais|car|e|ma|mas|è|é)|[^\\w\\s])\\s*[\"'“‘«*]*\\Z|\\A\\s*\\Z"
+)
+_RELATIVE = r"(?: (?:that|which)(?: (?!not|wrong|incorrect|false|never|is|are)[a-z]+){1,4}?)?"  # "that fits best"
 _STATEMENTS = tuple(
     re.compile(pattern, re.MULTILINE)
     for pattern in (
-        rf"(?i:\b(?:{_NOUN})\b)(?:{_MARKS}(?i:{_ADJECTIVE})\b){{0,4}}{_MARKS}(?:(?<=[:=*])|(?<=[:=]\s)|"
+        rf"(?i:\b(?:{_NOUN})\b){_RELATIVE}(?:{_MARKS}(?i:{_ADJECTIVE})\b){{0,4}}{_MARKS}(?:(?<=[:=*])|(?<=[:=]\s)|"
         rf"(?i:\b(?:{_VERB}))\b)(?:{_MARKS}(?i:{_ADJECTIVE})\b){{0,4}}{_MARKS}(?:{_LETTER}|{_SMALL})",
         rf"(?i:\banswer){_MARKS}{_LETTER}(?=\W*(?:$|[.)]))",
-        rf"(?i:\b(?:it|this|that)(?: is|'s|’s| must be| has to be| should be| can only be| seems to be))"
+        rf"(?i:\b(?:it|this|that|which)(?: is|'s|’s| must be| has to be| should be| can only be| seems to be))"
         rf"(?:{_MARKS}(?i:{_ADJECTIVE})\b){{0,3}}{_MARKS}{_LETTER}",
-        rf"(?i:\b(?:pick|choose|select|go with|going with|opt for|chose|settle on|elijo|wähle|choisis)\b)"
+        rf"(?i:\b(?:pick|choose|select|go with|going with|opt for|chose|settle on|elijo|wähle|choisis|"
+        rf"(?:I|we)(?: would|['’]d) say|(?:leaves|leaving|left with)(?: us| me)?(?: with)?(?: only| just)?)\b)"
         rf"(?:{_MARKS}(?i:{_ADJECTIVE})\b){{0,3}}{_MARKS}{_LETTER}",
+        rf"\bI (?:think|believe|guess|suspect)\b(?:{_MARKS}(?i:{_ADJECTIVE}|it|it['’]s)\b){{0,3}}{_MARKS}"
+        rf"{_LETTER}(?=\W*(?:$|[.!;]))",
+        rf"(?i:\bnot)\W{{1,3}}(?:option |choice )?[{LETTERS}]\W{{1,4}}but(?:\W{{1,4}}(?i:rather|option|choice))?"
+        rf"\W{{1,4}}{_LETTER}",
+        rf"(?i:\b(?:richtig|korrekt|correct|right) (?:ist|is)\b){_MARKS}{_LETTER}(?=\W*(?:$|[.!;]))",
         rf"(?i:\b(?:{_THEREFORE})\b)(?:{_MARKS}(?i:{_ADJECTIVE})\b){{0,3}}{_MARKS}{_LETTER}(?=\W*(?:$|[.!;]))",
         rf"(?i:\b(?:no|wait|actually|rather|correction|instead)\b)(?:{_MARKS}(?i:{_ADJECTIVE}|{_VERB})\b){{0,3}}{_MARKS}"
         rf"{_LETTER}(?=\W*(?:$|[.!;]))",
-        rf"{_LETTER}[)\]}}*\"'”]*\s+(?i:is|must be|ist|es|est)\s+"
-        rf"(?:(?i:therefore|thus|clearly|indeed|also|the most|most likely)\s+)?(?i:{_CORRECT})\b",
-        rf"(?:答案|正解|答え|正答|정답)(?:应该|應該|应|應|就|即|选|選|为|為|是|は|은|는|项|選項|选项|:|,|\s|[\"'“(\[*「『])*{_LETTER}",
+        rf"(?P<subject>){_LETTER}[)\]}}*\"'”]*\s+(?i:is|must be|ist|es|est)\s+"
+        rf"(?:(?i:therefore|thus|clearly|indeed|also|the most|most likely)\s+)?(?i:{_CORRECT})(?!\w)",
+        rf"(?:答案|正解|答え|正答|정?답)(?:应该|應該|应|應|就|即|选|選|为|為|是|は|은|는|项|選項|选项|:|,|\s|[\"'“(\[*「『])*{_LETTER}",
         rf"(?<![不别勿未])[选選](?:择|擇|项|項)?(?:是|为|為|:|\s|[\"'“(\[*「『])*{_LETTER}(?![^\n。,.;]{{0,8}}(?:不|错|錯))",
         rf"{_LETTER}[)\]*\"'”」』]*\s*(?:项|項|选项|選項)?\s*(?:是|为|為|最)?\s*正确",
-        rf"(?i:ответ|правильный ответ){_MARKS}(?:(?i:это|является){_MARKS})?{_LETTER}",
+        rf"(?i:ответ|правильный ответ){_MARKS}(?:(?:[—–]|(?i:это|является)){_MARKS})?{_LETTER}",
+        rf"(?:उत्तर|विकल्प|الإجابة|الجواب)(?: (?:الصحيحة|الصحيح|هي|هو))*{_MARKS}{_LETTER}",
+        rf"\bist\W{{1,3}}(?:(?i:antwort|option)\W{{1,3}})?{_LETTER}\W{{1,3}}(?i:richtig|korrekt)\b",
+        rf"(?i:richtige|korrekte) (?i:antwort|lösung|option)\W{{1,3}}{_LETTER}(?=\W*(?:$|[.!;]))",
     )
 )
 _LISTED = tuple(
     re.compile(pattern, re.MULTILINE)
     for pattern in (rf"\({_LETTER}\)|\*\*{_LETTER.replace('letter', 'bold')}\W{{0,2}}\*\*", rf"^\W*{_LETTER}[).:]")
 )
-_MENTION = re.compile(rf"(?i:\b(?:option|choice|opción|opcion))\W{{1,8}}{_LETTER}", re.MULTILINE)
+_LABELLED = re.compile(  # "Svar: C"
+    r"(?:^|\n)\W*(?!\S*(?i:wrong|incorrect|false|not|reject|eliminate|exclude))(?:[^\s:]+ ){0,3}[^\s:]{2,}\s*:\W{0,4}"
+    rf"{_LETTER}\W*\Z"
+)
+_FIRST = re.compile(rf"\A\W*{_LETTER}[)\]*]*\s*[,:–—-]?\s*(?i:because|since|as the|weil|denn|porque|car|因为)(?!\w)")
+_MENTION = re.compile(rf"(?i:\b(?:option|choice|statement|opción|opcion))\W{{1,8}}{_LETTER}", re.MULTILINE)
 _ALONE = re.compile(rf"^\W*{_LETTER}\W*$", re.MULTILINE)
 _ALONE_SMALL = re.compile(rf"\W*(?P<letter>[{LETTERS.lower()}])\W*\Z")
 _IN_BOX = re.compile(  # the letter, perhaps with "answer" before it and the text of the option behind it
     rf"\W{{0,3}}(?:(?i:the )?(?i:{_NOUN}|答案)\W{{1,4}}(?:(?i:is)\W{{1,4}})?)?"
-    rf"(?P<letter>[{LETTERS}{LETTERS.lower()}])\W{{0,3}}(?:\Z|(?<=[).:])\s*\S.*)",
+    rf"(?P<letter>[{LETTERS}{LETTERS.lower()}])\W{{0,3}}(?:\Z|(?<=[).:])\s*\S.*|(?<=\s)\(.*\)\W*\Z)",
     re.DOTALL,
 )
 _OR = r"(?:\b(?:or|and|und|oder|y|o|ou|et)\b|[,/&或和、])"
@@ -148,8 +175,8 @@ def read_choice(text: str, letters: str = LETTERS) -> str | None:
     statements = [s for s in statements if s.letter is None or s.letter in letters]
     if statements:
         return max(statements, key=lambda statement: statement.position).letter
-    if whole := _ALONE_SMALL.match(plain):
-        letter = whole["letter"].upper()
+    if match := _ALONE_SMALL.match(plain) or _LABELLED.search(plain[-200:]) or _FIRST.match(plain):
+        letter = match["letter"].upper()
         return letter if letter in letters else None
     if mentions := [m for m in _MENTION.finditer(plain) if not _REFUSED.match(plain, m.end("letter"))]:
         return _unless_several(plain, mentions[-1], letters)
@@ -212,6 +239,8 @@ def _stated(text: str) -> Iterator[_Statement]:
             start, end = match.start(name), match.end(name)
             clause = re.split(r"[.!?;,\n:]", text[max(0, match.start() - 120) : match.start()])[-1]
             if _UNSURE.search(clause + match[0][: start - match.start()]) or _REFUSED.match(text, end):
+                continue
+            if "subject" in groups and not _LEADS.search(clause):
                 continue
             is_one_of_several = _ANOTHER.match(text, end) or _ONE_BEFORE.search(text[max(0, start - 14) : start])
             yield _Statement(start, None if is_one_of_several else match[name].upper())

@@ -11,6 +11,7 @@ from typing import NamedTuple
 LONGEST = 4000
 """Most characters of an answer that are read, from its end: patterns take their time on long texts."""
 
+_TAG = re.compile(r"<answer>\s*([^<>\n]{1,100}?)\s*</answer>")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?=[\dA-Za-z]))")
 _MATH = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<!\\)\$((?:\\.|[^$\n])+?)(?<!\\)\$", re.DOTALL)
 _SPACES = dict.fromkeys([0xA0, *range(0x2002, 0x200B), 0x202F, 0x205F, 0x3000], " ")
@@ -26,6 +27,11 @@ _FRACTIONS = {
     "⅙": "1/6", "⅚": "5/6", "⅛": "1/8", "⅜": "3/8", "⅝": "5/8", "⅞": "7/8",
 }  # fmt: skip
 _TABLE = _SPACES | _SIGNS | {ord(symbol): latex for symbol, latex in _SYMBOLS.items()}
+_SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_TEXT = r"\\(?:text|mathrm|textrm|mbox)\s*\{"
+_SCALE = re.compile(rf"(?<=\d)\s*(?P<text>{_TEXT})?\s*(?P<scale>{'|'.join(_SCALES)})\b")
+_REPEATING = re.compile(r"(?<![\d.])(\d{0,50})\.(\d{0,50})\\(?:overline|bar|dot)\s*\{(\d{1,50})\}")
+_ORDINAL = re.compile(rf"(?<=\d)\s*\^\s*(?:\{{\s*{_TEXT}\s*(?:st|nd|rd|th)\s*\}}\s*\}}|\{{\s*(?:st|nd|rd|th)\s*\}})")
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 
 
@@ -65,7 +71,7 @@ def ending(text: str) -> str:
 
 
 def boxes(text: str) -> list[Span]:
-    r"""Find the boxes of a text, those that stand in another box left out.
+    r"""Find the boxes of a text, those that stand in another box left out; without any, short <answer>...</answer>.
 
     Args:
         text: any text; a box that is never closed ends with it.
@@ -86,7 +92,7 @@ def boxes(text: str) -> list[Span]:
             continue
         end = _closing(text, match.end())
         spans.append(Span(match.start(), min(end + 1, len(text)), text[match.end() : end]))
-    return spans
+    return spans or [Span(match.start(), match.end(), match[1]) for match in _TAG.finditer(text)]
 
 
 def formulas(text: str) -> list[Span]:
@@ -118,8 +124,12 @@ def one_spelling(text: str) -> str:
     text = re.sub(r"[½⅓⅔¼¾⅕-⅞]", lambda m: _FRACTIONS[m[0]], text)
     text = re.sub(r"[⁻⁰¹²³⁴-⁹]+", lambda m: f"^{{{m[0].translate(_RAISED)}}}", text)
     text = re.sub(r"√\s*(?:\(([^()]*)\)|(\w+))", lambda m: rf"\sqrt{{{m[1] or m[2]}}}", text.translate(_TABLE))
-    text = re.sub(r"\\!|\\(?:left|right|displaystyle|limits|[bB]igg?[lr]?)(?![A-Za-z])\.?", "", text)
-    text = re.sub(r"\s*\{,\}\s*", ",", text)
+    text = re.sub(r"\\!\s*|\\(?:left|right|displaystyle|limits|[bB]igg?[lr]?)(?![A-Za-z])\.?", "", text)
+    text = re.sub(r"\s*\{([,:])\}\s*", r"\1", text)
+    text = _ORDINAL.sub("", text).replace(r"\varnothing", r"\emptyset")
+    text = _REPEATING.sub(_fraction, text)
+    text = _SCALE.sub(lambda match: rf" \times 10^{{{_SCALES[match['scale']]}}}{match['text'] or ' '}", text)
+    text = re.sub(r"\\(?:mathrm|text|operatorname)\s*\{\s*([ie])\s*\}", r"\1", text)  # the constants
     text = re.sub(r"\\(?:[,;:> ]|q?quad(?![A-Za-z])|thinspace|enspace|nobreakspace)|~", " ", text)
     text = re.sub(r"\\(?:d|t|c)frac(?![A-Za-z])", r"\\frac", text)
     text = re.sub(r"\\frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))", _braced, text)
@@ -152,6 +162,13 @@ def _closing(text: str, start: int) -> int:
             if depth == 0:
                 return i
     return len(text)
+
+
+def _fraction(match: re.Match[str]) -> str:
+    """Return a repeating decimal as a fraction."""
+    whole, first, period = match.groups()
+    digits = (whole or "0") + first
+    return rf"\frac{{{int(digits + period) - int(digits)}}}{{{'9' * len(period) + '0' * len(first)}}}"
 
 
 def _braced(match: re.Match[str]) -> str:

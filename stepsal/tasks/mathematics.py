@@ -6,8 +6,9 @@ number.
 
 Before math-verify, an expression is written in one way: numbers without grouping (10\,080), mixed numbers as fractions
 (11 5/6 is 71/6), inequalities of one variable as intervals, intervals in round brackets (]0,1[ is (0,1)), and without
-units, conditions ("for all x") and text around it. Units, names of variables before "=" and percent signs are not
-compared. A list in braces is no pair in round brackets.
+units, conditions ("for all x"), roundings behind \approx and text around it. Units, names of variables before "=" and
+percent signs are not compared. A list in braces is no pair in round brackets; one without brackets may be either, but
+then has the order of the pair. A number in a base is none in another.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ _TEXT = r"\\(?:text|mbox|mathrm|textrm|textbf|textit|mathbf|operatorname)"
 _UNITS = (
     "mm|cm|dm|km|kg|mg|lbs?|oz|ft|feet|foot|in|inch(?:es)?|miles?|mph|yards?|meters?|metres?|centimeters?|centimetres?|"
     "kilomet(?:er|re)s?|grams?|kilograms?|lit(?:er|re)s?|seconds?|minutes?|hours?|days?|weeks?|months?|years?|degrees?|"
-    "radians?|units?|square units?|cubic units?|dollars?|cents?|euros?|people|students|ways?|sq|mL|hr|min|sec|m/s|km/h"
+    "radians?|[ap]\.?m\.?|[AP]\.?M\.?|units?|square units?|cubic units?|dollars?|cents?|euros?|people|students|ways?|"
+    "sq|mL|hr|min|sec|m/s|km/h"
 )
 _POWER = r"(?:\s*\^\s*(?:\{\s*-?\d\s*\}|-?\d))?"
 _GROUPS = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d]| \d)")
@@ -42,14 +44,16 @@ _CONDITION = re.compile(
     r"|,\s*[a-z]\s*\\in\s*\\(?:mathbb|mathbf)\s*\{?[ZNRQC]\}?\s*\Z",
     re.DOTALL,
 )
-_BEFORE = re.compile(rf"\A\s*{_TEXT}\s*\{{[^{{}}]*\}}\s*:?\s*(?=\S)")
+_WORDS = rf"{_TEXT}\s*\{{[^{{}}]*\}}"
+_BEFORE = re.compile(rf"\A\s*{_WORDS}\s*:?\s*(?=\S)")
 _BEHIND = re.compile(
-    rf"(?<=\S)\s*(?:{_TEXT}\s*\{{[^{{}}]*\}}|(?<=[\d}}\s)])(?<![a-z])(?:{_UNITS})\b){_POWER}\s*\.?\s*\Z"
+    rf"(?<=\S)\s*(?:{_WORDS}|\\frac\s*\{{\s*{_WORDS}{_POWER}\s*\}}\s*\{{\s*{_WORDS}{_POWER}\s*\}}|(?<=[\d}}\s)])(?<![a-z])(?:{_UNITS})\b){_POWER}\s*\.?\s*\Z"
 )
 _ANSWER = re.compile(
     r"(?i:\b(?:answer|answers|antwort|respuesta|réponse|result)\b|答案)"
-    r"(?:[^.\n$\\:=]{0,60}?(?:\b(?:is|are|ist|lautet|es|est)\b|[:=：是为])\s*:?)\s*"
+    r"(?:[^.\n$\\:=]{0,60}?(?:\b(?:is|are|ist|lautet|es|est)\b|[:=：是为])\s*[:：]?)\s*"
 )
+_ONE_WORD = re.compile(r"\s*([A-Za-z]{2,})\s*(?:[.!]|\n|\Z)")
 _SENTENCE_END = re.compile(r"[.!?](?:\s|\Z)|[\n。]")
 _FOR_ALL = re.compile(  # in prose, where it ends a clause
     r"[\s,]*\bfor (?:all|every|each|any)\s+(?:[a-z]{3,}\s+){0,2}"
@@ -74,6 +78,13 @@ _INEQUALITIES = (  # "b" stands for a bound, "<" and ">" for the signs between i
     ("b<", re.compile(rf"{_BOUND}{_LESS}{_VARIABLE}")),
     ("b>", re.compile(rf"{_BOUND}{_MORE}{_VARIABLE}")),
 )
+_ALL_TEXT = re.compile(rf"\A\s*{_TEXT}\s*\{{([^{{}}]*\d[^{{}}]*)\}}\s*\Z")
+_DEGREES = re.compile(  # of an angle in a trigonometric function
+    r"(\\(?:sin|cos|tan|cot|sec|csc)(?:\s*\^\s*\{?\d\}?)?)\s*[({]?\s*(\d+(?:\.\d+)?)\s*\^\s*\\circ(?![A-Za-z])\s*[)}]?"
+)
+_RATIO = re.compile(r"[^:=,<>]+(?::[^:=,<>]+){2,}")  # of three and more, which sympy would divide
+_NAME = re.compile(r"(?<![\\\w])[A-Za-z](?:_\w)?\s*=(?!=)\s*")
+_BASE = re.compile(r"(?<=\d)_\{?\s*(\d+)\s*\}?\Z")
 _INTEGER = re.compile(r"-?\d{1,4000}")
 _WORD = re.compile(r"(?<![\\A-Za-z])(?!(?:or|and|sin|cos|tan|log|ln|exp|sqrt|pi)\b)[A-Za-z]{2,}")
 _FORMULA = re.compile(r"[\d\\]|[<>=∞]|^\s*[A-Za-z]\s*$")
@@ -86,18 +97,20 @@ _CORRECTION = re.compile(r"(?i:\b(?:no|not|wait|actually|instead|rather|sorry|co
 
 
 class Expression(NamedTuple):
-    """The expression that an answer states, read once, to be compared with any reference.
+    r"""The expression that an answer states, read once, to be compared with any reference.
 
     Attributes:
         latex: the expression in one spelling; or prose, see `is_prose`.
         several: all values, where boxes far from each other may hold one each; for references with several values.
         number: the expression without its unit, where it is a number with one.
+        rounded: the decimal that an exact value is rounded to (22/7 \approx 3.143); for references that are decimals.
         is_prose: `latex` is prose, in which math-verify looks for an expression.
     """
 
     latex: str
     several: str | None = None
     number: str | None = None
+    rounded: str | None = None
     is_prose: bool = False
 
     def compare(self, reference: str) -> Comparison:
@@ -119,24 +132,29 @@ class Expression(NamedTuple):
         Args:
             references: LaTeX of each.
         """
-        spelled = tuple(map(expression, references))
+        spelled = [expression(reference) for reference in references]
         wholes = tuple(whole_number(r) is not None and not re.search(r"(?<![\\A-Za-z])[A-Za-z]", r) for r in spelled)
         kinds: dict[tuple[str, bool], list[int]] = {}
         for i, (reference, is_whole) in enumerate(zip(spelled, wholes, strict=True)):
-            kinds.setdefault(self._side(reference, is_whole), []).append(i)
+            stated, boxed = self._side(reference, is_whole)
+            if boxed:
+                stated, spelled[i] = _in_same_brackets(stated, reference)
+            kinds.setdefault((stated, boxed), []).append(i)
         same, texts, problem = [False] * len(references), [], None
         for (stated, boxed), places in kinds.items():
             result = _compared(stated, tuple(spelled[i] for i in places), boxed=boxed)
             texts.append(result.text)
             problem = problem or result.problem
             for i, is_same in zip(places, result.same, strict=True):
-                same[i] = is_same and _agree(stated, spelled[i])
+                same[i] = (is_same or (boxed and _bare(stated) == _bare(spelled[i]))) and _agree(stated, spelled[i])
         return Comparison(texts[0], tuple(same), problem)
 
     def _side(self, reference: str, is_whole: bool) -> tuple[str, bool]:
         """Return the text to compare with a reference, and whether it is an expression."""
         if self.several is not None and _is_list(reference) and not _is_list(self.latex):
             return self.several, True
+        if self.rounded is not None and re.fullmatch(r"-?\d*\.\d+", reference):
+            return self.rounded, True
         if self.number is not None and is_whole:
             return self.number, True
         return self.latex, not self.is_prose
@@ -161,6 +179,8 @@ def read_expression(text: str) -> Expression | None:
     for match in reversed(answers):
         if content := _statement(text[match.end() :]):
             return _of_content(content)
+        if word := _ONE_WORD.match(text, match.end()):
+            return _of_content(rf"\text{{{word[1]}}}")
     if spans := formulas(text):
         tail = text[spans[-1].end :]
         number = read_number(tail)
@@ -187,6 +207,7 @@ def expression(content: str) -> str:
     latex = re.sub(r"\\?\$|[€£¥₹]|\\(?:\(|\)|\[(?![^\]]*\\\\)|\])", " ", one_spelling(content))
     latex = re.sub(r"\s+", " ", latex)  # patterns try each way to share a run of spaces
     latex = _CONDITION.sub("", latex) or latex
+    latex = _exact_and_rounded(_ALL_TEXT.sub(r"\1", latex))[0]
     while (shorter := _BEHIND.sub("", latex)).strip() not in ("", latex.strip()) and not _ends_in_joint(shorter):
         latex = shorter
     shorter = _BEFORE.sub("", latex)
@@ -195,7 +216,9 @@ def expression(content: str) -> str:
     latex = _MIXED.sub(_improper, latex)
     for pattern, inward in _OUTWARD:
         latex = pattern.sub(inward, latex)
-    latex = _interval(latex)
+    latex = _DEGREES.sub(r"\1{\\frac{\2\\pi}{180}}", _interval(latex))
+    if _RATIO.fullmatch(latex):
+        latex = f"({latex.replace(':', ',')})"
     latex = re.sub(r"(?<=[\d}])\s*\^\\circ\s*\Z", "", latex.strip())
     return re.sub(r"\s+", " ", latex).strip().rstrip(".").strip()
 
@@ -209,8 +232,40 @@ def _compared(stated: str, references: tuple[str, ...], *, boxed: bool) -> Compa
 
 def _of_content(content: str) -> Expression:
     latex = expression(content)
-    number = whole_number(content)
-    return Expression(latex, number=None if number is None or _is_exact_text(latex) else _latex_of(number))
+    rounded = _exact_and_rounded(one_spelling(content))[1]
+    number = whole_number(content) if rounded is None else None
+    return Expression(
+        latex,
+        number=None if number is None or _is_exact_text(latex) else _latex_of(number),
+        rounded=None if rounded is None else expression(rounded),
+    )
+
+
+def _exact_and_rounded(latex: str) -> tuple[str, str | None]:
+    r"""Return what stands on either side of \approx; an unknown, or nothing, to its left has no exact value."""
+    exact, *roundings = re.split(r"\s*\\(?:approx|simeq|doteq)(?![A-Za-z])\s*", latex)
+    if not roundings:
+        return latex, None
+    value = re.sub(r"_(?:\w|\{[^{}]*\})", "", exact.rsplit("=", 1)[-1])
+    return (exact, roundings[-1]) if re.search(r"\d|\\(?:pi|infty)(?![A-Za-z])", value) else (roundings[-1], None)
+
+
+def _in_same_brackets(stated: str, reference: str) -> tuple[str, str]:
+    """Return both sides of a comparison; where only one is in brackets, and the other a bare list, both in brackets."""
+    if _kind(stated) == "round" and _is_bare_list(reference):
+        return stated, stated.strip()[0] + reference + stated.strip()[-1]
+    if _kind(reference) == "round" and _is_bare_list(stated):
+        return reference[0] + _NAME.sub("", stated) + reference[-1], reference
+    return stated, reference
+
+
+def _is_bare_list(latex: str) -> bool:
+    return _is_list(latex) and re.search(r"[(\[{]|\\pm|\bor\b", re.sub(r"\\(?:frac|sqrt)\{|[_^]\{", "", latex)) is None
+
+
+def _bare(latex: str) -> str:
+    """Return an expression without spaces and the marks of text."""
+    return re.sub(rf"{_TEXT}(?=\s*\{{)|[{{}}\s]", "", latex)
 
 
 def _of_number(number: Fraction) -> Expression:
@@ -312,6 +367,9 @@ def _agree(stated: str, reference: str) -> bool:
     A set in braces is no pair or interval, whose order or ends matter, and several equations are not the last one.
     """
     if {_kind(stated), _kind(reference)} == {"braces", "round"}:
+        return False
+    bases = [match[1] for match in map(_BASE.search, (stated, reference)) if match]
+    if len(set(bases)) > 1:
         return False
     equations = re.split(rf"{_TEXT}\s*\{{\s*(?:or|and)\s*\}}|\b(?:or|and)\b|[,;]", stated)
     return not (len(equations) > 1 and all("=" in part for part in equations)) or bool(_is_list(reference))

@@ -4,7 +4,7 @@ The decimal mark is a point. A comma groups digits (1,250; also 1,25,000 as in I
 and what LaTeX writes for them, between groups of three digits (1 250, 1\,250). Other commas between digits make a list:
 "3,5" is no number, since it is 3.5 in one country and two numbers in another. Percent, degrees, currencies and units
 beside a number are left out: "15%" is 15. A number that is part of a larger expression, such as the 2 in \sqrt{2}, in
-x^2 or in (1, 2), is none.
+x^2 or in (1, 2), is none; behind a sign of equality it is ("10 - 3 = 7" is 7).
 """
 
 from __future__ import annotations
@@ -38,22 +38,26 @@ _CURRENCY = r"[$€£¥₹]"
 #: Commands that end an expression to their left and begin one to their right.
 _BREAKS = (
     r"\\(?:approx|equiv|implies|iff|to|rightarrow|Rightarrow|therefore|because|l?geq?|leq?|neq?|item|sim|simeq|colon|cdots|"
-    r"l?dots|text|ldots|hfill|newline|par|because|Longrightarrow)\s*"
+    r"l?dots|text|ldots|hfill|newline|par|because|Longrightarrow|square|blacksquare|qed|checkmark)(?![A-Za-z])\s*"
 )
-_OPERAND = r"(?:[\d)\]}]|(?<![A-Za-z])[A-Za-z])"
+_VARIABLE = r"(?<![A-Za-z'’])[A-Za-z]"
+_OPERAND = rf"(?:[\d)\]}}]|{_VARIABLE})"
+_OPERAND_BEFORE = re.compile(rf"{_OPERAND}\s*\Z")
 _PART_BEFORE = re.compile(  # what makes a number to its right a part of an expression
     r"(?:[\w.\\√]|\d[,:'’]|\d\s*x\s*|[\^_]\s*\(?|(?<!\\)\{\s*|\\\{\s*|[\^_]\{?\s*[+-]?"
-    rf"|{_OPERAND}\s*[+*/^]\s*|(?:[\d)\]}}]|(?<![A-Za-z])[A-Za-z])\s*-\s*"
-    r"|(?<![A-Za-z])[A-Za-z]\(\s*|[(\[]\s*-?[\d./]+\s*[,;]\s*"
+    rf"|{_OPERAND}\s*[-+*/^]\s*|[A-Za-z]['’]*\(\s*"
+    r"|[(\[]\s*-?[\d./]+\s*[,;]\s*"
     rf"|(?!{_BREAKS}\Z)\\[A-Za-z]+(?:_(?:\w|\{{\w+\}}))?\s*\(?)\Z"
 )
+_PER = r"(?:[A-Za-z]{3,}|h|s|hr|kg|lb|mi|km)\b(?!\()"  # 12/hour
 _PART_BEHIND = re.compile(  # the same for a number to its left
-    r"\s*(?:\^(?!\\circ)|[+*/]\s*[\w({\\.]|-\s*[\d\\(.]|!\s*[+*/=-]|_|\\?\}|[,;]\s*-?[\d./]+\s*[)\]]|x\s*\d"
+    rf"\s*(?:\^(?!\\circ)|[+*]\s*[\w({{\\.]|/\s*(?!{_PER})[\w({{\\.]|-\s*[\d\\(.]|!\s*[+*/=-]|_|\\?\}}"
+    r"|[,;]\s*-?[\d./]+\s*[)\]]|x\s*\d"
     rf"|(?!{_BREAKS})\\(?!circ)[A-Za-z])"
     r"|\(|[:.,'’]\d|\s*\\\{"
 )
 _UNIT = r"(?:[A-Za-zµΩ'\"]+|[/*.]|\\cdot)(?:\s*\^\s*(?:\{\s*-?\d+\s*\}|-?\d+))?"
-_UNITS_BEHIND = re.compile(rf"(?:\s*{_UNIT})*\s*[.,;:]*\s*\Z")
+_UNITS_BEHIND = re.compile(rf"(?:\s*{_UNIT})*\s*(?:\([A-Za-z ]+\))?\s*[.,;:]*\s*\Z")
 _WORDS_BEFORE = re.compile(r"[A-Za-z\s:,]*\Z")
 _LETTERS = re.compile(r"[A-Za-z]+")
 _UNIT_LETTERS = frozenset("mgshLlKNJWVACF")
@@ -129,14 +133,14 @@ def _stated(text: str, match: re.Match[str]) -> Fraction | None:
     sign = (match["sign"] or "").strip()
     if sign and match["sign"] != sign and not re.search(r"(?:[=(:]|^)\s*\Z", before):
         start, sign = match.end("sign"), ""  # a dash or the mark of a list, unless it follows a sign of equality
-        if re.search(r"[\d)\]}]\s*\Z", before) or re.search(r"(?<![A-Za-z])[A-Za-z]\s*\Z", before):
+        if _OPERAND_BEFORE.search(before):
             return None
         before = "" if before.endswith(("\n", " ")) or not before else before + " "
     elif sign:
-        if re.search(r"(?:[\d)\]}]|(?<![A-Za-z])[A-Za-z])\s*\Z", before):
+        if _OPERAND_BEFORE.search(before):
             return None
-        if before[-1:].isalpha():
-            before, sign = "", ""  # a hyphen
+        if before[-1:].isalpha() or before.endswith("-"):
+            before, sign = "", ""  # a hyphen or a dash
     if _PART_BEFORE.search(before) or _PART_BEHIND.match(text, match.end()) or _variable(text, match.end()):
         return None
     value = _value(match)
