@@ -12,20 +12,21 @@ import logging
 import signal
 import sys
 from functools import lru_cache
-from typing import Any
+from typing import Any, TextIO
 
-MARK = "stepsal"  # begins each reply, so that nothing else that is printed is taken for one
+MARK = "stepsal"  # begins each reply, so that nothing that is printed while Python starts is taken for one
 
 
 def main() -> None:
     """Answer requests on the standard input until it ends."""
     logging.disable()
+    replies, sys.stdout = sys.stdout, sys.stderr  # what sympy prints is no reply
     try:
         import math_verify  # noqa: F401
     except Exception as error:
-        _reply({"error": f"{type(error).__name__}: {error}"})
+        _reply(replies, {"error": f"{type(error).__name__}: {error}"})
         return
-    _reply({"ready": True})
+    _reply(replies, {"ready": True})
     for line in sys.stdin:
         request = json.loads(line)
         if hasattr(signal, "setitimer"):  # ends a process whose parent died meanwhile: no Python code needs to run
@@ -36,7 +37,7 @@ def main() -> None:
             reply = {"text": None, "same": [False] * len(request["references"]), "error": type(error).__name__}
         if hasattr(signal, "setitimer"):
             signal.setitimer(signal.ITIMER_REAL, 0)
-        _reply(reply)
+        _reply(replies, reply)
 
 
 def answer(stated: str, references: list[str], *, boxed: bool) -> dict[str, Any]:
@@ -73,7 +74,7 @@ def differ_at_a_point(a: Any, b: Any) -> bool:
         a: a result of `read`.
         b: another.
     """
-    from sympy import Expr, Rational, Symbol, UnevaluatedExpr
+    from sympy import Expr, Rational, Symbol, UnevaluatedExpr, true
 
     if not all(isinstance(e, Expr) and not isinstance(e, Symbol) and not e.has(UnevaluatedExpr) for e in (a, b)):
         return False  # sets, relations, words; 15% equals 15
@@ -82,10 +83,11 @@ def differ_at_a_point(a: Any, b: Any) -> bool:
         return False
     point = {name: Rational(13 + 7 * i, 11) for i, name in enumerate(names)}
     try:
-        p, q = (complex(e.subs({symbol: point[symbol.name] for symbol in e.free_symbols}).evalf(15)) for e in (a, b))
+        p, q = (e.subs({symbol: point[symbol.name] for symbol in e.free_symbols}).evalf(15) for e in (a, b))
+        # in numbers of sympy, which have no largest; equal decimals are rounded at the sixth place
+        return (abs(p - q) > 1e-5 * (1 + abs(p) + abs(q))) is true
     except (TypeError, ValueError, OverflowError, AttributeError):  # no number
         return False
-    return abs(p - q) > 1e-5 * (1 + abs(p) + abs(q))  # equal decimals are rounded at the sixth place
 
 
 @lru_cache(maxsize=1000)
@@ -105,10 +107,10 @@ def read(text: str, *, boxed: bool = True) -> tuple[Any, ...]:
     return tuple(parse(rf"\boxed{{{text}}}" if boxed else text, [latex, ExprExtractionConfig()], parsing_timeout=None))
 
 
-def _reply(values: dict[str, Any]) -> None:
+def _reply(pipe: TextIO, values: dict[str, Any]) -> None:
     """Write a reply."""
-    sys.stdout.write(f"{MARK}{json.dumps(values)}\n")
-    sys.stdout.flush()
+    pipe.write(f"{MARK}{json.dumps(values)}\n")
+    pipe.flush()
 
 
 if __name__ == "__main__":

@@ -161,13 +161,13 @@ def _write(pipe: int, data: bytes) -> None:
 
 
 def _line(pipe: int) -> bytes:
-    """Read a reply from a pipe; nothing if it ends before the reply does."""
+    """Read a reply from a pipe, past lines that are none; nothing if it ends before the reply does."""
     data = b""
-    while not data.endswith(b"\n"):
+    while not (data.endswith(b"\n") and (line := data.splitlines()[-1]).startswith(MARK.encode())):
         if not (part := os.read(pipe, 1 << 16)):
             return b""
         data += part
-    return next((line for line in data.splitlines() if line.startswith(MARK.encode())), b"")
+    return line
 
 
 def _close(process: subprocess.Popen[bytes]) -> None:

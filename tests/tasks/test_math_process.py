@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -98,6 +99,39 @@ def test_a_fork_gets_its_own_process_and_none_is_left_at_the_end() -> None:
     assert run.stderr == ""
     with pytest.raises(ProcessLookupError):
         os.kill(int(run.stdout), 0)
+
+
+INTERRUPTED = """
+from stepsal.tasks import math_process
+math_process.compare("0.5", ("1/2",))
+print(math_process._CHILD.process.pid, flush=True)
+math_process.SECONDS = 60
+math_process.compare("2003^{2002^{2001}}", ("1",))
+"""
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_the_process_at_once() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdout is not None
+        child = int(run.stdout.readline())
+        time.sleep(0.5)  # it is busy
+        run.send_signal(signal.SIGINT)
+        assert "KeyboardInterrupt" in run.communicate(timeout=30)[1]
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+
+
+def test_other_lines_than_replies_are_passed_over() -> None:
+    reading, writing = os.pipe()
+    os.write(writing, b"a warning\nstepsal{}\n")
+    assert math_process._line(reading) == b"stepsal{}"
+    os.write(writing, b"no end")
+    os.close(writing)
+    assert math_process._line(reading) == b""
+    os.close(reading)
 
 
 def test_without_math_verify_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
