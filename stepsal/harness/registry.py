@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, cast
 
+from anyio import to_thread
 from inspect_ai import Task, task
 from inspect_ai.model import ModelAPI, modelapi
 from inspect_ai.scorer import Score, Scorer, Target, accuracy, scorer, stderr
@@ -106,6 +107,8 @@ def hub(benchmark: str, file: str | None = None, epochs: int | None = None) -> T
 def graded() -> Scorer:
     """Score an answer by comparing its final answer with the reference; a truncated answer is wrong.
 
+    The metadata of an Inspect sample may name its `grader` ("number", "math" or "choice"); without one it is "math".
+
     Example:
         >>> import inspect
         >>> inspect.iscoroutinefunction(stepsal.harness.graded())
@@ -115,11 +118,13 @@ def graded() -> Scorer:
     async def score(state: TaskState, target: Target) -> Score:
         from stepsal.tasks.answers import Problem, Verdict
 
-        problem = Problem(state.input_text, target.text, state.metadata["grader"])
+        def verdict_of(completion: str) -> Verdict:
+            return Problem(state.input_text, target.text, state.metadata.get("grader", "math")).grade(completion)
+
         if state.output.stop_reason in ("max_tokens", "model_length"):
             verdict = Verdict(False, None, "the answer was cut off", "truncated")
-        else:
-            verdict = problem.grade(state.output.completion)
+        else:  # in a thread: what takes seconds to compare keeps no other sample waiting
+            verdict = await to_thread.run_sync(verdict_of, state.output.completion)
         value = "C" if verdict.correct else "I"
         return Score(
             value=value, answer=verdict.final_answer, explanation=verdict.reason, metadata={"error": verdict.error}
