@@ -9,7 +9,6 @@ LiveCodeBench, whose answers are programs, is not among them: Inspect can run it
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -160,9 +159,9 @@ class HubTask:
             raise ImportError("benchmarks of the hub need pip install 'stepsal[hub]'") from error
         about = self.about
         try:
-            if os.environ.get("HF_HUB_OFFLINE") in (None, "", "0"):  # offline a copy in the cache is enough
-                from huggingface_hub import HfApi
+            from huggingface_hub import HfApi, constants
 
+            if not constants.HF_HUB_OFFLINE:  # offline a copy in the cache is enough
                 HfApi().dataset_info(about.path, revision=self._commit, timeout=10)  # fails at once, and says why
             records = load_dataset(about.path, about.config, split=about.split, revision=self._commit)
         except Exception as error:
