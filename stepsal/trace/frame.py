@@ -86,7 +86,7 @@ class PromptFrame:
         others = [rendering for rendering in variants if rendering is not None]
         opening, tail = _opening(first, several, others), _tail(first, several, others)
         for token in filter(None, (tokenizer.bos_token, tokenizer.eos_token)):  # an answer may be cut off before it
-            opening = opening.removeprefix(token).lstrip() or opening
+            opening = _without_mark(opening, token)
         behind = [rendering.tails[0].partition(tail)[2] for rendering in (first, *others)]
         marked = all(text.lstrip().startswith(_MARKERS) for text in behind)
         return cls(opening, tail, rest=behind[0], head=first.heads[0], marked=marked)
@@ -200,8 +200,13 @@ def _without_end_of_turn(opening: str, tail: str) -> str:
     mark, other = _WHOLE.match(opening.lstrip()), _WHOLE.match(tail.lstrip())
     if mark is None or other is None or mark[0] != other[0] or mark[0].isalnum():
         return opening
-    shorter = opening.lstrip().removeprefix(mark[0])
-    return shorter if _WHOLE.match(shorter.lstrip()) and not shorter.lstrip()[0].isalnum() else opening
+    return _without_mark(opening, mark[0])
+
+
+def _without_mark(opening: str, mark: str) -> str:
+    """Return an opening without the mark that it begins with, if another mark follows; a word alone opens nothing."""
+    shorter = opening.lstrip().removeprefix(mark).lstrip()
+    return shorter if _WHOLE.match(shorter) and not shorter[0].isalnum() else opening
 
 
 def _shared_end(one: str, other: str) -> str:

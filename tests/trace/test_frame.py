@@ -360,3 +360,16 @@ def test_a_template_of_single_questions() -> None:
     for chat_template in (single, refuses):
         frame = PromptFrame.of(tokenizer_of(chat_template))
         assert (frame.opening.removeprefix("<s>"), frame.tail) == ("<u>", "<a>")
+
+
+@pytest.mark.parametrize("token", ["<|im_start|>", "<|im_end|>"])
+@pytest.mark.parametrize("name", ["ChatML", "ChatML with a system prompt of its own", "QwQ", "Phi-4", "Qwen3"])
+def test_a_token_that_begins_texts_and_messages(name: str, token: str) -> None:
+    """SmolLM2's BOS begins each message; without it the opening would be the word "user", which any answer may have."""
+    tokenizer = tokenizer_of(FAMILIES[name].template)
+    tokenizer.bos_token = token
+    assert PromptFrame.of(tokenizer).opening == FAMILIES[name].opening
+    text = render_prompt(tokenizer, "Is a user < 4?").text + "<think>A user is one.</think>Ask the user."
+    tracker, ids = tracker_of(tokenizer, text, "think")
+    assert tracker.origin == 0
+    assert texts_of(tokenizer, tracker, ids)[0] == ("question", "Isauser<4?")
