@@ -21,10 +21,10 @@ FAMILIES = {
 }
 """Format of each model family, by a lower-case part of the last part of a model's name."""
 
-_SIGNS: dict[str, tuple[str, str]] = {  # for each format, two markers that its template and its vocabulary have
+_SIGNS: dict[str, tuple[str, ...]] = {  # for each format, two markers that its template and its vocabulary have
     name: signs
     for name, format in sorted(FORMATS.items(), key=lambda item: item[0] == "think")  # which others mention, too
-    if (signs := (format.header.end, format.header.starts[-1]) if format.header else format.pair)
+    if (signs := format.signs[::-1] if format.header else format.pair)
 }
 TEMPLATE_MARKERS = {sign: name for name, (_, sign) in _SIGNS.items()}
 """Format by a marker that stands in a chat template, the most general one last: the one that closes the thinking."""

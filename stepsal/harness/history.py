@@ -114,11 +114,9 @@ def marks(format: Format) -> tuple[str, str]:
     """
     if format.pair is not None:
         return format.pair
-    ends = format.markers.get("thinking", {})
-    closing = next((marker for marker, section in ends.items() if section not in (None, "thinking")), None)
-    if closing is None:
+    if not format.closings:
         return "<think>", "</think>"
-    return next(iter(format.openings), ""), closing
+    return next(iter(format.openings), ""), format.closings[0]
 
 
 def earlier_thinking(

@@ -84,7 +84,7 @@ class Problem:
         """
         if not isinstance(trace, str) and trace.truncated:
             return Verdict(False, None, "the answer was cut off", "truncated")
-        text = _END.sub("", trace if isinstance(trace, str) else trace.summary or trace.response)
+        text = _END.sub("", trace if isinstance(trace, str) else trace.answer)
         result = compare_answer(read_answer(text, self.grader, self._letters), self.reference)
         number = self.grader == "number"
         if result.text is None:

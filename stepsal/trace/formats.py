@@ -65,7 +65,8 @@ class Format:
         markers: for each section, the markers that end it and the section that follows. Markers are template.
         last_is_summary: no marker tells the summary apart: at the end of the response its last paragraph is taken for
             the summary; where there is one paragraph only, its last line; where there is one line only, its last step.
-            A single step stays thinking.
+            A single step stays thinking. The same is done where a response should have markers of the thinking and has
+            none, as an answer of a model that did not think.
         pair: the markers that open and close the thinking, where there is such a pair. Thinking that is opened inside
             the thinking must be closed twice; if it is not, the last closing counts at the end of the response.
         header: headers of messages, where the markers of sections are of variable text.
@@ -155,6 +156,28 @@ class Format:
         others = (ends for section, ends in self.markers.items() if section != "thinking")
         openings = (marker for ends in others for marker, section in ends.items() if section == "thinking")
         return tuple(dict.fromkeys((*(self.pair or ())[:1], *openings)))
+
+    @property
+    def closings(self) -> tuple[str, ...]:
+        """The markers that end the thinking, the one of `pair` first; headers are not among them."""
+        ends = self.markers.get("thinking", {})
+        others = (marker for marker, section in ends.items() if section not in (None, "thinking"))
+        return tuple(dict.fromkeys((*(self.pair or ())[1:], *others)))
+
+    @property
+    def signs(self) -> tuple[str, ...]:
+        """The markers whose presence tells that a text is of this format.
+
+        They open or close the thinking, or begin and end headers. Markers of other kinds, such as `<answer>` or
+        `<|end|>`, stand in texts of many formats, and so do words like "Here is my response:".
+
+        Example:
+            >>> stepsal.trace.FORMATS["reflection"].signs
+            ('<thinking>', '</thinking>')
+        """
+        if self.header is not None:
+            return (self.header.starts[-1], self.header.end)
+        return (*self.openings, *(marker for marker in self.closings if not (self.pair and marker[0].isalnum())))
 
     @property
     def opens_thinking(self) -> bool:
@@ -269,7 +292,7 @@ def _harmony() -> Format:
     A header is `<|start|>role to=recipient<|channel|>channel to=recipient <|constrain|>type`. What goes to a tool or
     comes from somebody else is template, and so is the channel "commentary".
     """
-    kind = r"(?:\s*(?:<\|constrain\|>)?\s*[\w.+/-]+)?\s*"
+    kind = r"(?:\s*<\|constrain\|>[^<]*|\s*[\w.+/-]+)?\s*"
     assistant = r"\s*assistant(?::[\w-]+)?"
     to_user, to_anybody = r"(?:\s*to=(?:all|user)(?![^\s<]))?", r"(?:\s*to=[^\s<]+)?"
     own = rf"(?:<\|start\|>{assistant}{to_user})?\s*<\|channel\|>\s*"

@@ -37,6 +37,7 @@ class SectionReader:
     Attributes:
         section: the section that the text is in; None is template text outside all sections.
         unread_headers: headers that could not be read; what followed them is template text.
+        is_told: False where a marker or a header should tell the section, and none has come.
         first_chars: the characters with which markers begin.
 
     Example:
@@ -60,6 +61,7 @@ class SectionReader:
         self._depth = int(format.pair is not None and format.opened == format.pair[0])
         self._is_new = True  # has the section no text so far
         self._was_opened = self._depth > 0  # has a marker opened thinking
+        self.is_told = _begins_told(format)
         self._last_closing: tuple[int, int | None] | None = None  # in nested thinking, and the next opening after it
         self._thinking_until = 0  # position of a closing without an opening
 
@@ -91,6 +93,7 @@ class SectionReader:
             self._pass_header_mark(marker)
             return
         following = self._markers[self._state][marker]
+        self.is_told = self.is_told or marker in self._format.markers.get(self.section, {})
         if self._header is not None:  # the message ends in the middle of its header
             self._give_up_header()
         if self._format.pair is not None and marker in self._format.openings:
@@ -160,6 +163,7 @@ class SectionReader:
 
     def _pass_header_mark(self, marker: str) -> None:
         """Begin a header, go on with one, or end it."""
+        self.is_told = True
         header = self._format.header
         assert header is not None
         if marker == header.end:
@@ -183,6 +187,13 @@ class SectionReader:
         assert self._header is not None
         self.unread_headers = (*self.unread_headers, self._header)
         self._header = None
+
+
+def _begins_told(format: Format) -> bool:
+    """Tell whether it is known from the beginning in which section a response begins."""
+    if format.header is not None:
+        return format.start is not None
+    return format.pair is None or format.start != "thinking" or bool(format.opened)
 
 
 def _markers_by_section(

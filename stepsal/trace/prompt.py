@@ -14,6 +14,7 @@ from typing import Any
 
 import jinja2
 
+from stepsal.trace.encoding import check_characters
 from stepsal.trace.template import apply_template, chat_template_of, reserved_names, switches_of
 
 _QUESTION_STAND_IN = "\ue000question\ue001"  # private-use characters, which are in no real text
@@ -79,7 +80,8 @@ def render_prompt(
         chat: switches of the chat template, such as {"enable_thinking": False}.
 
     Raises:
-        ValueError: an empty question, a template that alters it, or a switch that the template does not have.
+        ValueError: a question that is empty, holds half a character or is altered by the template, or a switch that
+            the template does not have.
 
     Example:
         >>> prompt = stepsal.trace.render_prompt(stepsal.load("mini").tokenizer, "What is Anna?")
@@ -101,7 +103,8 @@ def render_prompts(
         chat: switches of the chat template.
 
     Raises:
-        ValueError: an empty question, a template that alters it, or a switch that the template does not have.
+        ValueError: a question that is empty, holds half a character or is altered by the template, or a switch that
+            the template does not have.
 
     Example:
         >>> prompts = stepsal.trace.render_prompts(stepsal.load("mini").tokenizer, ["What is Anna?", "And Hugo?"])
@@ -110,6 +113,8 @@ def render_prompts(
     """
     for question in questions:
         require_text("question", question)
+        check_characters("question", question)
+    check_characters("system", system or "")
     switches = check_chat(tokenizer, chat)
     # the template's text before a question tells where it stands: "user" or "assistant" may occur elsewhere, too
     head, stand_in, _ = _render(tokenizer, _QUESTION_STAND_IN, system, switches).partition(_QUESTION_STAND_IN)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from typing import Any
 
+from stepsal.trace.recognition import warn_of_unread_headers
 from stepsal.trace.segment import Segmentation
 from stepsal.trace.segmenter import Segmenter
 
@@ -27,12 +28,13 @@ def sections(tokenizer: Any, prompt: str, response: str, segmentation: Segmentat
         ('One more than one.', 'Two.')
     """
     special_tokens = tokenizer.all_special_tokens
-    resolved = (segmentation or Segmentation()).resolved(prompt, response, template=special_tokens, stacklevel=3)
+    resolved = (segmentation or Segmentation()).resolved(prompt, response, stacklevel=3)
     segmenter = resolved.segmenter(prompt, special_tokens)
-    if segmenter.format.last_is_summary:
-        return "", _without_end_tokens(response, special_tokens)
     segmenter.push(response)
+    if segmenter.lacks_markers:
+        return "", _without_end_tokens(response, special_tokens)
     texts = section_texts(segmenter, response)
+    warn_of_unread_headers(segmenter.unread_headers, stacklevel=3)
     return texts["thinking"], texts["summary"]
 
 

@@ -63,15 +63,7 @@ class Segmentation:
             return None
         return FORMATS[self.format] if isinstance(self.format, str) else self.format
 
-    def resolved(
-        self,
-        prompt: str,
-        response: str,
-        *,
-        needs_markers: bool = False,
-        template: Iterable[str] = (),
-        stacklevel: int = 2,
-    ) -> Segmentation:
+    def resolved(self, prompt: str, response: str, *, needs_markers: bool = False, stacklevel: int = 2) -> Segmentation:
         """Return a copy whose format is told by the markers of a text, if it was "auto".
 
         Where no known marker stands in the text but something that looks like one, a warning names it.
@@ -80,7 +72,6 @@ class Segmentation:
             prompt: the rendered prompt.
             response: everything after it.
             needs_markers: raise if a format was named and none of its markers stands in the text.
-            template: extra texts, such as end-of-sequence tokens, that belong to no step.
             stacklevel: whose call a warning names, as for `warnings.warn`.
 
         Raises:
@@ -94,7 +85,7 @@ class Segmentation:
         if format is None:
             name = recognised_format(prompt, response)
             if name == "plain":
-                warn_of_unknown_markers(response, template, stacklevel=stacklevel + 1)
+                warn_of_unknown_markers(response, stacklevel=stacklevel + 1)
             return replace(self, format=name)
         if needs_markers:
             check_markers(format, prompt, response)

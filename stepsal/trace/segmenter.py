@@ -7,8 +7,9 @@ character, never ahead. So a boundary is known with the first token of the next 
 text comes in characters, tokens or at once: offline and online segmentation are the same code, fed differently.
 
 Some things are only known later, and are provisional until then: a text that may become a marker (`</th` ...) counts to
-the running step until it does; in the format "plain" the last paragraph becomes the summary at `finish()`; and so does
-what follows the last closing of nested thinking that never ends (`SectionReader`).
+the running step until it does; in the format "plain", and where a response has no marker of its format, the last
+paragraph becomes the summary at `finish()`; and so does what follows the last closing of nested thinking that never
+ends (`SectionReader`).
 """
 
 from __future__ import annotations
@@ -108,6 +109,11 @@ class Segmenter:
         """True where a step is open, to which white space that follows belongs."""
         return self._open
 
+    @property
+    def lacks_markers(self) -> bool:
+        """True where no marker has told the sections apart so far, so that the last paragraph is to be the summary."""
+        return self.format.last_is_summary or not self._sections.is_told
+
     def role_of(self, step: int) -> Role:
         """Return the role of a step by its number."""
         return self._spans[step].role
@@ -150,7 +156,7 @@ class Segmenter:
         self.flush()
         self._open = False
         self._spans = self._sections.final_roles(self._spans)
-        if self.format.last_is_summary and len(self._spans) > 1:
+        if self.lacks_markers and len(self._spans) > 1:
             first = _first_of_summary(self._leads)
             self._spans[first:] = [span._replace(role="summary") for span in self._spans[first:]]
         return self.spans

@@ -7,7 +7,6 @@ template, section markers) is template, -1.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -33,6 +32,7 @@ from stepsal.trace.prompt import (
     require_text,
     template_around,
 )
+from stepsal.trace.recognition import warn_of_unread_headers
 from stepsal.trace.segment import Segmentation
 from stepsal.trace.segmenter import Segmenter
 
@@ -152,12 +152,9 @@ class Trace:
         """
         tokenizer = tokenizer_of(model_or_tokenizer)
         require_text("response", response)
-        check_characters("question", question)
         check_characters("response", response)
         prompt = render_prompt(tokenizer, question, system, chat=chat)
-        resolved = (segmentation or Segmentation()).resolved(
-            prompt.text, response, needs_markers=True, template=tokenizer.all_special_tokens, stacklevel=3
-        )
+        resolved = (segmentation or Segmentation()).resolved(prompt.text, response, needs_markers=True, stacklevel=3)
         if resolved.named_format is not None:
             response = resolved.named_format.without_repeated_opening(prompt.text, response)
             require_text("response", response)
@@ -378,6 +375,13 @@ class Trace:
         """The text of all summary steps; None without any, as where the thinking was cut off."""
         return self._section("summary") or None
 
+    @property
+    def answer(self) -> str:
+        """The text in which a final answer is sought: the summary, or the response where no marker tells a summary."""
+        segmenter = self.segmentation.segmenter(self.text.removesuffix(self.response))
+        segmenter.push(self.response)
+        return self.response if segmenter.lacks_markers else self.summary or self.response
+
     def _section(self, role: Role) -> str:
         """Return the text of all steps of a role, a line break where template stands between them."""
         runs: list[tuple[int, int]] = []  # of steps without template between them, as characters
@@ -407,9 +411,7 @@ def _cut_written(
         prompt,
         tokenized,
         n_prompt=n_prompt,
-        segmentation=(segmentation or Segmentation()).resolved(
-            prompt.text, response, template=tokenizer.all_special_tokens, stacklevel=4
-        ),
+        segmentation=(segmentation or Segmentation()).resolved(prompt.text, response, stacklevel=4),
         template=tokenizer.all_special_tokens,
         truncated=truncated,
         stacklevel=4,
@@ -431,12 +433,7 @@ def _cut(
     segmenter = segmentation.segmenter(prompt.text, template)
     segmenter.push(response)
     spans, breaks = _spans_in_text(prompt, segmenter)
-    if segmenter.unread_headers:
-        warnings.warn(
-            f"headers of messages can't be read: {', '.join(map(repr, segmenter.unread_headers))}; what follows them "
-            "counts as template text: correct them in the response, or pass a Format of your own",
-            stacklevel=stacklevel,
-        )
+    warn_of_unread_headers(segmenter.unread_headers, stacklevel=stacklevel + 1)
     ids = step_ids(spans, tokenized.offsets, tokenized.text, breaks)
     return Trace(
         question=prompt.question,

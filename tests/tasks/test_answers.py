@@ -6,10 +6,13 @@ import re
 import time
 
 import pytest
+import torch
+from tiny_models import char_tokenizer
 from transformer_lens.model_bridge import TransformerBridge
 
 import stepsal
 from stepsal.tasks.answers import Problem, read_answer
+from stepsal.trace import Segmentation, Trace
 
 
 @pytest.mark.parametrize(
@@ -94,3 +97,20 @@ def test_long_texts_take_no_long_time(grader: str, part: str) -> None:
     start = time.process_time()
     read_answer(part * 10_000, grader)
     assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize("format", ["think", "plain", "auto", "harmony"])
+def test_the_answer_of_a_model_that_did_not_think_is_read_whole(format: str) -> None:
+    """No marker tells a summary, and what stands last may be a mere wish."""
+    tokenizer = char_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("<think>", "")
+    prompt = tokenizer("<bos><user>What is 3 + 4?<assistant>")["input_ids"]
+    ids = [
+        *prompt,
+        *tokenizer("We add.\n\nThe answer is \\boxed{7}.\n\nAsk me more, 24 hours a day!<eos>")["input_ids"],
+    ]
+    trace = Trace.from_tokens(
+        torch.tensor(ids), len(prompt), tokenizer, question="What is 3 + 4?", segmentation=Segmentation(format)
+    )
+    assert trace.answer == trace.response
+    assert Problem("What is 3 + 4?", "7", "number").grade(trace).correct

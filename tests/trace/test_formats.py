@@ -138,6 +138,10 @@ def test_the_first_marker_tells_the_format() -> None:
     assert recognised_format("<think>\n", "Is [THINK] or <|channel|> a tag?</think>It is.") == "think"
     assert recognised_format("<think>\n", "[THINK]Is it?[/THINK]It is.") == "magistral"
     assert recognised_format("", "Put it into <answer> and </answer>.") == "plain"  # of several formats
+    assert recognised_format("", "Two.<|end|>") == "plain"  # of Phi-3
+    assert recognised_format("", "The status is\n<response>ok</response>, in HTML <output>3</output>.") == "plain"
+    assert recognised_format("", "I have written it down. Here is my response: Dear Ann, it is two.") == "plain"
+    assert opened_format("Parse this: <response>a</response>\n") is None
     assert opened_format("<|start|>assistant") is None  # which any model with such a template has
     assert recognised_format("<|start|>assistant", "It is two.") == "plain"
 
@@ -203,13 +207,20 @@ def test_a_header_that_is_cut_off_is_no_fault() -> None:
         ("<ThinkingIndicator></ThinkingIndicator> <Analysis/> </analyse>", ()),
         ("Two.<|im_end|>", ()),
         ("Rethink [the thought] and <thought>", ()),
+        ("<|begin_of_reasoning|>It is.<|end_of_reasoning|>Two.", ("<|begin_of_reasoning|>", "<|end_of_reasoning|>")),
+        ("It is.</cot>Two.", ("</cot>",)),  # opened in the prompt
+        ("As XML:\n```xml\n<error><reason>lost</reason></error>\n```\nDone.", ()),
+        ("Close it with `</reason>`, or with\n~~~\n<|end_of_reasoning|>", ()),
+        ("<problem><solution>4</solution></problem> [quote]a[/quote] [solution]x[/solution]", ()),
+        ("For |x|<|y| we get <|z|>, and if a<|b|>c then <|psi|>, xs |> map f <|h|> 3, <|0|>.", ()),
+        ("Hi.<|im_end|>\n<|im_start|>user\nWhy?<|eot_id|><|endoftext|><|start_header_id|>", ()),
     ],
 )  # fmt: skip
 def test_what_looks_like_a_marker(response: str, tags: tuple[str, ...]) -> None:
-    assert unknown_markers(response, END_TOKENS) == tags
+    assert unknown_markers(response) == tags
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        recognised = Segmentation().resolved("Why?", response, template=END_TOKENS)
+        recognised = Segmentation().resolved("Why?", response)
     if recognised.format == "plain":
         assert len(caught) == bool(tags)
         assert all(tag in str(caught[0].message) and "Format" in str(caught[0].message) for tag in tags)
@@ -247,3 +258,29 @@ def test_a_marker_is_never_step_text(format: Format, pieces: list[str], is_opene
             format.markers[span.role] if format.header is None else {**format.markers[span.role], "<|start|>": None}
         )
         assert not any(marker in inside for marker in markers)
+
+
+@pytest.mark.parametrize("format", ["think", "exaone", "seed-oss", "plain"])
+@pytest.mark.parametrize("prompt", [CHATML, "[/INST]", ""])
+def test_an_answer_of_a_model_that_did_not_think(format: str, prompt: str) -> None:
+    """Its format may have markers, of which it wrote none: then it is as in the format "plain"."""
+    response = "Two and two are four.\n\nSo it is 4.<|im_end|>"
+    assert runs(prompt, response, format, list(response)) == [(T, "Two and two are four."), (S, "So it is 4.")]
+    segmenter = Segmentation(format).segmenter(prompt, END_TOKENS)
+    segmenter.push(response)
+    assert segmenter.lacks_markers
+
+
+@pytest.mark.parametrize(("name", "format", "prompt", "response"), [structure[:4] for structure in STRUCTURES], ids=IDS)
+def test_a_response_of_a_known_structure_does_not_lack_markers(
+    name: str, format: str | Format, prompt: str, response: str
+) -> None:
+    segmenter = Segmentation(format).segmenter(prompt, END_TOKENS)
+    segmenter.push(response)
+    assert not segmenter.lacks_markers
+
+
+@pytest.mark.parametrize("kind", ["application/json; charset=utf-8", "json {}", ""])
+def test_the_type_of_a_message_may_be_any_text(kind: str) -> None:
+    header = f"<|channel|>final <|constrain|>{kind}<|message|>"
+    assert runs("<|start|>assistant", header + "Two.<|return|>", "harmony", [header, "Two.<|return|>"]) == [(S, "Two.")]

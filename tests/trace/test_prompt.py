@@ -184,3 +184,21 @@ def test_a_trace_keeps_its_switches() -> None:
     assert (plain.chat, plain.roles) == ({}, ("question", "summary"))
     prompt = tokenize_prompt(tokenizer, render_prompt(tokenizer, "How many?", chat=chat))
     assert Trace.from_answer(prompt, TOKENIZER("Two.")["input_ids"], tokenizer).chat == chat
+
+
+@pytest.mark.parametrize("format", ["auto", "think", "harmony", "plain"])
+def test_without_any_marker_the_whole_response_is_the_text(format: str) -> None:
+    segmentation = Segmentation(format)
+    assert sections(BARE, "Why?\n", "We add.\n\nTwo.<eos>", segmentation) == ("", "We add.\n\nTwo.")
+
+
+def test_sections_warn_of_headers_that_cant_be_read() -> None:
+    response = "<|channel|>analysis<|message|>It is.<|end|><|start|>assistantHm<|channel|>final<|message|>Two."
+    with pytest.warns(UserWarning, match="headers of messages can't be read: '<|start|>assistantHm<|channel|>final'"):
+        assert sections(BARE, "<|start|>assistant", response) == ("It is.", "")
+
+
+def test_half_a_character_is_refused_before_it_is_tokenised() -> None:
+    for options in ({"question": "Why \ud83d?"}, {"question": "Why?", "system": "Be \udf89"}):
+        with pytest.raises(ValueError, match=r"(question|system) holds half a character \(a lone surrogate\)"):
+            render_prompt(BARE, **options)
