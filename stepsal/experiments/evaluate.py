@@ -101,7 +101,7 @@ def evaluate(
     check_no_open_stepflow(model, "Variant(stepflow=...)")
     problems = [task.sample(seed + i) for i in range(n_problems)]
     switches = check_chat(model.tokenizer, chat)
-    _check_prompts(model, variants, problems, decoding, system, switches)
+    _check_prompts(model, variants, problems, decoding, segmentation, system, switches)
     segmentation = segmentation or Segmentation()
     parameters = {
         **identity_of(model), "task": task.name, "seed": seed, "decoding": decoding.to_dict(), "system": system,
@@ -308,6 +308,7 @@ def _check_prompts(
     variants: Sequence[Variant],
     problems: Sequence[Problem],
     decoding: Decoding,
+    segmentation: Segmentation | None,
     system: str | None,
     chat: Mapping[str, Any],
 ) -> None:
@@ -318,7 +319,14 @@ def _check_prompts(
     """
     for variant in {(v.instruction, v.decoding_of(decoding)): v for v in variants}.values():
         questions = [variant.question_of(problem) for problem in problems]
-        check_questions(model, questions, decoding=variant.decoding_of(decoding), system=system, chat=chat)
+        check_questions(
+            model,
+            questions,
+            decoding=variant.decoding_of(decoding),
+            segmentation=segmentation,
+            system=system,
+            chat=chat,
+        )
 
 
 def _check_questions_unchanged(folder: Path, answers: pd.DataFrame, problems: Sequence[Problem]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from transformer_lens.model_bridge import TransformerBridge
 
 from stepsal.generation.decoding import Decoding
-from stepsal.generation.endings import check_budget_forcing
+from stepsal.generation.endings import thinking_ends
 from stepsal.generation.loop import check_prompt, write
 from stepsal.intervention import StepFlowConfig, agreed_segmentation
 from stepsal.intervention import stepflow as open_stepflow
@@ -54,7 +54,8 @@ def generate(
         top_p: sample from the smallest set of tokens whose probability reaches top_p, in (0, 1]; 1 keeps all.
         stop: end the answer as soon as one of these texts appears outside the thinking; it is kept in the response.
         budget_forcing: number of times that "Wait" replaces the end of the thinking, so that the model thinks on (s1,
-            arXiv 2501.19393). The end is `</think>`, or the end of the answer where the tokenizer has no such token.
+            arXiv 2501.19393). The end is the marker of the format, such as `</think>`; for models without any it is the
+            end of the answer.
         stop_in_thinking: True lets a stop text end the answer in the middle of the thinking, too.
         seed: seed of the sampling.
         system: a system prompt; None keeps what the chat template does by itself.
@@ -116,7 +117,8 @@ def generate_batch(
         top_p: sample from the smallest set of tokens whose probability reaches top_p, in (0, 1]; 1 keeps all.
         stop: end an answer as soon as one of these texts appears outside the thinking; it is kept in the response.
         budget_forcing: number of times that "Wait" replaces the end of the thinking, so that the model thinks on (s1,
-            arXiv 2501.19393). The end is `</think>`, or the end of the answer where the tokenizer has no such token.
+            arXiv 2501.19393). The end is the marker of the format, such as `</think>`; for models without any it is the
+            end of the answer.
         stop_in_thinking: True lets a stop text end the answer in the middle of the thinking, too.
         seed: seeds of the sampling, one for each question; a single number means seed, seed + 1, ... An answer depends
             on its own seed only, so that it is the same in any batch (up to rounding in the logits).
@@ -185,7 +187,7 @@ def answer_batch(
         >>> [trace.truncated for trace in traces]
         [True, True]
     """
-    prompts = check_questions(model, questions, decoding=decoding, system=system, chat=chat)
+    prompts = check_questions(model, questions, decoding=decoding, segmentation=segmentation, system=system, chat=chat)
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} questions: give one for each, or a single one")
     context = nullcontext() if stepflow is None else open_stepflow(model, stepflow, segmentation=segmentation)
@@ -204,6 +206,7 @@ def check_questions(
     questions: Sequence[str],
     *,
     decoding: Decoding,
+    segmentation: Segmentation | None = None,
     system: str | None = None,
     chat: Mapping[str, Any] | None = None,
 ) -> list[TokenizedPrompt]:
@@ -213,6 +216,7 @@ def check_questions(
         model: from `stepsal.load`.
         questions: the questions that the user asks.
         decoding: settings with which the answers are to be written.
+        segmentation: the way to find the thinking, whose end budget forcing puts off; None lets the model tell it.
         system: a system prompt; None keeps what the chat template does by itself.
         chat: switches of the chat template, such as {"enable_thinking": False}; kept in the trace.
 
@@ -238,5 +242,6 @@ def check_questions(
     rendered = render_prompts(tokenizer, questions, system, chat=chat)
     prompts = [tokenize_prompt(tokenizer, prompt) for prompt in rendered]
     check_prompt(model, max((prompt.ids for prompt in prompts), key=len))
-    check_budget_forcing(model, decoding.budget_forcing)
+    if decoding.budget_forcing:
+        thinking_ends(model, segmentation)  # refuses a model that ends its thinking by several tokens
     return prompts

@@ -19,7 +19,8 @@ class Decoding:
         top_p: sample from the smallest set of tokens whose probability reaches top_p, in (0, 1]; 1 keeps all.
         stop: end an answer as soon as one of these texts appears outside the thinking; it is kept in the response.
         budget_forcing: number of times that "Wait" replaces the end of the thinking, so that the model thinks on (s1,
-            arXiv 2501.19393). The end is `</think>`, or the end of the answer where the tokenizer has no such token.
+            arXiv 2501.19393). The end is the marker of the format, such as `</think>`; for models without any it is the
+            end of the answer.
         stop_in_thinking: True lets a stop text end an answer wherever it appears, in the middle of the thinking too.
 
     Raises:

@@ -165,21 +165,37 @@ def before_stop(text: str, before_last: str, stop: Sequence[str]) -> str:
     return text[: min((place for place in places if place >= 0), default=len(text))]
 
 
-def check_budget_forcing(model: TransformerBridge, times: int) -> None:
-    """Check that a model ends its thinking by one token, which budget forcing can replace.
+def thinking_ends(model: TransformerBridge, segmentation: Segmentation | None = None) -> frozenset[int]:
+    """Return the tokens that end a model's thinking; those that end its answer where no marker ends the thinking.
 
     Args:
         model: a model with a tokenizer.
-        times: number of times that the end of the thinking is to be replaced; with 0 any model passes.
+        segmentation: the way to find sections; where it names no format, the model tells it.
 
     Raises:
-        ValueError: the model ends thinking by more than one token.
+        ValueError: the marker that ends the thinking has several tokens.
+
+    Example:
+        >>> from stepsal.generation.endings import thinking_ends
+        >>> model = stepsal.load("mini")
+        >>> [model.tokenizer.decode(token) for token in thinking_ends(model)]
+        ['</think>']
     """
-    if times and "<|channel|>" in model.tokenizer.get_vocab():
+    format = (segmentation or Segmentation()).named_format or FORMATS[preset_format(model) or "plain"]
+    if format.header is not None:
         raise ValueError(
-            f"budget_forcing={times} is not supported for Harmony channels, which end thinking in several tokens: use "
-            "budget_forcing=0"
+            f"budget forcing is not supported for the headers of format {format.name!r}, which end thinking in several "
+            "tokens: use budget_forcing=0"
         )
+    if not format.closings:
+        return end_tokens(model)
+    ids: list[int] = model.tokenizer(format.closings[0], add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise ValueError(
+            f"budget forcing replaces one token, but {format.closings[0]!r}, which ends the thinking in format "
+            f"{format.name!r}, has {len(ids)} tokens in this tokenizer: use budget_forcing=0"
+        )
+    return frozenset(ids)
 
 
 class BudgetForcing:
@@ -189,15 +205,16 @@ class BudgetForcing:
         model: a model with a tokenizer.
         n_rows: number of rows of the batch.
         times: number of times that the end of the thinking is replaced in each row.
+        segmentation: the way to find the end of the thinking; None lets the model tell it.
 
     Raises:
-        ValueError: the tokenizer ends thinking by more than one token.
+        ValueError: the marker that ends the thinking has several tokens.
     """
 
-    def __init__(self, model: TransformerBridge, n_rows: int, times: int) -> None:
-        check_budget_forcing(model, times)
-        vocabulary = model.tokenizer.get_vocab()
-        self._ends = {vocabulary["</think>"]} if "</think>" in vocabulary else end_tokens(model)
+    def __init__(
+        self, model: TransformerBridge, n_rows: int, times: int, segmentation: Segmentation | None = None
+    ) -> None:
+        self._ends = thinking_ends(model, segmentation)
         self._wait: list[int] = model.tokenizer("Wait", add_special_tokens=False)["input_ids"]
         self._times_left = [times] * n_rows
         self._pending: list[list[int]] = [[] for _ in range(n_rows)]  # tokens of "Wait" still to be written

@@ -86,7 +86,8 @@ def write(
         model: a model with a tokenizer.
         prompt_ids: token ids of each row, fewer than the model's context holds.
         decoding: settings for all rows.
-        segmentation: the way to find the thinking, in which stop texts don't count; None lets the model tell it.
+        segmentation: the way to find the thinking, in which stop texts don't count and whose end budget forcing puts
+            off; None lets the model tell it.
         max_new_tokens: limit of new tokens for each row, in place of that of `decoding`.
         seeds: seeds of the sampling, one for each row.
         still_asked: called with the number of a row after each of its tokens; a row for which it returns False ends, as
@@ -118,7 +119,7 @@ def write(
         rooms,
         end_tokens(model),
         _stop_texts(model, prompt_ids, decoding, segmentation) if decoding.stop else None,
-        BudgetForcing(model, len(limits), decoding.budget_forcing) if decoding.budget_forcing else None,
+        BudgetForcing(model, len(limits), decoding.budget_forcing, segmentation) if decoding.budget_forcing else None,
         still_asked,
     )
     batch = _Batch(model, prompt_ids)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_models import char_tokenizer, tiny_hf_model
 from transformer_lens.model_bridge import TransformerBridge
 
 import stepsal
 from stepsal.generation.answers import answer_batch, check_questions
+from stepsal.generation.endings import BudgetForcing, thinking_ends
 from stepsal.generation.scoring import log_probabilities
 from stepsal.intervention import FlowLog
 from stepsal.tasks import chain
+from stepsal.trace import Format
 
 PROBLEMS = [chain.sample(seed, length=length) for seed, length in ((1, 1), (2, 3), (3, 2))]
 
@@ -157,9 +160,42 @@ def test_without_a_mark_of_thinking_budget_forcing_puts_off_the_end_of_the_answe
 
 
 def test_budget_forcing_is_refused_for_harmony(mini: TransformerBridge, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(mini.tokenizer), "get_vocab", lambda self: {"<|channel|>": 0})
-    with pytest.raises(ValueError, match="budget_forcing=1 is not supported for Harmony"):
+    monkeypatch.setattr(mini.tokenizer, "chat_template", mini.tokenizer.chat_template + "{# <|channel|> #}")
+    monkeypatch.setattr(mini.cfg, "model_name", "another")
+    with pytest.raises(ValueError, match="not supported for the headers of format 'harmony'"):
         stepsal.generate(mini, "What?", budget_forcing=1)
+
+
+@pytest.mark.parametrize(
+    ("format", "markers", "ends"),
+    [
+        ("magistral", ("[THINK]", "[/THINK]"), ["[/THINK]"]),
+        ("seed-oss", ("<seed:think>", "</seed:think>"), ["</seed:think>"]),
+        (Format.with_marker("=>"), ("=>", "<="), ["=>"]),
+        ("plain", ("<think>", "</think>"), ["<eos>"]),
+        ("auto", ("◁think▷", "◁/think▷"), ["◁/think▷"]),  # told by the vocabulary
+        ("auto", ("<notes>", "</notes>"), ["<eos>"]),
+    ],
+)
+def test_budget_forcing_waits_for_the_marker_of_the_format(
+    format: str | Format, markers: tuple[str, str], ends: list[str]
+) -> None:
+    tokenizer = char_tokenizer(markers)
+    tokenizer.chat_template = tokenizer.chat_template.replace("<think>", "")
+    model = stepsal.load("tiny", hf_model=tiny_hf_model("Llama", eos_token_id=1), tokenizer=tokenizer)
+    segmentation = stepsal.Segmentation(format)
+    assert tokenizer.convert_ids_to_tokens(sorted(thinking_ends(model, segmentation))) == ends
+    forcing = BudgetForcing(model, 1, 1, segmentation)
+    end = tokenizer.convert_tokens_to_ids(ends[0])
+    tokens = [forcing.replace(0, end) for _ in range(5)]
+    assert tokenizer.decode(tokens) == "Wait" + ends[0]
+
+
+def test_budget_forcing_refuses_a_marker_of_several_tokens(mini: TransformerBridge) -> None:
+    with pytest.raises(
+        ValueError, match=r"'\[/THINK\]', which ends the thinking in format 'magistral', has \d+ tokens"
+    ):
+        stepsal.generate(mini, "What?", budget_forcing=1, segmentation=stepsal.Segmentation("magistral"))
 
 
 class TestStops:
@@ -228,14 +264,14 @@ def test_answers_of_a_decoding_are_those_of_flat_keywords(mini: TransformerBridg
         assert a.truncated == b.truncated
 
 
-def test_prompts_are_checked_before_any_work(mini: TransformerBridge, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_are_checked_before_any_work(mini: TransformerBridge) -> None:
     prompts = check_questions(mini, [p.question for p in PROBLEMS], decoding=stepsal.Decoding(), system="Be kind.")
     for problem, prompt in zip(PROBLEMS, prompts, strict=True):
         assert mini.tokenizer.decode(prompt.ids) == prompt.text
         assert prompt.text[prompt.start : prompt.end] == prompt.question == problem.question
-    monkeypatch.setattr(type(mini.tokenizer), "get_vocab", lambda self: {"<|channel|>": 0})
-    with pytest.raises(ValueError, match="budget_forcing=2 is not supported for Harmony"):
-        check_questions(mini, ["What?"], decoding=stepsal.Decoding(budget_forcing=2))
+    harmony = stepsal.Segmentation("harmony")
+    with pytest.raises(ValueError, match="not supported for the headers of format 'harmony'"):
+        check_questions(mini, ["What?"], decoding=stepsal.Decoding(budget_forcing=2), segmentation=harmony)
 
 
 class TestOneSegmentation:
