@@ -66,14 +66,16 @@ def preset_format(model: TransformerBridge) -> str | None:
         >>> preset_format(stepsal.load("mini"))
         'think'
     """
-    if known := family(str(model.cfg.model_name)):
-        return (EMBEDDED | FAMILIES)[known]
+    known = family(str(model.cfg.model_name))
+    of_family = (EMBEDDED | FAMILIES)[known] if known else None
+    if of_family not in (None, "plain"):  # somebody may have taught a plain one to think
+        return of_family
     template = getattr(model.tokenizer, "chat_template", None)
     texts = template.values() if isinstance(template, dict) else [template or ""]  # a tokenizer may have several
     for marker, format in TEMPLATE_MARKERS.items():
         if any(marker in text for text in texts):
             return format
-    return ARCHITECTURES.get(str(model.cfg.architecture)) or _format_of_vocabulary(model.tokenizer)
+    return of_family or ARCHITECTURES.get(str(model.cfg.architecture)) or _format_of_vocabulary(model.tokenizer)
 
 
 def _format_of_vocabulary(tokenizer: Any) -> str | None:

@@ -18,7 +18,7 @@ _CLOSINGS = re.compile(rf"</{_TAG}>|\[/{_TAG}\]|◁/{_TAG}▷|<end(?:_of)?_{_TAG
 _SPECIAL = re.compile(r"<\|[A-Za-z_][\w:/.-]{0,40}\|?>|<[A-Za-z_][\w:/.-]{0,40}\|>|<｜[^<>｜\n]{1,40}｜>")
 # parts of words, since special tokens join them in many ways; tokens of roles and of ends have none of them
 _IN_SPECIAL = re.compile(
-    "think|thought|reason|reflect|scratch|rationale|monologue|deliberat|analysis|solution|answer|response|final|inner",
+    "think|thought|reason|reflect|scratch|rationale|monologue|deliberat|analysis|solution|answer|(?<!tool_)response|final|inner",
     re.IGNORECASE,
 )
 _CODE = re.compile(r"^ *(`{3,}|~{3,})[^\n]*\n.*?(?:^ *\1|\Z)|`[^`\n]+`", re.DOTALL | re.MULTILINE)

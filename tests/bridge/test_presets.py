@@ -59,6 +59,8 @@ def test_then_the_chat_template_then_the_architecture() -> None:
     assert preset_format(named("/models/qwen3-zoo/llama", "... </think> ...")) == "think"
     assert preset_format(named("x", "<|channel|>analysis</think>", qwen3)) == "harmony"
     assert preset_format(named("gpt-oss-20b", "... </think> ...", qwen3)) == "harmony"
+    assert preset_format(named("SmolLM2-1.7B-Reasoner", "... </think> ...", qwen3)) == "think"
+    assert preset_format(named("SmolLM2-1.7B-Instruct", "... <|im_end|> ...", qwen3)) == "plain"
     assert preset_format(named("x", {"default": "plain", "reason": "... </think> ..."})) == "think"
     assert preset_format(named("x", "{{ messages }}", qwen3)) == "think"
     assert preset_format(named("x", None, "GptOssForCausalLM", tokenizer=False)) == "harmony"

@@ -213,6 +213,7 @@ def test_a_header_that_is_cut_off_is_no_fault() -> None:
         ("Close it with `</reason>`, or with\n~~~\n<|end_of_reasoning|>", ()),
         ("<problem><solution>4</solution></problem> [quote]a[/quote] [solution]x[/solution]", ()),
         ("For |x|<|y| we get <|z|>, and if a<|b|>c then <|psi|>, xs |> map f <|h|> 3, <|0|>.", ()),
+        ("<|tool_call>call:f{}<tool_call|><|tool_response>4<tool_response|>", ()),
         ("Hi.<|im_end|>\n<|im_start|>user\nWhy?<|eot_id|><|endoftext|><|start_header_id|>", ()),
     ],
 )  # fmt: skip
