@@ -159,7 +159,7 @@ def check_chat(tokenizer: Any, chat: Mapping[str, Any] | None) -> dict[str, Any]
 
     Raises:
         ValueError: a name that the template does not use, or that `apply_chat_template` sets itself; a value that JSON
-            does not hold; or there is no template.
+            does not hold, or that is a word for True or False; or there is no template.
 
     Example:
         >>> tokenizer = stepsal.load("mini").tokenizer
@@ -181,6 +181,9 @@ def check_chat(tokenizer: Any, chat: Mapping[str, Any] | None) -> dict[str, Any]
             reason = "is set by apply_chat_template itself" if name in own else "is not used by the chat template"
             remedy = f"use {', '.join(map(repr, switches))}" if switches else "it has no switches"
             raise ValueError(f"chat={dict(chat)!r}: {name!r} {reason}; {remedy}")
+        if isinstance(value, str) and value.lower() in ("true", "false", "none") and value not in switches[name]:
+            meant = value.lower().capitalize()
+            raise ValueError(f"chat: {name}={value!r} is a text, which templates take for true: use {meant} itself")
         try:
             kept = json.loads(json.dumps(value, allow_nan=False)) == value
         except (TypeError, ValueError):

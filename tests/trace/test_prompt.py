@@ -202,3 +202,13 @@ def test_half_a_character_is_refused_before_it_is_tokenised() -> None:
     for options in ({"question": "Why \ud83d?"}, {"question": "Why?", "system": "Be \udf89"}):
         with pytest.raises(ValueError, match=r"(question|system) holds half a character \(a lone surrogate\)"):
             render_prompt(BARE, **options)
+
+
+def test_a_word_for_a_truth_value_is_refused() -> None:
+    tokenizer = with_template(
+        "{{ messages[0].content }}<a>{% if think %}<think>{% endif %}{% if mode == 'none' %}{% endif %}"
+    )
+    assert check_chat(tokenizer, {"mode": "none", "think": False}) == {"mode": "none", "think": False}
+    for value in ("false", "True"):
+        with pytest.raises(ValueError, match=f"think='{value}' is a text, which templates take for true: use "):
+            check_chat(tokenizer, {"think": value})
