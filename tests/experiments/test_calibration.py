@@ -107,6 +107,7 @@ def planted(mini: TransformerBridge, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("calibration")  # they share what takes long
 class TestCalibrate:
     def test_a_planted_optimum_is_found(self, planted: Calibration) -> None:
         assert planted.chosen == PLANTED

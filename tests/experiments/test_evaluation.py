@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,11 +38,17 @@ VARIANTS = [
 ]
 
 
+def shares_a_run(test: Callable[..., None]) -> Callable[..., None]:
+    """Mark a test that reads the answers of `run`, which take long, so that one process makes them for all."""
+    return pytest.mark.slow(pytest.mark.xdist_group("evaluation")(test))
+
+
 @pytest.fixture(scope="module")
 def run(mini: TransformerBridge, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
     return evaluate(mini, TASK, VARIANTS, 6, 2, folder=tmp_path_factory.mktemp("run"), **OPTIONS)
 
 
+@shares_a_run
 def test_answers_are_those_of_generate(mini: TransformerBridge, run: Evaluation) -> None:
     answers = run.answers_of("StepFlow")
     row = answers[(answers["problem"] == 4) & (answers["sample"] == 1)].iloc[0]
@@ -57,6 +64,7 @@ def test_answers_are_those_of_generate(mini: TransformerBridge, run: Evaluation)
     assert run.answers_of("short")["truncated"].any()
 
 
+@shares_a_run
 def test_variants_that_differ_in_votes_share_answers(run: Evaluation) -> None:
     assert len(run.answers) == 6 * (6 + 2 + 2)  # six draws for three votes, of which the first two are the baseline's
     votes, single = run.answers_of("three votes"), run.answers_of("baseline")
@@ -64,6 +72,7 @@ def test_variants_that_differ_in_votes_share_answers(run: Evaluation) -> None:
     assert (votes["n_new_tokens"] > 2 * single["n_new_tokens"].min()).all()
 
 
+@shares_a_run
 def test_tables(run: Evaluation) -> None:
     table = run.accuracy(k=(1, 2)).set_index("variant")
     correct = run.verdicts("baseline")
@@ -95,12 +104,14 @@ def test_tables(run: Evaluation) -> None:
     )
 
 
+@shares_a_run
 def test_flops_are_those_of_every_answer(mini: TransformerBridge, run: Evaluation) -> None:
     flops = decoding_flops(mini)
     for _, row in run.answers.iterrows():
         assert row["flops"] == flops.of(row["n_prompt"], row["n_new_tokens"])
 
 
+@shares_a_run
 def test_the_order_of_variants_changes_nothing(run: Evaluation) -> None:
     other = Evaluation(run.folder, run.variants[::-1], 6, 2)
     pd.testing.assert_frame_equal(other.answers, run.answers)
@@ -187,6 +198,7 @@ def test_tasks_of_the_smallest_protocol(mini: TransformerBridge, tmp_path: Path)
         evaluate(mini, Plain("How much"), variants, 6, folder=tmp_path, **SHORT)
 
 
+@shares_a_run
 def test_a_single_variant_has_tables_too(run: Evaluation) -> None:
     alone = Evaluation(run.folder, run.variants[:1], 6, 2)
     assert len(alone.paired()) == 0
@@ -374,6 +386,7 @@ def test_folders_that_are_not_what_they_should_be(mini: TransformerBridge, tmp_p
         evaluate(mini, TASK, VARIANTS[:1], 1, folder=tmp_path / "run", **SHORT)
 
 
+@shares_a_run
 def test_save_and_load(run: Evaluation, tmp_path: Path) -> None:
     loaded = Evaluation.load(run.folder)
     assert loaded == run

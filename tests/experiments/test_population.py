@@ -94,6 +94,7 @@ def test_traces_maps_and_metrics_come_back(mini: TransformerBridge, whole: Popul
         assert rows.loc[i, "mean_log_prob"] == pytest.approx(of_answer.item(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_nothing_lost_or_doubled(
     mini: TransformerBridge, whole: Population, tmp_path: Path
 ) -> None:

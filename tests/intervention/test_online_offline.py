@@ -155,6 +155,7 @@ class TestEquivalence:
         assert float((step_by_step - reference).norm()) <= 2 * rounding
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [STRONG.but(alpha=0.0, oeb_layers=()), STRONG.but(tau_max=1e-30, smi_layers=()),
                                     STRONG.but(tau_max=1e-30, alpha=0.0)])  # fmt: skip
 def test_nothing_to_do_changes_no_bit(
