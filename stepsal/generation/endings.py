@@ -80,9 +80,6 @@ class ThinkingWatch:
         self._segmenters = [
             Segmenter(format.after(prompt), split="line") for format in formats if not format.last_is_summary
         ]
-        self._is_told = [
-            not segmenter.format.opens_thinking or segmenter.format.opened_by(prompt) for segmenter in self._segmenters
-        ]
 
     def push(self, text: str) -> None:
         """Read more of the answer.
@@ -90,17 +87,13 @@ class ThinkingWatch:
         Args:
             text: the next characters.
         """
-        for i, segmenter in enumerate(self._segmenters):
+        for segmenter in self._segmenters:
             segmenter.push(text)
-            self._is_told[i] = self._is_told[i] or bool(segmenter.breaks)
 
     @property
     def is_open(self) -> bool:
         """True where the text so far ends in the thinking."""
-        return any(
-            is_told and segmenter.role == "thinking"
-            for is_told, segmenter in zip(self._is_told, self._segmenters, strict=True)
-        )
+        return any(segmenter.role == "thinking" and not segmenter.lacks_markers for segmenter in self._segmenters)
 
 
 class StopTexts:

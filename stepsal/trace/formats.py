@@ -180,11 +180,6 @@ class Format:
         return (*self.openings, *(marker for marker in self.closings if not (self.pair and marker[0].isalnum())))
 
     @property
-    def opens_thinking(self) -> bool:
-        """True where a marker or a header opens the thinking, so that not all is thinking from the start."""
-        return bool(self.openings) or (self.header is not None and "thinking" in self.header.sections.values())
-
-    @property
     def all_markers(self) -> tuple[str, ...]:
         """The markers of all sections, each once, and those of headers."""
         of_headers = (*self.header.starts, self.header.end) if self.header else ()

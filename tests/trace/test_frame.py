@@ -373,3 +373,44 @@ def test_a_token_that_begins_texts_and_messages(name: str, token: str) -> None:
     tracker, ids = tracker_of(tokenizer, text, "think")
     assert tracker.origin == 0
     assert texts_of(tokenizer, tracker, ids)[0] == ("question", "Isauser<4?")
+
+
+TOOL = (
+    "<|start|>assistant<|channel|>commentary to=functions.add <|constrain|>json<|message|>{}<|call|>"
+    "<|start|>functions.add to=assistant<|channel|>commentary<|message|>4<|end|>"
+)
+FINAL = "<|start|>assistant<|channel|>final<|message|>"
+
+
+@pytest.mark.parametrize(
+    ("name", "answers", "sections"),
+    [
+        (
+            "ChatML",
+            ("<think>One.</think>Working.<think>Check.</think>Done.", "<think>So.</think>Yes.<think>Hm.</think>No."),
+            (("TOne.", "SWorking.", "TCheck.", "SDone."), ("TSo.", "SYes.", "THm.", "SNo.")),
+        ),
+        ("ChatML", ("<think>Cut off", "<think>So.</think>Yes."), (("TCutoff",), ("TSo.", "SYes."))),
+        ("ChatML", ("<think>A<think>b</think>c.", "<think>So.</think>Yes."), (("TAbc.",), ("TSo.", "SYes."))),
+        (
+            "GPT-OSS",
+            (
+                f"<|channel|>analysis<|message|>One.<|end|>{TOOL}<|start|>assistant<|channel|>analysis<|message|>Two."
+                f"<|end|>{FINAL}Four.",
+                f"<|channel|>analysis<|message|>So.<|end|>{FINAL}Yes.",
+            ),
+            (("TOne.Two.", "SFour."), ("TSo.", "SYes.")),
+        ),
+    ],
+)
+def test_thinking_that_begins_again_in_each_of_two_turns(
+    name: str, answers: tuple[str, str], sections: tuple[tuple[str, ...], ...]
+) -> None:
+    tokenizer = tokenizer_of(FAMILIES[name].template + f"{{# {TOOL} #}}")
+    first, second = (render_prompt(tokenizer, question).text for question in ("How many?", "Why?"))
+    later = second[second.index(FAMILIES[name].opening) :]  # without what stands before the first turn only
+    text = first + answers[0] + later + answers[1]
+    format = "harmony" if name == "GPT-OSS" else "think"
+    tracker, ids = tracker_of(tokenizer, text, format)
+    expected = ["QHowmany?", *sections[0], "QWhy?", *sections[1]]
+    assert [role[0].upper() + text for role, text in texts_of(tokenizer, tracker, ids)] == expected
