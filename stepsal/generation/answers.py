@@ -17,6 +17,7 @@ from stepsal.generation.endings import thinking_ends
 from stepsal.generation.loop import check_prompt, write
 from stepsal.intervention import StepFlowConfig, agreed_segmentation
 from stepsal.intervention import stepflow as open_stepflow
+from stepsal.tasks.chain_questions import warn_of_other_questions
 from stepsal.trace.prompt import TokenizedPrompt, render_prompts, tokenize_prompt
 from stepsal.trace.segment import Segmentation
 from stepsal.trace.trace import Trace
@@ -41,7 +42,8 @@ def generate(
 ) -> Trace:
     """Let a model answer one question, and return the answer as a trace.
 
-    A `Decoding` is passed as `**decoding.to_dict()`.
+    A `Decoding` is passed as `**decoding.to_dict()`. The embedded reasoner "mini" knows the questions of
+    `stepsal.tasks.chain` alone; where another one is asked, a warning says so.
 
     Args:
         model: from `stepsal.load`, or another `TransformerBridge`; with a tokenizer.
@@ -78,6 +80,7 @@ def generate(
         'The answer is Anna = 7.'
     """
     decoding = Decoding(max_new_tokens, temperature, top_p, stop, budget_forcing, stop_in_thinking)
+    _warn_of_what_is_unknown(model, [question])
     return answer_batch(
         model, [question], decoding, seeds=[seed], stepflow=stepflow, segmentation=segmentation, system=system,
         chat=chat, progress=progress,
@@ -141,6 +144,7 @@ def generate_batch(
         ['The answer is Anna = 5.', 'The answer is Anna = 6.']
     """
     decoding = Decoding(max_new_tokens, temperature, top_p, stop, budget_forcing, stop_in_thinking)
+    _warn_of_what_is_unknown(model, questions)
     seeds = [seed + row for row in range(len(questions or ()))] if isinstance(seed, int) else seed
     return answer_batch(
         model, questions, decoding, seeds=seeds, stepflow=stepflow, segmentation=segmentation, system=system,
@@ -199,6 +203,12 @@ def answer_batch(
         Trace.from_answer(prompt, tokens, model, truncated=ended in ("limit", "context"), segmentation=segmentation)
         for prompt, (tokens, ended) in zip(prompts, answers, strict=True)
     ]
+
+
+def _warn_of_what_is_unknown(model: TransformerBridge, questions: Sequence[str]) -> None:
+    """Warn of questions that the embedded reasoner, which its name tells, was not made for."""
+    if model.cfg.model_name == "mini" and not isinstance(questions, str):
+        warn_of_other_questions([question for question in questions or () if question], stacklevel=4)
 
 
 def check_questions(

@@ -31,6 +31,7 @@ NAMES = (
     "Anna Bert Cleo Dora Emil Fred Gina Hugo Iris Jack Kate Liam Mona "
     "Nils Olga Paul Quin Rosa Seth Tina Umar Vera Walt Xena Yuri Zara"
 ).split()
+EXAMPLE = "Hugo is 4 plus 3. Anna is Hugo plus 9. What is Anna?"
 MAX_LENGTH = 12
 MAX_VALUE = 30  # every value lies in 0..MAX_VALUE, so each is one token of the embedded tokenizer
 
