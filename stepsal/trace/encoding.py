@@ -59,7 +59,7 @@ def check_context(n_tokens: int, model_or_tokenizer: Any) -> None:
     if n_ctx is not None and n_tokens > n_ctx:
         raise ValueError(
             f"the trace has {n_tokens} tokens but the model's context is {n_ctx}: shorten the response, or load "
-            "the model with a longer context"
+            f"the model with a longer context, stepsal.load(..., n_ctx={n_tokens})"
         )
 
 
