@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from matplotlib.colors import LogNorm
 
 from stepsal.maps.step_saliency import StepSaliency
+from stepsal.plots.scale import color_span
 from stepsal.plots.theme import ROLE_LABELS, ROLE_SHORT
 from stepsal.plots.ticks import place_labels, step_ticks, text_width
 
@@ -198,17 +199,9 @@ def shared_norm(maps: Iterable[Map] | StepSaliency, quantile_floor: float = 0.05
         >>> norm.vmin, norm.vmax
         (0.1, 0.5)
     """
-    if not 0 <= quantile_floor < 1:
-        raise ValueError(f"quantile_floor={quantile_floor} is no quantile; use a number in 0..1, such as 0.05")
     each = [maps] if isinstance(maps, StepSaliency) else maps
     arrays = [np.asarray(m.values if isinstance(m, StepSaliency) else m, dtype=float).ravel() for m in each]
-    values = np.concatenate(arrays) if arrays else np.array([])
-    values = values[np.isfinite(values) & (values > 0)]
-    if values.size == 0:
-        raise ValueError("no map has a positive value, so there is nothing to scale; pass norm= explicitly")
-    top = float(values.max())
-    floor = float(np.quantile(values, quantile_floor))
-    return LogNorm(floor if floor < top else top / 10, top)
+    return LogNorm(*color_span(np.concatenate(arrays) if arrays else np.array([]), quantile_floor))
 
 
 def role_labels(view: MapView, length: float, font_size: float) -> tuple[list[float], list[str]]:
