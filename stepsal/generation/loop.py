@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
+from stepsal.bridge.native import Native, native
 from stepsal.generation.decoding import Decoding
 from stepsal.generation.endings import (
     PROMPT_END,
@@ -122,8 +123,8 @@ def write(
         BudgetForcing(model, len(limits), decoding.budget_forcing, segmentation) if decoding.budget_forcing else None,
         still_asked,
     )
-    batch = _Batch(model, prompt_ids)
-    with tqdm(total=max(limits), desc="tokens", disable=not progress) as bar:
+    with native(model) as parts, tqdm(total=max(limits), desc="tokens", disable=not progress) as bar:
+        batch = _Batch(model, parts, prompt_ids)
         for n_written in range(max(limits)):
             row_draws = None if draws is None else draws[answers.running, n_written]
             chosen = choose(batch.next_logits(), row_draws, decoding.temperature, decoding.top_p)  # [row]
@@ -247,8 +248,8 @@ class Answers:
 class _Batch:
     """The running rows as the model reads them: the tokens of the next pass, the attention mask and the cache."""
 
-    def __init__(self, model: TransformerBridge, prompt_ids: Sequence[Sequence[int]]) -> None:
-        self._model, self._flow = model, active_flow(model)
+    def __init__(self, model: TransformerBridge, parts: Native, prompt_ids: Sequence[Sequence[int]]) -> None:
+        self._model, self._parts, self._flow = model, parts, active_flow(model)
         self._cache: Any = None
         self._options: dict[str, Any] = {"use_cache": True}
         if "logits_to_keep" in inspect.signature(model.original_model.forward).parameters:
@@ -258,6 +259,7 @@ class _Batch:
 
     def next_logits(self) -> Float[Tensor, "row d_vocab"]:
         """Read the tokens that the model has not read yet, and return the logits of those to come."""
+        self._parts.refresh()  # hooks may come and go while answers are written
         logits, self._cache = self._model(
             self._tokens,
             attention_mask=self._mask,

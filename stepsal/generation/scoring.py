@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformer_lens.model_bridge import TransformerBridge
 
+from stepsal.bridge.native import native
 from stepsal.intervention import agreed_segmentation
 from stepsal.trace.trace import Trace
 
@@ -40,7 +41,8 @@ def log_probabilities(model: TransformerBridge, trace: Trace) -> Float[Tensor, "
     """
     agreed_segmentation(model, trace.segmentation)
     tokens = trace.tokens.to(next(model.parameters()).device)
-    logits = model(tokens[None], attention_mask=torch.ones_like(tokens)[None])[0, :-1]  # [pos, d_vocab]
+    with native(model):
+        logits = model(tokens[None], attention_mask=torch.ones_like(tokens)[None])[0, :-1]  # [pos, d_vocab]
     targets = tokens[1:].to(logits.device)
     losses = [
         cross_entropy(logits[i : i + _CHUNK].float(), targets[i : i + _CHUNK], reduction="none").cpu()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import pytest
+import torch
 from tiny_models import tiny_chat
 from torch.utils.flop_counter import FlopCounterMode
 from transformer_lens.model_bridge import TransformerBridge
@@ -12,11 +15,20 @@ from stepsal.generation.flops import decoding_flops
 from stepsal.tasks import chain
 
 
+def counted(model: TransformerBridge) -> AbstractContextManager:
+    """Keep attention out of the fused kernel, which torch does not count on a CPU, by hooks that do nothing."""
+    return model.hooks(fwd_hooks=[(f"blocks.{i}.attn.hook_pattern", nothing) for i in range(model.cfg.n_layers)])
+
+
+def nothing(pattern: torch.Tensor, hook: object) -> None:
+    return None
+
+
 @pytest.mark.parametrize("stepflow", [None, stepsal.StepFlowConfig()])
 def test_what_an_answer_costs(mini: TransformerBridge, stepflow: stepsal.StepFlowConfig | None) -> None:
     flops = decoding_flops(mini)
     for seed, limit in ((1, 1), (2, 7), (3, 40)):
-        with FlopCounterMode(display=False) as counter:
+        with counted(mini), FlopCounterMode(display=False) as counter:
             trace = stepsal.generate(
                 mini, chain.sample(seed, length=3).question, stepflow=stepflow, max_new_tokens=limit
             )
@@ -31,7 +43,7 @@ def test_windows_bound_what_a_token_sees(architecture: str) -> None:
     model = tiny_chat(architecture, **options)
     flops = decoding_flops(model)
     assert set(flops.windows) == ({None, 32} if options else {None})
-    with FlopCounterMode(display=False) as counter:
+    with counted(model), FlopCounterMode(display=False) as counter:
         trace = stepsal.generate(model, "a" * 20, max_new_tokens=60, seed=1, temperature=5.0)
     assert flops.of(trace.n_prompt, len(trace) - trace.n_prompt) == pytest.approx(counter.get_total_flops(), rel=1e-6)
 
