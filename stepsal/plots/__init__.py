@@ -1,9 +1,9 @@
 """Draw step maps, token maps, flow arcs, layer profiles and estimates, and save figures with their data.
 
 Every plot takes `ax=None` and returns the Axes it drew on. What is to be shown is settled first, by pure functions
-(`map_view`, `flow_view`, `profile_view`, `forest_view`, `shared_norm`), and only then drawn, so that tests and figure
-data can look at the state instead of the pixels. Nothing here changes matplotlib's settings on import; wrap figures in
-`style()`.
+(`map_view`, `flow_view`, `profile_view`, `forest_view`, `shared_norm`), and only then drawn, by seaborn where it can,
+so that tests and figure data can look at the state instead of the pixels. Nothing here changes matplotlib's settings
+on import; wrap figures in `style()`.
 
     import matplotlib.pyplot as plt
     from stepsal import plots
@@ -18,16 +18,14 @@ data can look at the state instead of the pixels. Nothing here changes matplotli
 
 from stepsal.plots.arcs import flow_arcs
 from stepsal.plots.estimates import (
-    ForestSeries,
-    ForestView,
-    ProfileLine,
-    ProfileView,
+    EstimatesView,
     forest,
     forest_view,
     layer_profile,
     profile_view,
 )
 from stepsal.plots.maps import step_map, token_map
+from stepsal.plots.panels import note, panel_grid, share_legend, state_finding, stretch
 from stepsal.plots.save import save_figure
 from stepsal.plots.theme import (
     CMAP,
@@ -38,7 +36,9 @@ from stepsal.plots.theme import (
     LINE_COLORS,
     ROLE_COLORS,
     SINGLE_COLUMN,
+    VARIANT_COLORS,
     hue_colors,
+    hue_markers,
     style,
 )
 from stepsal.plots.views import (
@@ -62,27 +62,31 @@ __all__ = [
     "LINE_COLORS",
     "ROLE_COLORS",
     "SINGLE_COLUMN",
+    "VARIANT_COLORS",
+    "EstimatesView",
     "FlowView",
-    "ForestSeries",
-    "ForestView",
     "MapView",
-    "ProfileLine",
-    "ProfileView",
     "RoleSpan",
     "flow_arcs",
     "flow_view",
     "forest",
     "forest_view",
     "hue_colors",
+    "hue_markers",
     "layer_profile",
     "map_view",
+    "note",
+    "panel_grid",
     "profile_view",
     "role_labels",
     "role_spans",
     "save_figure",
+    "share_legend",
     "shared_norm",
+    "state_finding",
     "step_labels",
     "step_map",
+    "stretch",
     "style",
     "token_map",
 ]

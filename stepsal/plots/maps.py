@@ -13,6 +13,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap, LogNorm, Normalize
 from matplotlib.ticker import FuncFormatter
 from matplotlib.transforms import ScaledTranslation, blended_transform_factory
+from seaborn import heatmap
 
 from stepsal.maps.step_saliency import StepSaliency
 from stepsal.plots.theme import CMAP, EMPTY, INK, ROLE_COLORS, ROLE_LABELS
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from stepsal.layers import Layers
 
+MOST_CELLS = 200  # rows up to which a map is a mesh: every cell has a pixel or more in a column of print
 STRIP_GAP, STRIP_WIDTH = 2.5, 4.0  # points, role strips
 TOKEN_FLOOR = 0.5  # quantile at which the colours of a token map begin: most pairs of tokens hardly touch
 
@@ -57,7 +59,8 @@ def step_map(
         norm: colour scale; None takes `shared_norm` of this map alone. Zero takes the first colour.
         cmap: sequential colour map.
         labels: write Q, Thinking and Summary along the role strips at the top and on the right.
-        colorbar: draw a colour bar in the empty half; a text replaces its title, "saliency" or "attention".
+        colorbar: draw a colour bar in the empty half; its title says what is shown, such as "saliency" or "share
+            of the row", or is the text that is passed.
 
     Returns:
         The Axes.
@@ -68,7 +71,7 @@ def step_map(
     Example:
         >>> import matplotlib.pyplot as plt
         >>> ax = stepsal.plots.step_map([[0.2, 0.0], [0.1, 0.4]], roles=["question", "thinking"])
-        >>> ax.get_xlabel(), ax.images[0].get_array().shape
+        >>> ax.get_xlabel(), ax.collections[0].get_array().shape
         ('key step', (2, 2))
         >>> plt.close()
     """
@@ -126,30 +129,44 @@ def _quantity(saliency: StepSaliency | ArrayLike, colorbar: bool | str) -> str |
     """Say what the colours of a map stand for; None for no colour bar."""
     if not isinstance(colorbar, bool):
         return colorbar
-    attention = isinstance(saliency, StepSaliency) and saliency.target == "attention"
-    return ("attention" if attention else "saliency") if colorbar else None
+    if not colorbar or not isinstance(saliency, StepSaliency):
+        return "saliency" if colorbar else None
+    if saliency.metadata.get("row_normalised"):
+        return "share of the row"
+    quantity = "attention" if saliency.target == "attention" else "saliency"
+    return quantity if saliency.reduce == "density" else f"{quantity}, summed"
 
 
 def _draw(view: MapView, ax: Axes, norm: Normalize, cmap: str, labels: bool, quantity: str | None) -> Axes:
-    """Draw a prepared map with its separators, ticks, role strips and colour bar."""
+    """Draw a prepared map with its separators, ticks, role strips and colour bar; cell i reaches from i to i + 1."""
     n = view.size
-    drawn = view.values if norm.vmin is None else np.ma.maximum(view.values, norm.vmin)  # zero has no logarithm
-    image = ax.imshow(drawn, norm=norm, cmap=cmap, interpolation="auto", aspect="equal", origin="upper")
+    bar = None if quantity is None else ax.inset_axes((0.56, 0.86, 0.38, 0.035), label="colorbar")
+    cells = view.values if norm.vmin is None else np.ma.maximum(view.values, norm.vmin)  # zero has no logarithm
+    if n <= MOST_CELLS:
+        options = {"cbar_ax": bar, "cbar_kws": {"orientation": "horizontal"}, "square": True, "rasterized": True}
+        ticks = {"xticklabels": False, "yticklabels": False}
+        heatmap(cells.data, mask=cells.mask, norm=norm, cmap=cmap, cbar=bar is not None, ax=ax, **options, **ticks)
+        image: Any = ax.collections[-1]
+    else:  # averages what falls into one pixel, where a mesh shows one cell of it
+        image = ax.imshow(cells, norm=norm, cmap=cmap, aspect="equal", extent=(0, n, n, 0))
+        if bar is not None:
+            ax.figure.colorbar(image, cax=bar, orientation="horizontal")
     ax.set_facecolor(EMPTY)
     ax.spines[:].set_visible(False)
 
     # separators end at the diagonal, for there is nothing to separate in the future
-    lines = [line for e in view.separators for line in ([(-0.5, e), (e, e)], [(e, e), (e, n - 0.5)])]
+    lines = [line for e in view.separators for line in ([(0, e), (e, e)], [(e, e), (e, n)])]
     ax.add_collection(LineCollection(lines, colors=INK, linewidths=0.5), autolim=False)
 
     font_size = font_points("xtick.labelsize")
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_locator(FittedLocator(lambda length: fitted_step_ticks(n, length, font_size)))
-    ax.tick_params(length=0, pad=2)
+        axis.set_major_locator(FittedLocator(lambda length: [i + 0.5 for i in fitted_step_ticks(n, length, font_size)]))
+        axis.set_major_formatter(FuncFormatter(lambda at, _: f"{at - 0.5:g}"))
+    ax.tick_params(length=0, pad=2, labelrotation=0)
     for side in ("x", "y"):
         _role_strip(ax, view, side, labels)
-    if quantity is not None:
-        _inset_colorbar(ax, image, norm, quantity)
+    if bar is not None and quantity is not None:
+        _label_colorbar(bar, image.colorbar, norm, quantity)
     return ax
 
 
@@ -177,6 +194,7 @@ def _role_strip(ax: Axes, view: MapView, side: str, labels: bool) -> None:
         vmax=len(names) - 0.5,
         aspect="auto",
         interpolation="nearest",
+        extent=(0, view.size, 1, 0) if side == "x" else (0, 1, view.size, 0),
     )
     strip.spines[:].set_visible(False)
     strip.set(xticks=[], yticks=[])
@@ -198,11 +216,8 @@ def _label_strip(strip: Axes, view: MapView, side: str) -> None:
             tick.label2.set_verticalalignment("center")
 
 
-def _inset_colorbar(ax: Axes, image: Any, norm: Normalize, quantity: str) -> None:
-    """Draw a colour bar where a causal map is empty: the upper right corner."""
-    bar = ax.inset_axes((0.56, 0.86, 0.38, 0.035))
-    bar.set_label("colorbar")
-    colorbar = ax.figure.colorbar(image, cax=bar, orientation="horizontal")
+def _label_colorbar(bar: Axes, colorbar: Any, norm: Normalize, quantity: str) -> None:
+    """Write the title and the labels that fit on a colour bar where a causal map is empty: the upper right corner."""
     colorbar.outline.set_visible(False)
     font_size = 0.85 * font_points("xtick.labelsize")
     if isinstance(norm, LogNorm) and norm.vmin is not None and norm.vmax is not None:

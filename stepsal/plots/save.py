@@ -2,7 +2,8 @@
 
     figures/<name>.png   figures/<name>.pdf   figures/data/<name>.csv   figures/data/<name>.json
 
-The same figure and data give the same bytes: no dates, no paths, no machine names in any of the four files.
+The same figure and data give the same bytes: no dates, no paths, no machine names in any of the four files. A figure
+that is drawn anew and differs in rounding alone leaves its files as they are: version control shows what has changed.
 """
 
 from __future__ import annotations
@@ -15,14 +16,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
+import matplotlib.image
+import numpy as np
+import pandas as pd
 
 from stepsal.storage import package_versions, write_atomic
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
 DPI = 200
+DIGITS = 6  # of a value: more than any of our statistics means
+ROUNDING = 1e-5  # of the largest value of a column: what the order of threads changes
+PIXEL_ROUNDING = 8 / 255  # of a channel: no eye sees it
 
 
 def save_figure(
@@ -40,7 +46,7 @@ def save_figure(
     Args:
         fig: the figure.
         name: file name without ending: letters and digits joined by "-" or "_".
-        data: the plotted values, tidy; written with seven significant digits, without the index.
+        data: the plotted values, tidy; written with six significant digits, without the index.
         provenance: model, seed, parameters: JSON values. Package versions are added.
         folder: folder to write to; created if missing.
 
@@ -73,20 +79,59 @@ def save_figure(
         ) from error
 
     folder = Path(folder)
+    values = data.to_csv(index=False, float_format=f"%.{DIGITS}g", lineterminator="\n")
     contents = {
         folder / f"{name}.png": _render(fig, "png", {"Software": None}),
-        folder / f"{name}.pdf": _render(fig, "pdf", {"CreationDate": None, "ModDate": None}),
-        folder / "data" / f"{name}.csv": data.to_csv(index=False, float_format="%.7g", lineterminator="\n").encode(),
+        folder / f"{name}.pdf": _render(fig, "pdf", dict.fromkeys(("CreationDate", "ModDate", "Creator", "Producer"))),
+        folder / "data" / f"{name}.csv": values.encode(),
         folder / "data" / f"{name}.json": f"{text}\n".encode(),
     }
-    for path, content in contents.items():
-        write_atomic(path, content)
+    if not _is_unchanged(contents):
+        for path, content in contents.items():
+            write_atomic(path, content)
     return {path.suffix[1:]: path for path in contents}
 
 
 def _render(fig: Figure, kind: str, info: dict[str, None]) -> bytes:
     """Return the figure as a file of a kind, without the entries of its metadata that are None."""
     buffer = BytesIO()
-    with mpl.rc_context({"pdf.fonttype": 42}):  # editable text, as journals ask
+    fonttype = mpl.rcParams["pdf.fonttype"]
+    mpl.rcParams["pdf.fonttype"] = 42  # editable text, as journals ask
+    try:
         fig.savefig(buffer, format=kind, dpi=DPI, metadata=info)
+    finally:
+        mpl.rcParams["pdf.fonttype"] = fonttype
     return buffer.getvalue()
+
+
+def _is_unchanged(contents: Mapping[Path, bytes]) -> bool:
+    """Tell whether the files of a figure show it already: same provenance, values and pixels but for rounding."""
+    if not all(path.exists() for path in contents):
+        return False
+    same = {".png": _same_pixels, ".csv": _same_values, ".json": _same_provenance}
+    # the PDF is drawn from what the PNG is drawn from
+    return all(same[path.suffix](path.read_bytes(), new) for path, new in contents.items() if path.suffix in same)
+
+
+def _same_pixels(old: bytes, new: bytes) -> bool:
+    """Compare two PNGs."""
+    before, after = (mpl.image.imread(BytesIO(content)) for content in (old, new))
+    return before.shape == after.shape and bool(np.abs(before - after).max() <= PIXEL_ROUNDING)
+
+
+def _same_values(old: bytes, new: bytes) -> bool:
+    """Compare two tables, numbers by the digits that are meant."""
+    before, after = (pd.read_csv(BytesIO(content)) for content in (old, new))
+    largest = before.select_dtypes("number").abs().max()
+    try:
+        one, two = (table.assign(**table[largest.index] / largest) for table in (before, after))
+        pd.testing.assert_frame_equal(one, two, check_dtype=False, rtol=0, atol=ROUNDING)
+    except (AssertionError, KeyError, TypeError):  # other columns or rows; words where numbers were
+        return False
+    return True
+
+
+def _same_provenance(old: bytes, new: bytes) -> bool:
+    """Compare two provenances; a newer version of a package that changes nothing is not recorded."""
+    before, after = (json.loads(content) for content in (old, new))
+    return bool(before["provenance"] == after["provenance"])

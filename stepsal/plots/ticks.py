@@ -227,7 +227,7 @@ def font_points(name: Any) -> float:
 
     Example:
         >>> with stepsal.plots.style():
-        ...     stepsal.plots.ticks.font_points("xtick.labelsize")
-        7.0
+        ...     round(stepsal.plots.ticks.font_points("xtick.labelsize"), 1)
+        7.3
     """
     return mpl.font_manager.FontProperties(size=mpl.rcParams[name]).get_size_in_points()

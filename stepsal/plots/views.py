@@ -63,7 +63,7 @@ class MapView:
     Example:
         >>> view = stepsal.plots.map_view([[1, 0], [2, 3]], ["question", "thinking"])
         >>> view.size, view.separators
-        (2, [0.5])
+        (2, [1])
     """
 
     values: np.ma.MaskedArray[Any, Any]
@@ -75,10 +75,10 @@ class MapView:
         return self.values.shape[0]
 
     @property
-    def separators(self) -> list[float]:
-        """Edges between roles, one per change; template tokens count as part of the role before them."""
+    def separators(self) -> list[int]:
+        """Rows at which the role changes; template tokens count as part of the role before them."""
         named = [span for span in self.spans if span.role != "template"]
-        return [span.start - 0.5 for span in named[1:]]
+        return [span.start for span in named[1:]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,7 +230,7 @@ def role_labels(view: MapView, length: float, font_size: float) -> tuple[list[fl
         widths = [text_width(name, font_size) + gap for name in names]
         placed = place_labels([centre + gap / 2 for centre in centres], widths, length + gap)
         if placed is not None:
-            return [(position - gap / 2) / length * view.size - 0.5 for position in placed], names
+            return [(position - gap / 2) / length * view.size for position in placed], names
     return [], []
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from matplotlib.collections import QuadMesh
 from matplotlib.colors import LogNorm, to_rgba
 from matplotlib.patches import PathPatch
 
@@ -61,6 +62,12 @@ def child(ax, label):
     return next(axes for axes in ax.child_axes if axes.get_label() == label)
 
 
+def cells(ax):
+    """What the cells of a map are drawn by: a mesh, or an image where there are many."""
+    (mappable,) = [*ax.images, *(artist for artist in ax.collections if isinstance(artist, QuadMesh))]
+    return mappable
+
+
 def drawn_boxes(texts):
     """Boxes of the visible texts on the rendered canvas."""
     renderer = texts[0].figure.canvas.get_renderer()
@@ -82,14 +89,14 @@ def test_map_view_masks_the_future_and_finds_the_bands():
         ("thinking", 1, 3),
         ("summary", 3, 4),
     ]
-    assert view.separators == [0.5, 2.5]
+    assert view.separators == [1, 3]
     with pytest.raises(ValueError, match="one role per row"):
         plots.map_view(np.ones((3, 4)), ["thinking"] * 3)
 
 
 def test_template_gaps_do_not_double_the_separators():
     view = plots.map_view(np.ones((6, 6)), ["template", "question", "question", "template", "thinking", "summary"])
-    assert view.separators == [3.5, 4.5]
+    assert view.separators == [4, 5]
 
 
 def test_flow_view_takes_the_strongest_sources_of_each_step():
@@ -178,21 +185,21 @@ def test_role_labels_are_shortened_or_dropped_when_there_is_no_room():
 def test_step_map_shows_the_mean_of_the_layers(ax, layers, rows):
     saliency = make()
     assert plots.step_map(saliency, layers, ax=ax) is ax
-    (image,) = ax.images
+    image = cells(ax)
     shown = image.get_array()
     expected = np.maximum(saliency.values[rows].mean(0).numpy(), image.norm.vmin)
     np.testing.assert_allclose(shown[np.tril_indices(16)], expected[np.tril_indices(16)], rtol=1e-6)
     assert shown.mask[np.triu_indices(16, 1)].all()
     assert isinstance(image.norm, LogNorm)
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("key step", "query step")
-    assert ax.get_ylim() == (15.5, -0.5)  # the first step is on top
+    assert ax.get_ylim() == (16, 0)  # the first step is on top
 
 
 def test_zero_saliency_has_the_first_colour_not_the_background(ax):
     values = np.tril(np.full((3, 3), 0.1))
     values[2, 0] = 0
     plots.step_map(values, roles=["question", "thinking", "summary"], norm=LogNorm(0.01, 1), ax=ax)
-    assert ax.images[0].get_array()[2, 0] == 0.01
+    assert cells(ax).get_array()[2, 0] == 0.01
 
 
 @pytest.mark.parametrize("draw", [plots.step_map, plots.token_map, plots.flow_arcs])
@@ -247,7 +254,14 @@ def test_labels_never_overlap(n_thinking, width):
 
 
 def test_the_colour_bar_says_what_is_shown(ax):
-    for saliency, title in ((make(), "saliency"), (replace(make(), target="attention"), "attention")):
+    attention = replace(make(), target="attention")
+    for saliency, title in (
+        (make(), "saliency"),
+        (replace(make(), reduce="mass"), "saliency, summed"),
+        (make().row_normalised(), "share of the row"),
+        (attention, "attention"),
+        (attention.row_normalised(), "share of the row"),
+    ):
         ax.clear()
         plots.step_map(saliency, 0, ax=ax)
         assert child(ax, "colorbar").get_title() == title
@@ -265,7 +279,7 @@ def test_panels_share_a_norm():
     fig, axes = plt.subplots(1, 2)
     for ax, layer in zip(axes, (0, 7), strict=True):
         plots.step_map(saliency, layer, ax=ax, norm=norm)
-    assert axes[0].images[0].norm is axes[1].images[0].norm
+    assert cells(axes[0]).norm is cells(axes[1]).norm
     plt.close(fig)
 
 
@@ -273,7 +287,7 @@ def test_token_map_shows_tokens_and_their_roles(ax):
     saliency = make()
     plots.token_map(saliency, "deep", ax=ax)
     n_pos = len(saliency.token_texts)
-    assert ax.images[0].get_array().shape == (n_pos, n_pos)
+    assert cells(ax).get_array().shape == (n_pos, n_pos)
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("key position", "query position")
     codes = child(ax, "roles x").images[0].get_array().ravel()
     template = list(plots.ROLE_COLORS).index("template")
@@ -329,30 +343,47 @@ def profile(**columns):
 def test_profile_view_sorts_each_line_and_shades_the_ends():
     data = profile(low=np.arange(8.0) - 1, high=np.arange(8.0) + 1).sample(frac=1, random_state=0)
     view = plots.profile_view(data, "intensity", hue="group", low="low", high="high", n_layers=4)
-    lines = {line.name: line for line in view.lines}
-    assert lines["correct"].layers.tolist() == [0, 1, 2, 3]
-    assert lines["correct"].values.tolist() == [4, 5, 6, 7]
-    assert (lines["wrong"].low.tolist(), lines["wrong"].high.tolist()) == ([-1, 0, 1, 2], [1, 2, 3, 4])
-    assert {name: line.color for name, line in lines.items()} == plots.GROUP_COLORS
+    lines = dict(iter(view.table.groupby("name")))
+    assert lines["correct"]["at"].tolist() == [0, 1, 2, 3]
+    assert lines["correct"]["value"].tolist() == [4, 5, 6, 7]
+    assert lines["wrong"][["low", "high"]].to_numpy().T.tolist() == [[-1, 0, 1, 2], [1, 2, 3, 4]]
+    assert view.colors == plots.GROUP_COLORS
     assert view.bands == (("shallow", 0, 0), ("deep", 3, 3))
-    assert view.has_legend
     one = plots.profile_view(data[data["group"] == "wrong"], "intensity")
-    assert [line.name for line in one.lines] == ["intensity"]
-    assert one.lines[0].low is None
-    assert (one.bands, one.has_legend) == ((), False)
+    assert set(one.table["name"]) == {""}
+    assert one.table["low"].isna().all()
+    assert one.bands == ()
+
+
+def lines_of(ax):
+    """Drawn lines by colour; seaborn's entries of the legend have no points."""
+    return {to_rgba(line.get_color()): line for line in ax.lines if len(line.get_xdata())}
 
 
 def test_layer_profile_draws_a_line_per_hue(ax):
     data = profile(low=np.arange(8.0) - 1, high=np.arange(8.0) + 1).sample(frac=1, random_state=0)
     plots.layer_profile(data, "intensity", hue="group", low="low", high="high", n_layers=4, ax=ax)
-    lines = {line.get_label(): line for line in ax.lines}
-    assert set(lines) == {"wrong", "correct"}
-    assert lines["correct"].get_xydata().tolist() == [[0, 4], [1, 5], [2, 6], [3, 7]]
-    assert lines["wrong"].get_color() == plots.GROUP_COLORS["wrong"]
-    assert len(ax.collections) == 2
-    assert ax.get_legend() is not None
+    lines = lines_of(ax)
+    assert set(lines) == {to_rgba(color) for color in plots.GROUP_COLORS.values()}
+    correct, wrong = (lines[to_rgba(plots.GROUP_COLORS[name])] for name in ("correct", "wrong"))
+    assert correct.get_xydata().tolist() == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert correct.get_linestyle() != wrong.get_linestyle()
+    assert correct.get_marker() != wrong.get_marker()
+    assert {tuple(band.get_facecolor()[0][:3]) for band in ax.collections} == {color[:3] for color in lines}
+    edges = {(x, y) for band in ax.collections for x, y in band.get_paths()[0].vertices}
+    assert {(0, 3), (0, 5), (3, 6), (3, 8), (0, -1), (3, 4)} <= edges  # the ends are those of the table
+    assert {text.get_text() for text in ax.get_legend().get_texts()} == {"wrong", "correct"}
+    assert ax.get_legend().get_title().get_text() == ""
     assert [text.get_text() for text in ax.texts] == ["shallow", "deep"]
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("layer", "intensity")
+
+
+def test_a_line_is_interrupted_where_its_value_is_missing(ax):
+    data = pd.DataFrame({"place": range(5), "kl": [1.0, 2.0, np.nan, 4.0, 5.0]})
+    plots.layer_profile(data, "kl", x="place", ax=ax)
+    assert [line.get_xydata().tolist() for line in ax.lines] == [[[0, 1], [1, 2]], [[3, 4], [4, 5]]]
+    assert len({line.get_color() for line in ax.lines}) == 1
+    assert ax.get_xlabel() == "place"
 
 
 def test_hue_colours_are_distinct_until_they_run_out():
@@ -362,6 +393,22 @@ def test_hue_colours_are_distinct_until_they_run_out():
     assert len(set(colours.values())) == len(names)
     assert (colours["correct"], colours["after"]) == (plots.GROUP_COLORS["correct"], "#009E73")
     assert list(plots.hue_colors([str(i) for i in range(9)]).values()) == [*plots.LINE_COLORS, plots.INK, plots.INK]
+    assert plots.hue_colors(["wrong", "x"], ["red", "blue"]) == {"wrong": "#ff0000", "x": "#0000ff"}
+    assert len(set(plots.hue_colors(names, "deep").values())) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("names", "palette"),
+    [
+        (["baseline", "OEB", "SMI", "StepFlow"], None),
+        (["one", "two", "three", "OEB"], {"one": "k", "two": "k", "three": "k", "OEB": "k"}),
+    ],
+)
+def test_a_name_has_one_marker_whatever_else_is_in_the_panel(names, palette):
+    whole = plots.hue_markers(names, palette)
+    assert len(set(whole.values())) == len(names)
+    for name in names:
+        assert plots.hue_markers([name], palette) == {name: whole[name]}
 
 
 @pytest.mark.parametrize(
@@ -388,35 +435,61 @@ def estimates(**columns):
 def test_forest_view_spreads_the_estimates_of_a_category():
     view = plots.forest_view(estimates(), "value", y="task", low="low", high="high", hue="variant")
     assert view.categories == ("b", "a")
-    one, two = view.series
-    assert (one.name, two.name) == ("one", "two")
-    assert (one.values.tolist(), one.low.tolist(), one.high.tolist()) == ([1, 3], [0, 2], [3, 5])
-    np.testing.assert_allclose(one.positions, [-0.175, 1])  # "a" has one estimate, which leaves no gap
-    np.testing.assert_allclose(two.positions, [0.175])
-    assert one.color != two.color
-    (alone,) = plots.forest_view(estimates().iloc[[0, 2]], "value", y="task", low="low", high="high").series
-    assert alone.name is None
-    assert alone.positions.tolist() == [0, 1]
+    assert list(view.colors) == list(view.markers) == ["one", "two"]
+    assert view.table[["value", "low", "high"]].to_numpy().tolist() == [[1, 0, 3], [2, 1, 4], [3, 2, 5]]
+    np.testing.assert_allclose(view.table["at"], [-0.175, 0.175, 1])  # "a" has one estimate, which leaves no gap
+    assert len(set(view.colors.values())) == len(set(view.markers.values())) == 2
+    alone = plots.forest_view(estimates().iloc[[0, 2]], "value", y="task", low="low", high="high")
+    assert alone.table["at"].tolist() == [0, 1]
+
+
+def drawn_estimates(ax):
+    """Points with their markers, and intervals of some length, as they stand on the Axes, in the order of drawing."""
+    points, intervals = [], []
+    for line in ax.lines:
+        data = line.get_xydata() if line.get_transform() == ax.transData else []  # a reference is not in data alone
+        if line.get_marker() not in ("", "None", None):
+            points += [(x, y, line.get_marker()) for x, y in data if np.isfinite(x)]
+        elif len(data) and data[-1, 0] > data[0, 0]:
+            intervals.append((data[0, 0], data[-1, 0], data[0, 1]))
+    return points, intervals
 
 
 def test_forest_draws_estimates_in_the_order_of_the_data(ax):
     plots.forest(estimates(), "value", y="task", low="low", high="high", hue="variant", reference=0.5, ax=ax)
     assert [t.get_text() for t in ax.get_yticklabels()] == ["b", "a"]
     assert ax.yaxis_inverted()
-    _, one, two = ax.lines
-    assert (one.get_label(), two.get_label()) == ("one", "two")
-    assert one.get_xdata().tolist() == [1, 3]
-    assert [segment[:, 0].tolist() for segment in ax.collections[0].get_segments()] == [[0, 3], [2, 5]]
-    assert 0 < two.get_ydata()[0] - one.get_ydata()[0] < 1
+    points, intervals = drawn_estimates(ax)
+    at = pytest.approx(0.175)
+    assert points == [(1, pytest.approx(-0.175), "o"), (3, 1, "o"), (2, at, "s")]
+    assert intervals == [(0, 3, pytest.approx(-0.175)), (2, 5, 1), (1, 4, at)]
     assert ax.lines[0].get_xdata() == [0.5, 0.5]
-    assert ax.get_xlabel() == "value"
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["one", "two"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("value", "")
+
+
+def test_an_interval_is_drawn_as_the_table_has_it_also_beside_its_estimate(ax):
+    data = estimates(low=5.0, high=[6.0, 7.0, 8.0]).iloc[[0, 2]]
+    plots.forest(data, "value", y="task", low="low", high="high", ax=ax)
+    points, intervals = drawn_estimates(ax)
+    assert [point[:2] for point in points] == [(1, 0), (3, 1)]
+    assert intervals == [(5, 6, 0), (5, 8, 1)]
 
 
 def test_forest_draws_what_has_no_interval(ax):
     data = estimates(low=np.nan, high=np.nan).iloc[[0, 2]]
     plots.forest(data, "value", y="task", low="low", high="high", ax=ax)
-    assert ax.lines[0].get_xdata().tolist() == [1, 3]
+    points, intervals = drawn_estimates(ax)
+    assert [point[:2] for point in points] == [(1, 0), (3, 1)]
+    assert intervals == []
     assert ax.get_legend() is None
+
+
+def test_forest_writes_what_stands_behind_each_estimate(ax):
+    data = estimates(n=[1234.0, np.nan, 7], value=[1, np.nan, 3])
+    plots.forest(data, "value", y="task", low="low", high="high", hue="variant", n="n", ax=ax)
+    written = {text.get_text(): text.xy[1] for text in ax.texts if text.get_text()}
+    assert written == {"1,234": pytest.approx(-0.175), "7": 1}
 
 
 @pytest.mark.parametrize(
@@ -445,6 +518,16 @@ def test_style_is_confined_to_its_block():
     with plots.style():
         assert mpl.rcParams["pdf.fonttype"] == 42
     assert dict(mpl.rcParams) == before
+
+
+def test_style_puts_back_its_own_settings_alone():
+    before = mpl.rcParams["axes.linewidth"]
+    with mpl.rc_context():
+        with plots.style("talk"):
+            assert mpl.rcParams["font.size"] > 8
+            mpl.rcParams["interactive"] = True  # as IPython does when the first figure of a kernel is made
+        assert mpl.rcParams["interactive"]
+        assert mpl.rcParams["axes.linewidth"] == before
 
 
 def test_importing_plots_loads_no_model_and_changes_no_setting():

@@ -216,7 +216,7 @@ def test_figures_of_every_view(explorer: Explorer) -> None:
         assert [ax.get_title(loc="left").replace("\n", " ") for ax in axes] == [scene.title(x, state) for x in labels]
         for ax, label in zip(axes, labels, strict=True):
             if state["view"] == "map":
-                (image,) = ax.images
+                image = ax.collections[0]  # the mesh of cells
                 assert (image.norm.vmin, image.norm.vmax) == pytest.approx(scene.color_range(label, state))
                 np.testing.assert_allclose(
                     np.tril(image.get_array().filled(0)), np.maximum(scene.shown(label, state), image.norm.vmin).tril(),
