@@ -9,17 +9,16 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Locator, Page, expect
 
-from stepsal.widgets import Explorer
-
 ROOT = Path(__file__).parents[1]
 SCREENSHOTS = ROOT / "build" / "screenshots"
-LEFT, MAP = 32, 400  # of explorer.js
+LEFT, MAP = 32, 400  # of drawing.js
 
-Open = Callable[[Explorer], Page]
+Open = Callable[..., Page]
 
 expect.set_options(timeout=60_000)  # a machine that runs other things too may be slow; nobody waits where all is well
 
@@ -49,8 +48,9 @@ def panel(page: Page | Locator, label: str = "wrong") -> Locator:
 
 def point(where: Locator, query: int, key: int, n: int = 5) -> dict[str, float]:
     """The middle of a cell in the canvas."""
-    cell = max(MAP / n, 2)
-    scroll = where.locator(".stepsal-frame").evaluate("frame => [frame.scrollLeft, frame.scrollTop]")
+    scroll = where.locator(".stepsal-frame").evaluate("e => [e.scrollLeft, e.scrollTop, Number(e.dataset.cell)]")
+    cell = scroll[2]
+    assert cell >= MAP / n
     return {"x": LEFT + (key + 0.5) * cell - scroll[0], "y": (query + 0.5) * cell - scroll[1]}
 
 
@@ -61,6 +61,27 @@ def hover(where: Locator, query: int, key: int, n: int = 5) -> str:
     expect(readout).to_contain_text(re.compile(r"rank \d+ of \d+$"))
     settle(where)
     return readout.inner_text()
+
+
+def over_token(where: Locator, row: int, column: int) -> None:
+    """Point at a pair of tokens of the cell that is open."""
+    tokens = where.locator(".stepsal-tokens")
+    side, room = (float(tokens.get_attribute(f"data-{name}")) for name in ("side", "room"))
+    tokens.hover(position={"x": room + (column + 0.5) * side, "y": room + (row + 0.5) * side})
+
+
+def choose(page: Page, **choices: Any) -> None:
+    """Choose by the page's own controls."""
+    for name, value in choices.items():
+        name = "slider" if name == "layer" else name
+        control = page.locator(f".stepsal-control-{name.replace('_', '-')}")
+        if name in ("slider", "top_k", "threshold"):
+            control.fill(str(value))
+        elif name == "shared":
+            control.set_checked(value)
+        else:
+            control.select_option(label=value)
+    settle(page.locator(".stepsal-explorer"))
 
 
 def settle(where: Locator) -> None:

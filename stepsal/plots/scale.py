@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 
-def color_span(values: Float[ArrayLike, "..."], quantile_floor: float = 0.05) -> tuple[float, float]:
+def color_span(values: Float[ArrayLike, "*shape"], quantile_floor: float = 0.05) -> tuple[float, float]:
     """Return where the logarithmic colours of some values begin and end: a low quantile, and the largest value.
 
     Args:
@@ -26,7 +26,7 @@ def color_span(values: Float[ArrayLike, "..."], quantile_floor: float = 0.05) ->
         ValueError: `quantile_floor` is outside 0..1, or no value is positive and finite.
 
     Example:
-        >>> stepsal.plots.color_span([0.0, 0.1, 0.2, 0.4], quantile_floor=0.5)
+        >>> stepsal.plots.scale.color_span([0.0, 0.1, 0.2, 0.4], quantile_floor=0.5)
         (0.2, 0.4)
     """
     if not 0 <= quantile_floor < 1:

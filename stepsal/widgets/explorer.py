@@ -7,7 +7,7 @@
     explorer.observe(lambda change: print(change["new"]), names="pinned")
     explorer.to_html("maps.html")
 
-ipywidgets controls around a view that draws on canvases (`static/explorer.js`). The numbers go to the browser once, as
+ipywidgets controls around a view that draws on canvases (`static/*.js`). The numbers go to the browser once, as
 binary buffers; after that choosing layers, metrics and cells needs no answer from Python.
 """
 
@@ -22,8 +22,10 @@ import ipywidgets
 import traitlets
 
 from stepsal.maps import StepSaliency
-from stepsal.widgets.export import STATIC, page
-from stepsal.widgets.scene import BANDS, METRICS, MOST_LINKS, SCALES, VIEWS, Scene, State
+from stepsal.widgets.export import STATIC, page, script
+from stepsal.widgets.payload import buffers, describe
+from stepsal.widgets.scene import BANDS, METRICS, MOST_LINKS, MOST_THRESHOLD, SCALES, VIEWS, Scene, State
+from stepsal.widgets.still import with_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 class ExplorerView(anywidget.AnyWidget):
     """The canvases and the text of an explorer; its choices are indices (`Scene.to_view`)."""
 
-    _esm = STATIC / "explorer.js"
+    _esm = script("export default { render };")
     _css = STATIC / "explorer.css"
     scene = traitlets.Dict().tag(sync=True)
     buffers = traitlets.Dict().tag(sync=True)
@@ -47,6 +49,7 @@ class ExplorerView(anywidget.AnyWidget):
     view = traitlets.Int(0).tag(sync=True)
     shared = traitlets.Bool(True).tag(sync=True)
     top_k = traitlets.Int(0).tag(sync=True)
+    threshold = traitlets.Int(0).tag(sync=True)
     pinned = traitlets.List(traitlets.Int()).tag(sync=True)
     zoom = traitlets.List(traitlets.Int()).tag(sync=True)
 
@@ -83,7 +86,7 @@ class Explorer(ipywidgets.VBox):
     ) -> None:
         self.scene = Scene.of(saliency, attention)
         first = self.scene.to_view(self.scene.first_state())
-        self.view = ExplorerView(scene=self.scene.describe(), buffers=self.scene.buffers(), **first)
+        self.view = ExplorerView(scene=describe(self.scene), buffers=buffers(self.scene), **first)
         self._choices = tuple(first)
         self._parts = [self.view]
         super().__init__([self._build_controls(), self.view])
@@ -95,9 +98,10 @@ class Explorer(ipywidgets.VBox):
         """All choices, as a plain dict; assign it, or a part of it, to restore them.
 
         trace, compare (label, or None for nothing beside it), layer (index in the model), band (None, "shallow",
-        "middle", "deep"), metric ("saliency", "share" of its row, "attention", "difference" of shares), scale ("log",
-        "linear"), shared (one scale for all layers), top_k (links), view ("map", "arcs"), pinned and zoom ({"trace",
-        "query", "key"} or None). A trace that does not have a metric shows saliency instead, and says so.
+        "middle", "deep"), metric ("share" of its row, "saliency", "difference" of shares, "attention"), scale ("log",
+        "linear"), shared (one scale for all layers), top_k (links of each step), threshold (smallest part of its row,
+        in per cent, that is drawn as an arc), view ("map", "arcs"), pinned and zoom ({"trace", "query", "key"} or
+        None). A trace that does not have a metric shows saliency instead, and says so.
 
         Raises:
             ValueError: on setting, an unknown choice; nothing is changed then.
@@ -111,24 +115,44 @@ class Explorer(ipywidgets.VBox):
             for name, value in indices.items():
                 setattr(self.view, name, value)
 
-    def to_html(self, path: str | Path) -> Path:
+    def to_html(self, path: str | Path, *, title: str = "Step maps", verdicts: Mapping[str, str] | None = None) -> Path:
         """Write one self-contained page, in which hover, pins, layers and metrics work without a kernel and offline.
+
+        Above the maps it says the model, the question, the verdicts and the date. What the reader chooses is kept in
+        the page's address (after "#"), so that a view can be sent with it.
 
         Args:
             path: the file, such as "maps.html"; its folder must exist.
+            title: heading of the page.
+            verdicts: what is to be said of the answers of some of the labels, such as {"wrong": "12, and 7 is right"}.
 
         Returns:
             The path.
 
         Raises:
             FileNotFoundError: the folder does not exist.
+            ValueError: a verdict on an unknown label.
+
+        Example:
+            >>> import tempfile
+            >>> model = stepsal.load("mini")
+            >>> trace = stepsal.generate(model, "Anna is 3. What is Anna?", max_new_tokens=40)
+            >>> explorer = stepsal.widgets.Explorer({"answer": stepsal.step_saliency(model, trace, progress=False)})
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     explorer.to_html(f"{folder}/maps.html", verdicts={"answer": "right"}).name
+            'maps.html'
         """
-        return page(self.scene, self.scene.to_view(self.state), Path(path))
+        return page(self.scene, self.scene.to_view(self.state), Path(path), title, verdicts or {})
+
+    def _repr_mimebundle_(self, **options: Any) -> Any:
+        """Return the widget, and beside it a picture for where no widgets are shown."""
+        return with_picture(super()._repr_mimebundle_(**options), self)
 
     def figure(self) -> Figure:
         """Draw the current view as a matplotlib figure."""
         import matplotlib.pyplot as plt
         from matplotlib.colors import LogNorm, Normalize
+        from matplotlib.patches import Rectangle
 
         from stepsal import plots
 
@@ -143,10 +167,14 @@ class Explorer(ipywidgets.VBox):
                 low, high = self.scene.color_range(label, state)
                 norm = LogNorm(low, high) if low > 0 else Normalize(low, high)
                 if state["view"] == "arcs":
-                    plots.flow_arcs(values.abs(), roles=roles, ax=ax, top_k=max(1, state["top_k"]))
+                    arcs = self.scene.arcs(label, state)
+                    plots.flow_arcs(arcs, roles=roles, ax=ax, top_k=max(1, state["top_k"]))
                 else:
                     cmap = "RdBu_r" if metric == "difference" else "magma_r"
                     plots.step_map(values, roles=roles, ax=ax, norm=norm, cmap=cmap, colorbar=METRICS[metric])
+                    if metric == "share":  # all of its row by definition: left out, as in the browser
+                        corner = min(ax.get_xlim()), min(ax.get_ylim())
+                        ax.add_patch(Rectangle(corner, 1, 1, color=plots.EMPTY, linewidth=0))
                 ax.set_title("\n(".join(self.scene.title(label, state).split(" (")), fontsize="medium")
         return fig
 
@@ -173,11 +201,12 @@ class Explorer(ipywidgets.VBox):
         self.play = ipywidgets.Play(min=0, max=last, interval=400, show_repeat=False)
         self.band_buttons = ipywidgets.ToggleButtons(options=[name or "one layer" for name in BANDS])
         self.band_buttons.style.button_width = "84px"
-        self.metric_choice = ipywidgets.Dropdown(options=list(METRICS.values()), description="metric")
+        self.metric_choice = ipywidgets.Dropdown(options=self._metrics(), description="metric")
         self.scale_choice = ipywidgets.Dropdown(options=SCALES, description="scale")
         self.view_choice = ipywidgets.Dropdown(options=VIEWS, description="view")
         self.shared_box = ipywidgets.Checkbox(True, description="one scale for all layers", indent=False)
         self.links_slider = ipywidgets.IntSlider(0, 0, MOST_LINKS, description="links")
+        self.threshold_slider = ipywidgets.IntSlider(0, 0, MOST_THRESHOLD, description="arcs from %")
         self.trace_choice = ipywidgets.Dropdown(options=labels, description="trace")
         self.compare_choice = ipywidgets.Dropdown(options=["nothing", *labels], description="beside", index=0)
         for choice in (self.metric_choice, self.scale_choice, self.view_choice, self.trace_choice, self.compare_choice):
@@ -188,20 +217,26 @@ class Explorer(ipywidgets.VBox):
             (self.band_buttons, "index", "band"), (self.metric_choice, "index", "metric"),
             (self.scale_choice, "index", "scale"),
             (self.view_choice, "index", "view"), (self.shared_box, "value", "shared"),
-            (self.links_slider, "value", "top_k"), (self.trace_choice, "index", "trace"),
+            (self.links_slider, "value", "top_k"),
+            (self.threshold_slider, "value", "threshold"), (self.trace_choice, "index", "trace"),
             (self.compare_choice, "index", "compare"),
         ):  # fmt: skip
             parts += [widget, ipywidgets.jslink((view, name), (widget, trait))]  # the view's value counts at first
         rows = [
             ipywidgets.HBox([self.play, self.layer_slider, self.band_buttons]),
             ipywidgets.HBox([self.metric_choice, self.scale_choice, self.view_choice]),
-            ipywidgets.HBox([self.links_slider, self.shared_box]),
+            ipywidgets.HBox([self.links_slider, self.threshold_slider, self.shared_box]),
         ]
         if len(labels) > 1:
             rows[2].children = (self.trace_choice, self.compare_choice, *rows[2].children)
         box = ipywidgets.VBox(rows)
         self._parts = [*self._parts, *parts, *rows, box]
         return box
+
+    def _metrics(self) -> list[str]:
+        """Return the names to choose from: up to the last that a trace has, since the view knows them by index."""
+        last = list(METRICS).index(self.scene.offered[-1])
+        return list(METRICS.values())[: last + 1]
 
     def _pinned_in_view(self, change: Any) -> None:
         """Pass a cell on that was pinned in the browser, to whoever observes `pinned`."""

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import json
+from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from stepsal.storage import write_atomic
+from stepsal.widgets.payload import buffers, describe
 from stepsal.widgets.scene import Scene
 
 STATIC = Path(__file__).parent / "static"
@@ -19,7 +23,7 @@ _PAGE = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>stepsal: step maps</title>
+<title>{title}</title>
 <style>{css}</style>
 </head>
 <body class="stepsal-page">
@@ -30,54 +34,50 @@ _PAGE = """<!doctype html>
 </html>
 """
 
-_START = """
-const stored = JSON.parse(document.getElementById("state").textContent);
-for (const [name, text] of Object.entries(stored.buffers)) {
-  const characters = atob(text), bytes = new Uint8Array(characters.length);
-  for (let i = 0; i < bytes.length; i++) bytes[i] = characters.charCodeAt(i);
-  stored.buffers[name] = new DataView(bytes.buffer);
-}
-const listeners = {};
-const model = {
-  get: (name) => stored[name],
-  set(name, value) {
-    if (String(stored[name]) === String(value)) return;
-    stored[name] = value;
-    for (const each of listeners[`change:${name}`] ?? []) each();
-  },
-  save_changes() {},
-  on(event, each) { (listeners[event] ??= []).push(each); },
-  off(event, each) { listeners[event] = (listeners[event] ?? []).filter((x) => x !== each); },
-};
-render({ model, el: document.getElementById("explorer") });
-"""
+SCRIPTS = ("drawing", "maps", "chart", "reading", "tokens", "heads", "panel", "depth", "controls", "about", "explorer")
 
 
-def page(scene: Scene, view: dict[str, Any], path: Path) -> Path:
+def script(last: str) -> str:
+    """Return the whole script of an explorer: one module, as a browser's content policy and anywidget want it.
+
+    Args:
+        last: what stands at its end: how it is started.
+    """
+    return "\n".join([*((STATIC / f"{name}.js").read_text() for name in SCRIPTS), last])
+
+
+def page(scene: Scene, view: dict[str, Any], path: Path, title: str, verdicts: Mapping[str, str]) -> Path:
     """Write the page of a scene.
 
     Args:
         scene: the maps to show.
         view: the choices with which the page begins, as indices (`Scene.to_view`).
         path: the file, such as "maps.html"; its folder must exist.
+        title: heading of the page.
+        verdicts: what is said of the answers of some of the labels.
 
     Returns:
         The path.
 
     Raises:
         FileNotFoundError: the folder does not exist.
+        ValueError: a verdict on an unknown label.
     """
+    if unknown := set(verdicts) - set(scene.maps):
+        raise ValueError(f"verdicts on {sorted(unknown)}, but the maps are {list(scene.maps)}")
     if not path.resolve().parent.is_dir():
         raise FileNotFoundError(f"the folder {path.resolve().parent} does not exist")
-    buffers = {name: base64.b64encode(data).decode() for name, data in scene.buffers().items()}
-    stored = {"scene": scene.describe(), "buffers": buffers, "controls": True, **view}
+    numbers = {name: base64.b64encode(data).decode() for name, data in buffers(scene).items()}
+    about = {"title": title, "date": f"{date.today():%Y-%m-%d}", "verdicts": [verdicts.get(x, "") for x in scene.maps]}
+    stored = {"scene": describe(scene) | {"page": about}, "buffers": numbers, "controls": True, **view}
     state = json.dumps(stored, ensure_ascii=True).replace("<", "\\u003c")  # no text of a trace can end the script
-    script = (STATIC / "explorer.js").read_text().replace("export default { render };", _START)
+    code = script((STATIC / "page.js").read_text())
     css = (STATIC / "explorer.css").read_text()
     policy = (
-        f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(css)}; base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; script-src {_hash(code)}; style-src {_hash(css)}; base-uri 'none'; form-action 'none'"
     )
-    write_atomic(path, _PAGE.format(policy=policy, css=css, state=state, script=script).encode())
+    text = _PAGE.format(policy=policy, css=css, state=state, script=code, title=html.escape(title))
+    write_atomic(path, text.encode())
     return path
 
 

@@ -25,6 +25,7 @@ from stepsal.saliency import step_saliency
 from stepsal.trace.prompt import check_chat
 from stepsal.trace.segment import Segmentation
 from stepsal.widgets.explorer import Explorer
+from stepsal.widgets.still import with_picture
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -122,6 +123,11 @@ class StepFlowPanel(ipywidgets.VBox):
             ]
         )  # fmt: skip
         self.add_class("stepsal-panel-live")
+
+    def _repr_mimebundle_(self, **options: Any) -> Any:
+        """Return the widget, and beside it a picture of the last run's maps for where no widgets are shown."""
+        bundle = super()._repr_mimebundle_(**options)
+        return bundle if self.explorer is None else with_picture(bundle, self.explorer)
 
     @property
     def config(self) -> StepFlowConfig:

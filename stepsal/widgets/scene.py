@@ -1,4 +1,4 @@
-"""Settle what an explorer shows, without a browser: maps as buffers and labels, choices, and the map they select."""
+"""Settle what an explorer shows, without a browser: its maps, choices, and the numbers they select."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib as mpl
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -16,20 +14,19 @@ from torch import Tensor
 from stepsal.layers import Band
 from stepsal.maps.pooling import normalise_rows
 from stepsal.maps.step_saliency import StepSaliency
-from stepsal.metrics import flow_metrics
-from stepsal.plots import LINE_COLORS, ROLE_COLORS, step_labels
+from stepsal.plots.scale import color_span
 
-METRICS = {  # and how they are called on the screen; the order is that of explorer.js
-    "saliency": "saliency", "share": "share of its row", "attention": "attention", "difference": "difference of shares",
+METRICS = {  # and how they are called on the screen; the order is that of maps.js
+    "share": "share of its row", "saliency": "saliency", "difference": "difference of shares", "attention": "attention",
 }  # fmt: skip
 NAMED_BANDS: tuple[Band, ...] = ("shallow", "middle", "deep")
 BANDS: tuple[Band | None, ...] = (None, *NAMED_BANDS)  # None: one layer
 SCALES = ("log", "linear")
 VIEWS = ("map", "arcs")
 MOST_LINKS = 5
-DECADES = 4  # that logarithmic colours span at most
-LARGEST_TOKEN_MAP = 256 * 2**20  # bytes that are sent to the browser
-LINES = {"lock_in": "lock-in of thinking rows", "summary_thinking": "summary on thinking"}
+MOST_THRESHOLD = 50  # per cent of a row
+QUANTILE_FLOOR = 0.3  # of what is shown, at which logarithmic colours begin, as in the figures of several layers
+LARGEST_BUFFER = 256 * 2**20  # bytes of token maps, or of maps by head, that are sent to the browser
 NO_ATTENTION = "attention was not captured"
 NO_DIFFERENCE = "a difference needs another trace beside it, with as many steps"
 
@@ -51,7 +48,7 @@ class Scene:
         >>> from stepsal.widgets.scene import Scene
         >>> scene = Scene.of(stepsal.step_saliency(model, trace, progress=False))
         >>> scene.title("mini", scene.first_state() | {"band": "deep"})
-        'mini · deep layers 6–7 · saliency'
+        'mini · deep layers 6–7 · share of its row'
     """
 
     maps: Mapping[str, StepSaliency]
@@ -89,57 +86,11 @@ class Scene:
                 raise ValueError(f"attention of {label!r} has other steps or layers than its saliency: {of_label}")
         return cls(maps, dict(attention or {}))
 
-    def describe(self) -> dict[str, Any]:
-        """Return what the browser needs besides the numbers, JSON-ready: labels, texts, layers, colours."""
-        return {
-            "maps": [self._describe(label, saliency) for label, saliency in self.maps.items()],
-            "colors": dict(ROLE_COLORS),
-            "names": list(METRICS.values()),
-            "notes": {"attention": NO_ATTENTION, "difference": NO_DIFFERENCE},
-            "decades": DECADES,
-            "palettes": [_palette("magma_r"), _palette("RdBu_r")],
-            "lines": dict(zip(LINES, LINE_COLORS, strict=False)),
-            "line_names": LINES,
-        }
-
-    def _describe(self, label: str, saliency: StepSaliency) -> dict[str, Any]:
-        """Return what `describe` says of one trace."""
-        metrics = flow_metrics(saliency)
-        has_tokens = self._tokens(saliency) is not None
-        return {
-            "label": label,
-            "roles": list(saliency.roles),
-            "labels": list(step_labels(saliency.roles)),
-            "texts": [" ".join(text.split()) for text in saliency.step_texts],
-            "layers": list(saliency.layers),
-            "bands": {band: self._band(saliency, band) for band in NAMED_BANDS},
-            "profile": {name: [None if np.isnan(x) else float(x) for x in metrics[name]] for name in LINES},
-            "token_texts": list(saliency.token_texts) if has_tokens else [],
-            "token_spans": [_span(saliency, i) for i in range(saliency.n_steps)] if has_tokens else [],
-        }
-
-    @staticmethod
-    def _band(saliency: StepSaliency, band: Band) -> list[int]:
-        """Return the positions of a band's computed layers; of all layers where it has none (the title says which)."""
-        inside = saliency.computed(band)
-        return [saliency.layers.index(layer) for layer in inside] or list(range(len(saliency.layers)))
-
-    @staticmethod
-    def _tokens(saliency: StepSaliency) -> Tensor | None:
-        """Return the token maps of a trace, or None if there are none, or they are too large for a browser."""
-        tokens = saliency.token_values
-        return None if tokens is None or tokens.numel() * 2 > LARGEST_TOKEN_MAP else tokens
-
-    def buffers(self) -> dict[str, bytes]:
-        """Return the numbers of the maps: the lower triangle of each layer, row by row, as little-endian float32."""
-        buffers = {}
-        for i, (label, saliency) in enumerate(self.maps.items()):
-            buffers[f"{i}/saliency"] = _packed(saliency.values)
-            if label in self.attention:
-                buffers[f"{i}/attention"] = _packed(self.attention[label].values)
-            if (tokens := self._tokens(saliency)) is not None:
-                buffers[f"{i}/tokens"] = _packed(tokens)
-        return buffers
+    @property
+    def offered(self) -> list[str]:
+        """The metrics that at least one trace has, in the order of `METRICS`."""
+        lacking = {"attention": not self.attention, "difference": len(self.maps) < 2}
+        return [metric for metric in METRICS if not lacking.get(metric, False)]
 
     # -------------------------------------------------------------------------------------------- choices
 
@@ -147,8 +98,8 @@ class Scene:
         """Return the choices with which an explorer begins."""
         label, saliency = next(iter(self.maps.items()))
         return {
-            "trace": label, "compare": None, "layer": saliency.layers[0], "band": None, "metric": "saliency",
-            "scale": "log", "shared": True, "top_k": 0, "view": "map", "pinned": None, "zoom": None,
+            "trace": label, "compare": None, "layer": saliency.layers[0], "band": None, "metric": "share",
+            "scale": "log", "shared": True, "top_k": 0, "threshold": 10, "view": "map", "pinned": None, "zoom": None,
         }  # fmt: skip
 
     def changed(self, state: State, choices: Mapping[str, Any]) -> State:
@@ -170,6 +121,7 @@ class Scene:
         options: dict[str, Sequence[Any]] = {
             "trace": labels, "compare": [None, *labels], "band": BANDS, "metric": list(METRICS), "scale": SCALES,
             "view": VIEWS, "shared": [False, True], "top_k": range(MOST_LINKS + 1),
+            "threshold": range(MOST_THRESHOLD + 1),
         }  # fmt: skip
         for name, known in options.items():
             if not any(new[name] is x or (type(new[name]) is type(x) and new[name] == x) for x in known):
@@ -184,9 +136,9 @@ class Scene:
             new["layer"] = layers[min(old, len(layers) - 1)]
         for name in ("pinned", "zoom"):
             new[name] = self._cell(name, new[name])
-        if new["zoom"] is not None and self._tokens(self.maps[new["zoom"]["trace"]]) is None:
+        if new["zoom"] is not None and self.tokens(new["zoom"]["trace"]) is None:
             tokens = self.maps[new["zoom"]["trace"]].token_values
-            size = "" if tokens is None else f", and smaller than {LARGEST_TOKEN_MAP / 2**20:.0f} MB"
+            size = "" if tokens is None else f", and smaller than {LARGEST_BUFFER / 2**20:.0f} MB"
             raise ValueError(
                 f"{new['zoom']['trace']!r} has no token map to zoom into: step_saliency(..., keep_tokens=True){size}"
             )
@@ -205,7 +157,7 @@ class Scene:
         return {"trace": cell["trace"], "query": query, "key": key}
 
     def to_view(self, state: State) -> dict[str, Any]:
-        """Return choices as the indices of explorer.js.
+        """Return choices as the indices of maps.js.
 
         Args:
             state: all choices, as `changed` returns them.
@@ -227,12 +179,13 @@ class Scene:
             "view": VIEWS.index(state["view"]),
             "shared": state["shared"],
             "top_k": state["top_k"],
+            "threshold": state["threshold"],
             "pinned": cell(state["pinned"]),
             "zoom": cell(state["zoom"]),
         }
 
     def from_view(self, view: Mapping[str, Any]) -> State:
-        """Return the choices that the indices of explorer.js stand for; the reverse of `to_view`.
+        """Return the choices that the indices of maps.js stand for; the reverse of `to_view`.
 
         Args:
             view: the indices by name.
@@ -252,6 +205,7 @@ class Scene:
             "scale": SCALES[view["scale"]],
             "shared": view["shared"],
             "top_k": view["top_k"],
+            "threshold": view["threshold"],
             "view": VIEWS[view["view"]],
             "pinned": cell(view["pinned"]),
             "zoom": cell(view["zoom"]),
@@ -308,12 +262,26 @@ class Scene:
         """
         return self._values(label, state, self._chosen(label, state))
 
+    def arcs(self, label: str, state: State) -> Float[Tensor, "query_step key_step"]:
+        """Return the map whose strongest links are drawn as arcs: those below the threshold belong to the own step.
+
+        So rows keep their sums, of which arcs are parts. Without links (`top_k` 0) no arc is left.
+
+        Args:
+            label: the trace.
+            state: all choices.
+        """
+        values = self.shown(label, state).abs()
+        weak = normalise_rows(values[None])[0] < state["threshold"] / 100
+        dropped = values * (weak if state["top_k"] else torch.ones_like(weak)).tril(-1)
+        return values - dropped + torch.diag(dropped.sum(-1))
+
     def color_range(self, label: str, state: State) -> tuple[float, float]:
         """Return the lowest and the highest value of a trace's colours.
 
         Traces that show the same metric share their colours, which span what is shown and, if `shared` is chosen, all
-        layers. A logarithmic scale begins at the 5 % quantile of the positive values, at most four decades below the
-        top.
+        layers, by the rule of the figures (`stepsal.plots.color_span`). The first cell of all is left out: alone in
+        its row, it has all of it.
 
         Args:
             label: the trace.
@@ -324,23 +292,57 @@ class Scene:
             if self.metric(other, state) == metric:
                 chosen = [self._chosen(other, state)] if state["band"] or not state["shared"] else []
                 every = [[i] for i in range(len(self.maps[other].layers))] if state["shared"] else []
-                shown += [self._values(other, state, positions).flatten() for positions in chosen + every]
-        values = torch.cat(shown).abs()
-        top = float(values.max())
+                shown += [self._values(other, state, positions)[1:].flatten() for positions in chosen + every]
+        values = torch.cat(shown).abs().numpy()
+        if not values.any():
+            return (-1.0, 1.0) if metric == "difference" else (0.0, 1.0)
+        low, high = color_span(values, QUANTILE_FLOOR)
         if metric == "difference":
-            return -top or -1.0, top or 1.0
-        if top == 0:
-            return 0.0, 1.0
-        if state["scale"] == "linear":
-            return 0.0, top
-        positive = values[values > 0].sort().values
-        floor = max(float(positive[int(0.05 * len(positive))]), top / 10**DECADES)
-        return (floor if floor < top else top / 10), top
+            return -high, high
+        return (0.0 if state["scale"] == "linear" else low), high
+
+    def band(self, label: str, band: Band) -> list[int]:
+        """Return the positions of a band's computed layers; of all layers where it has none (the title says which).
+
+        Args:
+            label: the trace.
+            band: "shallow", "middle" or "deep".
+        """
+        saliency = self.maps[label]
+        return [saliency.layers.index(layer) for layer in saliency.computed(band)] or list(range(len(saliency.layers)))
 
     def _chosen(self, label: str, state: State) -> list[int]:
         """Return the positions of the layers that a trace shows: its band, or its layer nearest to the chosen one."""
         saliency = self.maps[label]
-        return [_nearest(saliency, state["layer"])] if state["band"] is None else self._band(saliency, state["band"])
+        return [_nearest(saliency, state["layer"])] if state["band"] is None else self.band(label, state["band"])
+
+    def ranking(self, label: str, state: State) -> list[tuple[int, float]]:
+        """Return the steps of a trace by how much later steps draw on them: the sum of their shares, largest first.
+
+        Args:
+            label: the trace.
+            state: all choices.
+        """
+        source = self.attention if self.metric(label, state) == "attention" else self.maps
+        shares = normalise_rows(source[label].values[self._chosen(label, state)].mean(0)[None])[0]
+        sums = shares.tril(-1).sum(0)
+        return [(int(step), float(sums[step])) for step in sums.argsort(descending=True) if sums[step] > 0]
+
+    def tokens(self, label: str) -> Tensor | None:
+        """Return the token maps of a trace; None if there are none, or they are too large for a browser.
+
+        Args:
+            label: the trace.
+        """
+        return _if_small(self.maps[label].token_values)
+
+    def heads(self, label: str) -> Tensor | None:
+        """Return the maps by head of a trace; None if there are none, or they are too large for a browser.
+
+        Args:
+            label: the trace.
+        """
+        return _if_small(self.maps[label].head_values)
 
     def _values(self, label: str, state: State, positions: list[int]) -> Float[Tensor, "query_step key_step"]:
         """Return the map of some layers of a trace; a difference is to the other's band, or to its nearest layer."""
@@ -354,7 +356,7 @@ class Scene:
             return share
         other = self.maps[state["compare"]]
         if state["band"] is not None and positions == self._chosen(label, state):
-            theirs = self._band(other, state["band"])
+            theirs = self.band(state["compare"], state["band"])
         else:
             theirs = [_nearest(other, self.maps[label].layers[positions[0]])]
         return share - normalise_rows(other.values[theirs].mean(0)[None])[0]
@@ -382,27 +384,14 @@ def _nearest(saliency: StepSaliency, layer: int) -> int:
     return min(range(len(saliency.layers)), key=lambda p: abs(saliency.layers[p] - layer))
 
 
+def _if_small(values: Tensor | None) -> Tensor | None:
+    """Return maps whose lower triangles a browser can be sent, else None."""
+    return None if values is None or values.numel() * 2 > LARGEST_BUFFER else values
+
+
 def _index(name: str, value: Any) -> int:
     """Return a whole number of any type as int; `name` is the choice that has it, for the error."""
     try:
         return operator.index(value)
     except TypeError:
         raise ValueError(f"{name} has {value!r}, which is no whole number") from None
-
-
-def _span(saliency: StepSaliency, step: int) -> list[int]:
-    """Return the first token of a step and the one after its last."""
-    inside = (saliency.step_ids == step).nonzero()[:, 0]
-    return [int(inside[0]), int(inside[-1]) + 1] if len(inside) else [0, 0]
-
-
-def _packed(values: Float[Tensor, "layer row column"]) -> bytes:
-    """Return the lower triangle of each layer, row by row, as little-endian float32."""
-    rows, columns = np.tril_indices(values.shape[-1])
-    return np.ascontiguousarray(values.float().numpy()[:, rows, columns], dtype="<f4").tobytes()
-
-
-def _palette(name: str) -> list[int]:
-    """Return 256 colours of a colormap: red, green, blue in turn, 0 to 255."""
-    colors = mpl.colormaps[name](np.linspace(0, 1, 256))[:, :3]
-    return [int(x) for x in np.round(255 * colors).ravel()]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import chromium
 import pytest
-from browsing import picture, watched_page
-from playwright.sync_api import Browser, Page
+from browsing import Open, picture, watched_page
+from playwright.sync_api import Browser, Page, expect
+
+from stepsal.widgets import Explorer
 
 
 @pytest.fixture(scope="module")  # and not the session: Playwright keeps an event loop, which other tests can't bear
@@ -28,3 +31,15 @@ def page(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Page]:
         picture(page, request)
     if urls and urls[0].startswith("file:"):
         assert set(urls) == {urls[0]}
+
+
+@pytest.fixture
+def open_page(page: Page, tmp_path: Path) -> Open:
+    """Export an explorer, and open the file."""
+
+    def opened(explorer: Explorer, **options: object) -> Page:
+        page.goto(explorer.to_html(tmp_path / "maps.html", **options).as_uri())
+        expect(page.locator(".stepsal-map").first).to_be_visible()
+        return page
+
+    return opened

@@ -11,27 +11,15 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
-from browsing import LEFT, MAP, ROOT, Open, hover, panel, point, settle
+from browsing import LEFT, MAP, ROOT, Open, choose, hover, over_token, panel, point, settle
 from made_up import NASTY, saliency
 from matplotlib.colors import LogNorm, Normalize
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, expect
 
 from stepsal.widgets import Explorer
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("exported-page")]  # one browser for all of them
-
-
-@pytest.fixture
-def open_page(page: Page, tmp_path: Path) -> Open:
-    """Export an explorer, and open the file."""
-
-    def opened(explorer: Explorer) -> Page:
-        page.goto(explorer.to_html(tmp_path / "maps.html").as_uri())
-        expect(page.locator(".stepsal-map").first).to_be_visible()
-        return page
-
-    return opened
 
 
 @pytest.fixture(scope="module")
@@ -45,25 +33,13 @@ def explorer() -> Explorer:
     return Explorer(maps, attention={"wrong": attention, "correct": attention})
 
 
-def choose(page: Page, **choices: Any) -> None:
-    """By the page's own controls."""
-    for name, value in choices.items():
-        name = "slider" if name == "layer" else name
-        control = page.locator(f".stepsal-control-{name.replace('_', '-')}")
-        if name in ("slider", "top_k"):
-            control.fill(str(value))
-        elif name == "shared":
-            control.set_checked(value)
-        else:
-            control.select_option(label=value)
-    settle(page.locator(".stepsal-explorer"))
-
-
 @pytest.mark.parametrize(
     ("choices", "state"),
     [
         ({}, {}),
         ({"layer": 5}, {"layer": 5}),
+        ({"layer": 5, "metric": "saliency"}, {"layer": 5, "metric": "saliency"}),
+        ({"metric": "saliency", "shared": False}, {"metric": "saliency", "shared": False}),
         ({"band": "deep"}, {"band": "deep"}),
         ({"layer": 3, "scale": "linear"}, {"layer": 3, "scale": "linear"}),
         ({"layer": 3, "shared": False}, {"layer": 3, "shared": False}),
@@ -141,7 +117,8 @@ def test_clicking_pins_until_it_is_clicked_again(explorer: Explorer, open_page: 
 
 def test_a_step_of_the_text_tells_where_it_draws_from(explorer: Explorer, open_page: Open) -> None:
     page = open_page(Explorer(explorer.scene.maps))
-    where, values = panel(page), explorer.scene.maps["wrong"].values[0]
+    where, scene = panel(page), explorer.scene
+    values = scene.shown("wrong", scene.first_state())
     for view in ("map", "arcs"):
         choose(page, view=view)
         before = where.locator(".stepsal-overlay").evaluate("canvas => canvas.toDataURL()")
@@ -223,9 +200,8 @@ def test_a_cell_opens_into_its_tokens(explorer: Explorer, open_page: Open) -> No
     where = panel(page)
     choose(page, layer=3)
     where.locator(".stepsal-map").dblclick(position=point(where, 3, 1))
-    tokens = where.locator(".stepsal-tokens")
-    expect(tokens).to_have_attribute("data-shape", "2x2")
-    tokens.hover(position={"x": 8, "y": 24})  # the second row, the first column
+    expect(where.locator(".stepsal-tokens")).to_have_attribute("data-shape", "2x2")
+    over_token(where, 1, 0)
     value = float(explorer.scene.maps["wrong"].token_values[3, 7, 2])
     told = where.locator(".stepsal-token-readout")
     expect(told).to_contain_text("←")
@@ -238,7 +214,7 @@ def test_thumbnails_profile_and_play_choose_layers(explorer: Explorer, open_page
     page.locator(".stepsal-thumbs").click(position={"x": 48 * 5 + 20, "y": 20})
     expect(title).to_contain_text("layer 5")
     expect(profile).to_have_attribute("data-layers", "5")
-    profile.click(position={"x": 30 + 400 / 8 * 2.5, "y": 40})
+    profile.click(position={"x": 32 + 400 / 8 * 2.5, "y": 40})
     expect(title).to_contain_text("layer 2")
     expect(page.locator(".stepsal-control-slider")).to_have_value("2")
     choose(page, band="deep")
@@ -261,7 +237,7 @@ def test_texts_are_never_interpreted(open_page: Open) -> None:
     assert right_to_left.get_attribute("dir") == "auto"
     hover(where, 3, 1, n=4)
     where.locator(".stepsal-map").dblclick(position=point(where, 3, 1, 4))
-    where.locator(".stepsal-tokens").hover(position={"x": 4, "y": 4})
+    over_token(where, 0, 0)
     expect(where.locator(".stepsal-token-readout")).to_contain_text("<script>")
 
 
@@ -290,19 +266,3 @@ def test_the_captures_of_the_readme_are_made(browser: Browser, tmp_path: Path) -
                 image.seek(frame)
             pixels = [np.asarray(image.convert("RGB"), dtype=float) for image in (new, published)]
             assert np.abs(pixels[0] - pixels[1]).mean() < 4  # other fonts may be there
-
-
-def test_a_thousand_steps_scroll(open_page: Open) -> None:
-    n = 1000
-    page = open_page(Explorer(saliency(n, layers=2)))
-    where, frame = panel(page, "made up"), page.locator(".stepsal-frame")
-    assert hover(where, 100, 30, n).startswith("step 100 (thinking) ← 30 ")
-    frame.evaluate("frame => frame.scrollTo(1000, 1500)")
-    settle(where)
-    assert hover(where, 800, 600, n).startswith("step 800 (thinking) ← 600 ")
-    expect(where.locator(".stepsal-query")).to_be_in_viewport()  # the text follows
-    where.locator(".stepsal-map").focus()
-    page.keyboard.press("ArrowDown")
-    expect(where.locator(".stepsal-readout")).to_contain_text("step 801 (thinking) ← 600 ")
-    where.locator(".stepsal-text").evaluate("text => text.scrollTo(0, text.scrollHeight)")
-    expect(where.locator('.stepsal-step[data-step="999"]')).to_be_in_viewport()

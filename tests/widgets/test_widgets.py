@@ -32,7 +32,7 @@ def explorer() -> Explorer:
 
 EVERYTHING = {
     "trace": "correct", "compare": "wrong", "layer": 6, "band": "deep", "metric": "difference", "scale": "linear",
-    "shared": False, "top_k": 3, "view": "arcs", "pinned": {"trace": "correct", "query": 4, "key": 2},
+    "shared": False, "top_k": 3, "threshold": 25, "view": "arcs", "pinned": {"trace": "correct", "query": 4, "key": 2},
     "zoom": {"trace": "wrong", "query": 3, "key": 1},
 }  # fmt: skip
 
@@ -142,6 +142,7 @@ def test_a_notebook_can_react_to_the_pinned_cell(explorer: Explorer) -> None:
         ({"pinned": {"trace": "wrong", "query": 9, "key": 2}}, "is no cell"),
         ({"zoom": {"trace": "correct", "query": 1, "key": 1}}, "keep_tokens=True"),
         ({"top_k": 9}, "top_k=9"),
+        ({"threshold": 51}, "threshold=51"),
     ],
 )
 def test_choices_that_make_no_sense(explorer: Explorer, choice: dict, message: str) -> None:
@@ -185,7 +186,7 @@ def test_what_is_no_map() -> None:
 
 def test_what_is_shown(explorer: Explorer) -> None:
     scene, wrong, correct = explorer.scene, *(explorer.scene.maps[x] for x in ("wrong", "correct"))
-    state = explorer.state | {"layer": 3}
+    state = explorer.state | {"layer": 3, "metric": "saliency"}
     torch.testing.assert_close(scene.shown("wrong", state), wrong.layer(3))
     torch.testing.assert_close(scene.shown("wrong", state | {"band": "deep"}), wrong.mean_over("deep"))
     share = scene.shown("wrong", state | {"metric": "share"})
