@@ -67,6 +67,7 @@ def same(a: Population, b: Population) -> None:
         torch.testing.assert_close(a.saliency(i).values, b.saliency(i).values, rtol=1e-3, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_traces_maps_and_metrics_come_back(mini: TransformerBridge, whole: Population) -> None:
     assert len(whole) == N
     assert [n for _, n in whole.parts] == [4, 4, 2]
@@ -122,6 +123,7 @@ def test_what_a_kill_leaves_half_written_is_removed(mini: TransformerBridge, who
     assert not list((folder / "parts").glob(".*"))
 
 
+@pytest.mark.slow
 def test_an_interrupted_part_leaves_the_folder_as_it_was(
     mini: TransformerBridge, whole: Population, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,7 @@ def nothing(pattern: torch.Tensor, hook: object) -> None:
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stepflow", [None, stepsal.StepFlowConfig()])
 def test_what_an_answer_costs(mini: TransformerBridge, stepflow: stepsal.StepFlowConfig | None) -> None:
     flops = decoding_flops(mini)
@@ -37,6 +38,7 @@ def test_what_an_answer_costs(mini: TransformerBridge, stepflow: stepsal.StepFlo
         assert flops.of(trace.n_prompt, n_new) == pytest.approx(counter.get_total_flops(), rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["Qwen2", "Gemma2"])
 def test_windows_bound_what_a_token_sees(architecture: str) -> None:
     options = {"sliding_window": 32} if architecture == "Gemma2" else {}

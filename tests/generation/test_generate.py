@@ -152,6 +152,7 @@ def test_budget_forcing_puts_off_the_end_of_thinking(mini: TransformerBridge) ->
     assert torch.equal(alone.tokens, waiting[0].tokens)
 
 
+@pytest.mark.slow
 def test_without_a_mark_of_thinking_budget_forcing_puts_off_the_end_of_the_answer(smollm2: TransformerBridge) -> None:
     plain = stepsal.generate(smollm2, "What is 2 + 3?", max_new_tokens=40)
     assert not plain.truncated

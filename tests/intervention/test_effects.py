@@ -21,6 +21,7 @@ def traces(mini: TransformerBridge) -> list[stepsal.Trace]:
     return stepsal.generate_batch(mini, questions, max_new_tokens=220)
 
 
+@pytest.mark.slow
 def test_the_first_switched_token_is_where_greedy_answers_part(
     mini: TransformerBridge, traces: list[stepsal.Trace]
 ) -> None:

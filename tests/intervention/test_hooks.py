@@ -19,6 +19,7 @@ from stepsal.trace import Trace
 
 
 class TestGeneration:
+    @pytest.mark.slow
     def test_the_context_and_the_argument_agree(self, mini: TransformerBridge) -> None:
         problem, config = chain.sample(11, length=5), StepFlowConfig(tau_max=0.4, alpha=0.5)
         plain = stepsal.generate(mini, problem.question, max_new_tokens=150)

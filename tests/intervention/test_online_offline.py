@@ -68,6 +68,7 @@ class TestEquivalence:
         assert (step_by_step - full).abs().max() <= 1e-4
         assert log.oeb["fired"].sum() > 0
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "text",
         [

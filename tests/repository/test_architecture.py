@@ -108,6 +108,7 @@ def run(code: str) -> str:
     return result.stdout.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", ["layers", "maps", "metrics", "stats", "plots", "widgets", "cli"])
 def test_pictures_load_no_model_code(room: str) -> None:
     code = f"""

@@ -103,6 +103,7 @@ def test_version_1_is_refused_with_the_command_that_migrates_it(
     assert [path.name for path in tmp_path.iterdir()] == ["results"]
 
 
+@pytest.mark.slow
 def test_the_command_runs_from_anywhere(tmp_path: Path) -> None:
     folder = record("population", tmp_path)
     command = [sys.executable, str(ROOT / "scripts" / "migrate.py"), "results", "nowhere"]
@@ -262,6 +263,7 @@ def test_a_file_of_step_maps_keeps_its_maps(tmp_path: Path) -> None:
     assert saliency.metadata["segmentation"] == stepsal.Segmentation().to_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL") or sys.platform == "win32", reason="needs fork")
 @pytest.mark.parametrize(("name", "stride"), [("population", 1), ("calibration", 3)])
 def test_a_migration_that_is_killed_anywhere_goes_on(

@@ -32,6 +32,7 @@ def test_the_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert list(tmp_path.glob("*.png"))
 
 
+@pytest.mark.slow
 def test_every_name_exists_in_a_fresh_session() -> None:
     names = sorted(set(re.findall(r"\bstepsal(?:\.[A-Za-z_]\w*)+", re.sub(r"[\w-]+\.(?:md|py|toml|git)\b", "", TEXT))))
     assert {"stepsal.load", "stepsal.harness.capture_step_saliency", "stepsal.experiments.Population.load"} <= {*names}

@@ -77,12 +77,14 @@ def relative(values: Tensor, expected: Tensor) -> float:
     return float((values - expected).norm() / expected.norm())
 
 
+@pytest.mark.slow
 def test_attention_is_wide(wide: TransformerBridge) -> None:
     assert preset_format(wide) == FAMILIES[family(wide.cfg.model_name)]
     assert wide.cfg.n_heads * wide.cfg.d_head >= 3584
     assert wide.cfg.n_key_value_heads < wide.cfg.n_heads
 
 
+@pytest.mark.slow
 def test_saliency_is_exact_and_streamed_the_same(wide: TransformerBridge) -> None:
     trace = trace_of(wide, " One. Two </think> Two.")
     token_map = brute_force.token_saliency(wide, trace.tokens, "token")
@@ -94,6 +96,7 @@ def test_saliency_is_exact_and_streamed_the_same(wide: TransformerBridge) -> Non
     assert relative(stepsal.step_saliency(wide, trace, target="sequence").values, expected) > 1e-2
 
 
+@pytest.mark.slow
 def test_decoding_under_stepflow_is_reading_under_it(wide: TransformerBridge) -> None:
     trace, config = trace_of(wide), StepFlowConfig(oeb_layers="all", smi_layers="all", tau_max=0.4, alpha=0.5)
     plain = logits_of(wide, trace.tokens[None])
@@ -107,6 +110,7 @@ def test_decoding_under_stepflow_is_reading_under_it(wide: TransformerBridge) ->
     assert torch.equal(logits_of(wide, trace.tokens[None]), plain)
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near(wide: TransformerBridge) -> None:
     """The last of the tests: it rounds the weights."""
     trace = trace_of(wide)

@@ -80,6 +80,7 @@ def cases(draw: st.DrawFn) -> dict:
     }
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(case=cases())
 def test_the_same_maps_as_the_pattern_engine(models: dict[str, TransformerBridge], case: dict) -> None:
@@ -503,6 +504,7 @@ class TestMemory:
             memory.plan(smollm2, 64, 20, only_pattern=None, **{**options, "layers": (29,)}).n_bytes < chosen[64].n_bytes
         )
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("engine", "n_tokens"),
         [("pattern", 512), ("streamed", 2048), pytest.param("streamed", 4096, marks=pytest.mark.nightly)],
