@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from stepsal.maps import StepSaliency
 from stepsal.maps.pooling import pair_counts, pool_steps, reduce_blocks, row_counts
 from stepsal.metrics import COLUMNS, METRICS, PARTS, SCALARS, SUMMARY_PARTS, describe, flow_metrics, trace_metrics
 from stepsal.metrics.table import CAUSES, LAYER_METRICS, TRACE_METRICS
+from stepsal.stats import compare_groups
 from stepsal.tasks import chain
 
 N_LAYERS = 8
@@ -303,7 +306,9 @@ class TestTable:
         assert len(table) == len(METRICS)
         assert (table.drop(columns="name").map(len) > 0).all(axis=None)
         saliency = random_map(0, [4, 3, 5, 2, 6, 3], "density")
-        assert list(flow_metrics(saliency))[1:-3] == list(COLUMNS)
+        rows = ["n_thinking_rows", "n_summary_rows"]
+        columns = ["trace", "layer", *COLUMNS, *rows, "n_steps", "n_tokens", "reason"]
+        assert list(flow_metrics(saliency)) == columns
         assert list(trace_metrics(saliency).index) == [*SCALARS, "reason"]
 
     def test_parts_are_those_that_sum_to_one(self) -> None:
@@ -355,3 +360,28 @@ def test_on_a_real_trace(mini: TransformerBridge) -> None:
         assert table[list(COLUMNS)].notna().all(axis=None)
         assert np.allclose(table[list(PARTS)].sum(1), 1)
         assert trace_metrics(saliency)["reason"] == ""
+
+
+class TestContrast:
+    """The table of a map is one that contrasts take as it is."""
+
+    def test_two_maps_are_compared_by_the_defaults(self) -> None:
+        a, b = (random_map(seed, [4, 3, 5, 2, 6, 3], "density") for seed in (0, 1))
+        table = compare_groups(flow_metrics(a), flow_metrics(b), "lock_in", n_resamples=99)
+        none = table[table["matching"] == "none"]
+        expected = flow_metrics(b)["lock_in"] - flow_metrics(a)["lock_in"]
+        np.testing.assert_allclose(none["difference"], expected, atol=1e-12)
+        assert (none[["n_steps_difference", "n_tokens_difference"]] == 0).all(axis=None)
+
+    def test_lengths_are_those_of_the_trace(self, mini: TransformerBridge) -> None:
+        trace = stepsal.Trace.from_text("Anna is 3. What is Anna?", " Anna needs nothing.</think> It is 3.", mini)
+        table = flow_metrics(stepsal.step_saliency(mini, trace))
+        assert (table["n_steps"] == len(trace.steps)).all()
+        assert (table["n_tokens"] == len(trace)).all()
+
+    def test_a_number_in_a_population_tells_traces_apart_else_their_content(self) -> None:
+        a, b = (random_map(seed, [4, 3, 5, 2, 6, 3], "density") for seed in (0, 1))
+        same, other = (flow_metrics(saliency)["trace"].iloc[0] for saliency in (replace(a, layers=a.layers), b))
+        assert flow_metrics(a)["trace"].unique().tolist() == [same]
+        assert same != other
+        assert flow_metrics(replace(a, metadata={"trace": 7}))["trace"].unique().tolist() == [7]

@@ -289,6 +289,6 @@ def _metrics_table(batch: _Batch) -> pd.DataFrame:
     """Return the metrics of each trace and layer."""
     import pandas as pd
 
-    return pd.concat(
-        [flow_metrics(saliency).assign(trace=i) for i, saliency in zip(batch.numbers, batch.maps, strict=True)]
-    )
+    tables = [flow_metrics(saliency).assign(number=i) for i, saliency in zip(batch.numbers, batch.maps, strict=True)]
+    table = pd.concat(tables).drop(columns=["trace", "n_steps", "n_tokens"])  # the last two are among the answers
+    return table.rename(columns={"number": "trace"})

@@ -10,6 +10,7 @@ from stepsal.layers import layer_indices
 from stepsal.maps.step_saliency import StepSaliency
 from stepsal.metrics.table import CAUSES, LAYER_METRICS, METRICS, TRACE_METRICS
 from stepsal.metrics.view import FlowView
+from stepsal.storage import digest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,8 +38,10 @@ def flow_metrics(saliency: StepSaliency, *, last: int = 3) -> pd.DataFrame:
         last: number of thinking steps, counted from the last one back, that `summary_last` looks at.
 
     Returns:
-        One row per layer, with the columns
+        One row per layer, a table that `stepsal.stats.compare_groups` takes, with the columns
 
+            trace                              what tells the trace from others: its number in the population, where it
+                                               comes from one, else a digest of map and tokens
             layer
             own, previous, earlier, question   parts of a thinking row, which sum to one
             lock_in                            own + previous, minus the same of uniform attention
@@ -46,6 +49,7 @@ def flow_metrics(saliency: StepSaliency, *, last: int = 3) -> pd.DataFrame:
                                                of the map
             ...                                the other metrics of `COLUMNS`
             n_thinking_rows, n_summary_rows    rows that hold saliency and went into the means
+            n_steps, n_tokens                  length of the trace, by which `stepsal.stats.compare_groups` matches
             reason                             why metrics are NaN; empty where none is
 
     Raises:
@@ -78,13 +82,24 @@ def flow_metrics(saliency: StepSaliency, *, last: int = 3) -> pd.DataFrame:
     ]
     return pd.DataFrame(
         {
+            "trace": _identity(saliency),
             "layer": saliency.layers,
             **columns,
             "n_thinking_rows": view.filled[:, view.rows].sum(-1),
             "n_summary_rows": view.filled[:, view.summary].sum(-1),
+            "n_steps": saliency.n_steps,
+            "n_tokens": len(saliency.step_ids) or sum(saliency.step_lengths),
             "reason": reasons,
         }
     )
+
+
+def _identity(saliency: StepSaliency) -> int | str:
+    """Return what tells a map from those of other traces."""
+    if (number := saliency.metadata.get("trace")) is not None:
+        return int(number)
+    texts = repr((saliency.model_name, saliency.roles, saliency.step_texts, saliency.token_texts)).encode()
+    return digest(texts + saliency.values.float().cpu().contiguous().numpy().tobytes())
 
 
 def trace_metrics(saliency: StepSaliency) -> pd.Series:
