@@ -17,6 +17,7 @@ on import; wrap figures in `style()`.
 """
 
 from stepsal.plots.arcs import flow_arcs
+from stepsal.plots.distributions import distribution
 from stepsal.plots.estimates import (
     EstimatesView,
     forest,
@@ -67,6 +68,7 @@ __all__ = [
     "FlowView",
     "MapView",
     "RoleSpan",
+    "distribution",
     "flow_arcs",
     "flow_view",
     "forest",

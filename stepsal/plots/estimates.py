@@ -17,7 +17,7 @@ from seaborn import lineplot, pointplot
 
 from stepsal.layers import Band, layer_indices
 from stepsal.plots.theme import DASHES, EMPTY, INK, hue_colors, hue_markers
-from stepsal.plots.ticks import font_points
+from stepsal.plots.ticks import ROUND_STEPS, font_points
 from stepsal.stats.checks import refuse_repeats, require_columns
 
 if TYPE_CHECKING:
@@ -280,8 +280,9 @@ def forest(
     if hue is not None:
         ax.legend()
     if n is not None:
-        _write_counts(ax, view, data[n])
+        _write_counts(ax, view, data[n], _words(n))
     n_rows = len(view.categories)
+    ax.xaxis.set_major_locator(MaxNLocator("auto", steps=ROUND_STEPS))  # 0.125 is longer than its interval
     ax.set_yticks(range(n_rows), view.categories)
     ax.set_ylim(n_rows - 0.5, -0.5)  # the first on top
     ax.tick_params(axis="y", length=0)
@@ -310,13 +311,14 @@ def _words(column: str) -> str:
     return column.replace("_", " ")
 
 
-def _write_counts(ax: Axes, view: EstimatesView, counts: pd.Series[Any]) -> None:
-    """Write what stands behind each estimate right of the Axes, at its height."""
-    size = 0.85 * font_points("ytick.labelsize")
+def _write_counts(ax: Axes, view: EstimatesView, counts: pd.Series[Any], heading: str) -> None:
+    """Write what stands behind each estimate right of the Axes, at its height, and above them what it is."""
+    place: dict[str, Any] = {"textcoords": "offset points", "annotation_clip": False}
+    look: dict[str, Any] = {"fontsize": 0.85 * font_points("ytick.labelsize"), "color": INK}
+    ax.annotate(heading, (1, 1), xytext=(3, 1), xycoords="axes fraction", va="bottom", **place, **look)
     for at, count in zip(view.table["at"], counts, strict=True):
         text = "" if pd.isna(count) else count if isinstance(count, str) else f"{count:,.0f}"
-        place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-        ax.annotate(text, (1, at), xytext=(3, 0), **place, va="center", fontsize=size, color=INK, annotation_clip=False)
+        ax.annotate(text, (1, at), xytext=(3, 0), xycoords=("axes fraction", "data"), va="center", **place, **look)
 
 
 def _shade_bands(ax: Axes, view: EstimatesView, n_layers: int | None) -> None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
 import matplotlib as mpl
+from cycler import cycler
 from seaborn import axes_style, color_palette, plotting_context
 
 Palette: TypeAlias = Mapping[str, str] | Sequence[str] | str
@@ -15,7 +16,8 @@ Palette: TypeAlias = Mapping[str, str] | Sequence[str] | str
 SINGLE_COLUMN, DOUBLE_COLUMN = 3.3, 6.9  # figure widths in inches
 
 # distinct under the common forms of colour blindness
-BLUE, ORANGE, GREEN, VERMILION, PINK, BROWN, _, _, _, SKY = color_palette("colorblind").as_hex()
+COLORBLIND = tuple(color_palette("colorblind").as_hex())
+BLUE, ORANGE, GREEN, VERMILION, PINK, BROWN, _, _, _, SKY = COLORBLIND
 INK = "#333333"
 EMPTY = "#F3F3F3"  # what is not there: the future
 CMAP = "magma_r"
@@ -55,6 +57,7 @@ def style(context: Literal["paper", "notebook", "talk", "poster"] = "paper") -> 
     thin = {name: THIN * sizes[name] for name in sizes if name.startswith(("axes.linewidth", "xtick.m", "ytick.m"))}
     house = {
         "font.family": "DejaVu Sans",  # ships with matplotlib: figures look the same on every machine
+        "axes.prop_cycle": cycler(color=COLORBLIND),
         "axes.titleweight": "bold",
         "axes.titlelocation": "left",
         "axes.spines.top": False,

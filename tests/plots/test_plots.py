@@ -489,7 +489,7 @@ def test_forest_writes_what_stands_behind_each_estimate(ax):
     data = estimates(n=[1234.0, np.nan, 7], value=[1, np.nan, 3])
     plots.forest(data, "value", y="task", low="low", high="high", hue="variant", n="n", ax=ax)
     written = {text.get_text(): text.xy[1] for text in ax.texts if text.get_text()}
-    assert written == {"1,234": pytest.approx(-0.175), "7": 1}
+    assert written == {"n": 1, "1,234": pytest.approx(-0.175), "7": 1}
 
 
 @pytest.mark.parametrize(
