@@ -45,7 +45,7 @@ class Native:
             for name in _HOOKS
         ]
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []  # parent, name, and the wrapper that was there
-        self._attentions: list[tuple[nn.Module, Any]] = []  # with the configuration that each had
+        self._attentions: list[tuple[Any, Any]] = []  # with the configuration that each had
         self._numbers: list[int] = []
 
     def refresh(self) -> None:
@@ -72,26 +72,25 @@ class Native:
         for name, part in list(parent._modules.items()):
             if part is None:
                 continue
-            original = part.original_component if isinstance(part, GeneralizedComponent) else None
-            if original is None:
+            if not isinstance(part, GeneralizedComponent) or (original := part.original_component) is None:
                 self._replace_in(part)
-            elif self._is_free(part):
+            elif self._is_free(part, original):
                 self._replaced.append((parent, name, part))
                 parent._modules[name] = original
                 self._fuse(original)
                 self._replace_in(original)
 
-    def _is_free(self, wrapper: GeneralizedComponent) -> bool:
+    def _is_free(self, wrapper: GeneralizedComponent, original: nn.Module) -> bool:
         """Tell whether a wrapper can be left out: nobody hooks it, or a part of it that only works inside it."""
         if isinstance(wrapper, BlockBridge):  # its parts work as well inside the model's own block
             parts: Iterable[nn.Module] = [part for part in wrapper.children() if isinstance(part, HookPoint)]
         else:  # hooks on the model's own modules work with and without wrappers
-            own = set(wrapper.original_component.modules()) - set(_wrappers_in(wrapper.original_component))
+            own = set(original.modules()) - set(_wrappers_in(original))
             parts = [module for module in wrapper.modules() if module not in own]
         wired = {handle.id for block in self._blocks for handle in block._capture_hook_handles}
         return not any(_hooks_of(module) - wired for module in (wrapper, *parts))
 
-    def _fuse(self, module: nn.Module) -> None:
+    def _fuse(self, module: Any) -> None:
         """Let a module that computes plain attention use PyTorch's fused kernel, which the bridge has switched off."""
         config = getattr(module, "config", None)
         is_attention = hasattr(module, "is_causal") and hasattr(config, "_attn_implementation")
@@ -99,7 +98,7 @@ class Native:
         if is_attention and is_plain and getattr(self._model.original_model, "_supports_sdpa", False):
             self._attentions.append((module, config))
             module.config = copy.copy(config)
-            module.config._attn_implementation = "sdpa"  # type: ignore[union-attr]
+            module.config._attn_implementation = "sdpa"
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from stepsal.bridge.native import Native, native
+from stepsal.generation.cache import growing_cache
 from stepsal.generation.decoding import Decoding
 from stepsal.generation.endings import (
     PROMPT_END,
@@ -250,7 +251,7 @@ class _Batch:
 
     def __init__(self, model: TransformerBridge, parts: Native, prompt_ids: Sequence[Sequence[int]]) -> None:
         self._model, self._parts, self._flow = model, parts, active_flow(model)
-        self._cache: Any = None
+        self._cache: Any = growing_cache(model.original_model.config)
         self._options: dict[str, Any] = {"use_cache": True}
         if "logits_to_keep" in inspect.signature(model.original_model.forward).parameters:
             self._options["logits_to_keep"] = 1  # [batch, 1, d_vocab] instead of [batch, pos, d_vocab] for the prompt
