@@ -157,9 +157,9 @@ class Outputs:
             _draw(answer, saliency, self.picture)
             _print_file(self.picture, f"{HOW_TO_READ} {_finding(saliency)}".strip())
             if self.page:
-                from stepsal.widgets import Explorer
+                import stepsal
 
-                Explorer({saliency.model_name: saliency}).to_html(self.page)
+                stepsal.widgets.Explorer({saliency.model_name: saliency}).to_html(self.page)
                 _print_file(self.page, "The same to explore: hover a cell to read its two steps, change the layer.")
             saliency.save(self.maps)
             _print_file(self.maps, "The maps of all layers as numbers: [layer, query step, key step].")

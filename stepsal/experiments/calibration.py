@@ -12,6 +12,7 @@ The folder of a calibration::
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -27,6 +28,7 @@ from stepsal.experiments.store import Store
 from stepsal.experiments.variants import Variant
 from stepsal.intervention.config import StepFlowConfig
 from stepsal.stats.paired import PairedDifference
+from stepsal.stats.report import WIDTH, Report
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -220,6 +222,24 @@ class Calibration:
         lines = [f"StepFlow for {self.model_name} on {self.task}: {self.n_answers} answers, seed {self.seed}"]
         lines += [] if self.evidence is None else _profile_lines(self.evidence)
         return "\n".join([*lines, *self._search_lines(), *self._held_out_lines(), self._conclusion()])
+
+    def summary(self) -> Report:
+        """Say what was done and what came out, with a table of the settings that were tried.
+
+        Returns:
+            The report; `print` writes it within 100 columns, JupyterLab shows it as a table.
+        """
+        search = self.search
+        table = search[["setting", "rounds", "n_problems"]].assign(
+            accuracy=search["accuracy"].map("{:.1%}".format), baseline=search["baseline"].map("{:.1%}".format),
+            difference=(100 * search["difference"]).map("{:+.1f}".format),
+        ).rename(columns={"n_problems": "problems"})  # fmt: skip
+        table["setting"] = [textwrap.shorten(setting, WIDTH - 50, placeholder=" ...") for setting in table["setting"]]
+        title, *lines = str(self).splitlines()
+        return Report(title, table, lines)
+
+    def _repr_html_(self) -> str:
+        return self.summary()._repr_html_()
 
     def _search_lines(self) -> list[str]:
         """Say which setting was chosen, and what it gained in the search."""

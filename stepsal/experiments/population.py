@@ -14,6 +14,7 @@ So are the switches of the chat template.
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -26,6 +27,8 @@ import torch
 
 from stepsal.experiments.store import Store, StoredPart
 from stepsal.maps import StepSaliency, labels_of
+from stepsal.metrics import SCALARS
+from stepsal.stats.report import Report
 from stepsal.trace.segment import Segmentation
 from stepsal.trace.trace import Step, Trace
 
@@ -125,6 +128,36 @@ class Population:
         """Table of the `flow_metrics`, one row per trace and layer, with outcome and length of the trace."""
         outcomes = self.answers[["trace", "problem", "correct", "error", "truncated", "n_steps", "n_tokens"]]
         return outcomes.merge(self._table(METRICS_FILE), on="trace", validate="one_to_many")
+
+    def summary(self) -> Report:
+        """Say how many traces are correct, how long they are, and how strong Lock-in and Decay are in either group.
+
+        To tell whether the groups differ, use `stepsal.stats.compare_groups`, which matches for length.
+
+        Returns:
+            The report; `print` writes it within 100 columns, JupyterLab shows it as a table.
+
+        Raises:
+            ValueError: there are no traces.
+        """
+        import pandas as pd
+
+        answers = self.answers
+        columns = ["n_steps", "n_tokens", *SCALARS]
+        rows = []
+        for word, group in (("correct", answers[answers["correct"]]), ("wrong", answers[~answers["correct"]])):
+            means = {name: f"{group[name].mean():.3g}" if group[name].notna().any() else "-" for name in columns}
+            cut_off = f"{group['truncated'].mean():.1%}" if len(group) else "-"
+            rows.append({"traces": word, "n": len(group), "cut off": cut_off} | means)
+        n_correct, n_problems = int(answers["correct"].sum()), answers["problem"].nunique()
+        title = f"{self.manifest['model_name']} on {self.manifest['task']}: {len(self)} traces, {n_problems} problems"
+        sentences = [f"{n_correct} of {len(self)} are correct ({n_correct / len(self):.1%}). The numbers are means."]
+        if kinds := answers["error"].value_counts().head(3).to_dict():
+            sentences.append(f"First errors: {', '.join(f'{kind} ({n})' for kind, n in kinds.items())}, ...")
+        return Report(title, pd.DataFrame(rows), sentences)
+
+    def _repr_html_(self) -> str:
+        return self.summary()._repr_html_() if len(self) else f"<p>{html.escape(repr(self))}</p>"
 
     def trace(self, i: int) -> Trace:
         """Return a trace.

@@ -17,23 +17,22 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
 from stepsal.experiments.answer_rows import ANSWER_KEY, read_answers
 from stepsal.experiments.request import read_request
 from stepsal.experiments.store import Store
+from stepsal.experiments.summaries import What, evaluation_report
 from stepsal.experiments.variants import Variant, check_names, draws_needed
 from stepsal.stats.paired import Groups, PairedDifference, Verdicts, accuracy, paired_difference, pass_at_k
+from stepsal.stats.report import Report
 
 if TYPE_CHECKING:
     import pandas as pd
 
 KIND, VERSION = "evaluation", 2
-
-What = Literal["correct", "final_answer_correct"]
-"""Which verdict: on the answer as a whole, or on its final answer, however that was reached."""
 
 _COSTS = ["n_new_tokens", "flops"]  # of a vote, the sum over its draws
 
@@ -252,6 +251,23 @@ class Evaluation:
             ValueError: an unknown variant or verdict, or answers that the folder lacks.
         """
         return paired_difference(self.verdicts(before, what), self.verdicts(after, what), groups=self.groups)
+
+    def summary(self, what: What = "correct") -> Report:
+        """Say what came out: accuracy of each variant, and how it differs from the first one's.
+
+        Args:
+            what: which verdict: "correct", or "final_answer_correct" where a task tells these apart.
+
+        Returns:
+            The report; `print` writes it within 100 columns, JupyterLab shows it as a table.
+
+        Raises:
+            ValueError: an unknown verdict, or answers that the folder lacks.
+        """
+        return evaluation_report(self, what)
+
+    def _repr_html_(self) -> str:
+        return self.summary()._repr_html_()
 
     def errors(self, name: str, baseline: str | None = None) -> pd.DataFrame:
         """Count answers by the kind of their first error under the baseline (rows) and under a variant (columns).

@@ -3,6 +3,7 @@
 from stepsal.stats.groups import FEWEST, compare_groups, mean_profile, strata_of
 from stepsal.stats.paired import PairedDifference, Share, accuracy, paired_difference, pass_at_k
 from stepsal.stats.prediction import auroc, tell_apart
+from stepsal.stats.report import summarize
 
 __all__ = [
     "FEWEST",
@@ -15,5 +16,6 @@ __all__ = [
     "paired_difference",
     "pass_at_k",
     "strata_of",
+    "summarize",
     "tell_apart",
 ]
