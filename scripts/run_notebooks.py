@@ -3,18 +3,23 @@
     python scripts/run_notebooks.py                             # all of them
     python scripts/run_notebooks.py 01 02_shallow_deep_flow     # some, by number or by name
     python scripts/run_notebooks.py --inplace 09                # and keep the outputs in the notebook
+    python scripts/run_notebooks.py --jobs 1                    # one at a time, where answers are to be made anew
 
-Outputs are kept without times of day, warnings and progress bars, and with widgets under stable names, so that a
-notebook's history shows results and not noise.
+Two run at a time, each with its share of the cores; a line with its time says when one is done. Outputs are kept
+without times of day, warnings and progress bars, and with widgets under stable names, so that a notebook's history
+shows results and not noise.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
+import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +31,8 @@ from nbformat import NotebookNode
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
+#: So that a kernel does not warn of itself: of frozen modules, and of a connection within the machine as not encrypted.
+QUIET_ENVIRONMENT, QUIET_KERNEL = {"PYDEVD_DISABLE_FILE_VALIDATION": "1"}, ["--IPKernelApp.log_level=40"]
 PROGRESS_BAR = ["HTMLModel", "FloatProgressModel", "HTMLModel"]  # the parts of tqdm's
 
 Models = dict[str, dict[str, Any]]
@@ -38,23 +45,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", help="notebooks, by number or name; all by default")
     parser.add_argument("--notebooks", type=Path, default=NOTEBOOKS, help="folder of the notebooks")
     parser.add_argument("--inplace", action="store_true", help="keep the outputs in the notebooks")
+    parser.add_argument("--jobs", type=int, default=2, help="notebooks that run at the same time")
     options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}: at least one notebook has to run at a time")
     try:
         paths = select(sorted(options.notebooks.glob("*.ipynb")), options.names)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    for path in paths:
-        print(f"running {path.stem} ...", flush=True)
-        try:
-            notebook = execute(path)
-        except CellExecutionError as error:
-            print(f"{path.stem} failed:\n{error}", file=sys.stderr)
-            return 1
-        if options.inplace:
-            tidy(notebook)
-            nbformat.write(notebook, path)
-    return 0
+    start = time.monotonic()
+    with ThreadPoolExecutor(options.jobs) as pool:  # the work is done by the kernels, which are processes
+        runs = {pool.submit(run, path, n_threads(options.jobs), inplace=options.inplace): path for path in paths}
+        failures = [runs[future] for future in as_completed(runs) if not report(future, runs[future])]
+    if len(paths) > 1:
+        print(f"{len(paths) - len(failures)} of {len(paths)} notebooks ran in {duration(time.monotonic() - start)}")
+    return 1 if failures else 0
+
+
+def n_threads(jobs: int) -> int:
+    """Return how many threads a kernel may use, so that all of them together keep the cores busy and no more."""
+    return max(1, (os.cpu_count() or 1) // jobs)
+
+
+def run(path: Path, threads: int, *, inplace: bool) -> float:
+    """Run a notebook, keep its outputs if that is asked for, and return the seconds that it took."""
+    start = time.monotonic()
+    notebook = execute(path, threads)
+    if inplace:
+        tidy(notebook)
+        nbformat.write(notebook, path)
+    return time.monotonic() - start
+
+
+def report(future: Future[float], path: Path) -> bool:
+    """Say how long a notebook took, or how it failed; return whether it ran."""
+    try:
+        print(f"{path.stem}: {duration(future.result())}", flush=True)
+    except CellExecutionError as error:
+        print(f"{path.stem} failed:\n{error}", file=sys.stderr, flush=True)
+        return False
+    return True
+
+
+def duration(seconds: float) -> str:
+    """Return a time in words."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
 
 
 def select(paths: Sequence[Path], names: Sequence[str]) -> list[Path]:
@@ -72,14 +108,18 @@ def select(paths: Sequence[Path], names: Sequence[str]) -> list[Path]:
     return sorted({known[name] for name in names}) if names else list(paths)
 
 
-def execute(path: Path) -> NotebookNode:
+def execute(path: Path, threads: int | None = None) -> NotebookNode:
     """Run a notebook in its own folder, and return it with its outputs.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell failed.
     """
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(path.parent)}}).execute()
+    client = NotebookClient(
+        notebook, timeout=None, resources={"metadata": {"path": str(path.parent)}}, extra_arguments=QUIET_KERNEL
+    )
+    environment = os.environ | QUIET_ENVIRONMENT | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    client.execute(env=environment)
     return notebook
 
 

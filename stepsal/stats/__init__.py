@@ -1,9 +1,10 @@
 """Statistics with the trace, or the problem, as the unit."""
 
-from stepsal.stats.groups import FEWEST, compare_groups, mean_profile, strata_of
+from stepsal.stats.groups import compare_groups, mean_profile, strata_of
 from stepsal.stats.paired import PairedDifference, Share, accuracy, paired_difference, pass_at_k
 from stepsal.stats.prediction import auroc, tell_apart
 from stepsal.stats.report import summarize
+from stepsal.stats.resampling import FEWEST
 
 __all__ = [
     "FEWEST",

@@ -30,9 +30,9 @@ from scipy import stats as scipy_stats
 
 from stepsal.stats.checks import check_resampling, plain_columns, refuse_repeats, require_columns
 from stepsal.stats.prediction import auroc
+from stepsal.stats.resampling import FEWEST, contrast_weights, drawn_weights
 
 LENGTHS = ("n_steps", "n_tokens")
-FEWEST = 5  # traces of a group for an interval
 CLUSTER_Z = 1.96  # neighbouring layers join a cluster from this many null standard deviations on
 ROUNDING = 1e-12  # differences below this share of the largest value are rounding errors
 
@@ -271,24 +271,9 @@ class _Sample:
     is_wrong: Bool[np.ndarray, " trace"]
     strata: Int[np.ndarray, " trace"]
 
-    def weights(
-        self, counts: Float[np.ndarray, "draw trace"], is_wrong: Bool[np.ndarray, "draw trace"]
-    ) -> Float[np.ndarray, "draw trace"]:
-        """Return what each trace contributes to the difference of means, when each is there `counts` times.
-
-        Strata that lack a group in a draw have no weight in it; NaN where all do.
-        """
-        member = np.eye(self.strata.max() + 1)[self.strata]  # [trace, stratum]
-        n_wrong, n_correct = (counts * is_wrong) @ member, (counts * ~is_wrong) @ member  # [draw, stratum]
-        of_stratum = n_wrong * n_correct / np.maximum(n_wrong + n_correct, 1)
-        total = of_stratum.sum(1, keepdims=True)
-        of_stratum = of_stratum / np.where(total > 0, total, np.nan)  # a draw without pairs says nothing
-        per_wrong, per_correct = (of_stratum / np.maximum(n, 1) for n in (n_wrong, n_correct))
-        return counts * np.where(is_wrong, per_wrong @ member.T, -per_correct @ member.T)
-
     def weights_once(self) -> Float[np.ndarray, " trace"]:
         """Return what each trace contributes to the difference of means as the groups are."""
-        return self.weights(np.ones((1, len(self.values))), self.is_wrong[None])[0]
+        return contrast_weights(np.ones((1, len(self.values))), self.is_wrong, self.strata)[0]
 
     def differences(self, values: Float[np.ndarray, "trace layer"]) -> Float[np.ndarray, " layer"]:
         """Return wrong minus correct of other values of the same traces."""
@@ -305,14 +290,16 @@ def _contrast(
     rounding = ROUNDING * np.abs(x).max(0)  # a metric that is constant but for rounding is no effect
     difference[np.abs(difference) <= rounding] = 0.0
 
-    rng = np.random.default_rng(seed)  # of the permutations first, and of the bootstrap after them
-    null = _permutations(sample, n_resamples, rng)
+    of_null, of_bootstrap = drawn_weights(is_wrong, sample.strata, n_resamples, seed)
+    null = of_null @ x
     n_extreme = (np.abs(null) >= np.abs(difference) - rounding).sum(0)
     p = (1 + n_extreme) / (1 + n_resamples)
     spread = null.std(0)
     spread[spread <= rounding] = np.inf
     cluster, cluster_p = _clusters(difference / spread, null / spread, layers)
-    low, high = _bootstrap_interval(sample, n_resamples, level, rng)
+    low, high = np.full((2, x.shape[1]), np.nan)
+    if of_bootstrap is not None:
+        low, high = np.nanquantile(of_bootstrap @ x, [(1 - level) / 2, (1 + level) / 2], axis=0)
 
     return pd.DataFrame(
         {
@@ -339,31 +326,6 @@ def _empty_contrast(n_layers: int) -> pd.DataFrame:
     columns = ("mean_correct", "mean_wrong", "difference", "low", "high", "hedges_g", "cliffs_delta", "p", "q")
     empty = {"n_correct": 0, "n_wrong": 0, **dict.fromkeys(columns, nan), "cluster": 0, "cluster_p": nan}
     return pd.DataFrame(empty, index=range(n_layers))
-
-
-def _permutations(sample: _Sample, n_resamples: int, rng: np.random.Generator) -> Float[np.ndarray, "draw layer"]:
-    """Return the differences under labels that are shuffled within strata."""
-    is_wrong, n_traces = sample.is_wrong, len(sample.values)
-    labels = np.empty((n_resamples, n_traces), dtype=bool)
-    for stratum in np.unique(sample.strata):
-        members = np.flatnonzero(sample.strata == stratum)
-        labels[:, members] = rng.permuted(np.broadcast_to(is_wrong[members], (n_resamples, len(members))), axis=1)
-    return sample.weights(np.ones((n_resamples, n_traces)), labels) @ sample.values
-
-
-def _bootstrap_interval(
-    sample: _Sample, n_resamples: int, level: float, rng: np.random.Generator
-) -> Float[np.ndarray, "end layer"]:
-    """Return the percentile interval of the difference; each group is drawn by itself, so that its size stays."""
-    x, is_wrong = sample.values, sample.is_wrong
-    counts = np.zeros((n_resamples, len(x)))
-    for group in (True, False):
-        members = np.flatnonzero(is_wrong == group)
-        counts[:, members] = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), size=n_resamples)
-    if min(is_wrong.sum(), (~is_wrong).sum()) < FEWEST:
-        return np.full((2, x.shape[1]), np.nan)
-    differences = sample.weights(counts, np.broadcast_to(is_wrong, counts.shape)) @ x
-    return np.nanquantile(differences, [(1 - level) / 2, (1 + level) / 2], axis=0)
 
 
 def _clusters(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import nbformat
@@ -27,9 +28,24 @@ def folder(tmp_path: Path) -> Path:
 def test_runs_the_named_notebook_in_its_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (folder / "00_good.ipynb").read_bytes()
     assert run_notebooks.main(["00", "--notebooks", str(folder)]) == 0
-    assert capsys.readouterr().out == "running 00_good ...\n"
+    out, err = capsys.readouterr()
+    assert re.fullmatch(r"00_good: \d+ s\n", out)
+    assert err == ""  # no warnings of the kernel
     assert (folder / "made").exists()
     assert (folder / "00_good.ipynb").read_bytes() == before
+
+
+def test_two_run_at_a_time_and_the_good_one_is_kept(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    waits = "import time, pathlib\npathlib.Path({!r}).touch()\nwhile not pathlib.Path({!r}).exists(): time.sleep(0.05)"
+    write(tmp_path / "00_first.ipynb", waits.format("a", "b"))  # each ends only if the other runs, too
+    write(tmp_path / "01_second.ipynb", waits.format("b", "a"))
+    write(tmp_path / "02_threads.ipynb", "import os; print(os.environ['OMP_NUM_THREADS'])")
+    assert run_notebooks.main(["--notebooks", str(tmp_path), "--inplace"]) == 0
+    out, err = capfd.readouterr()
+    assert re.fullmatch(r"(\w+: \d+ s\n){3}3 of 3 notebooks ran in \d+ s\n", out)
+    assert err == ""
+    (cell,) = nbformat.read(tmp_path / "02_threads.ipynb", as_version=4).cells
+    assert cell.outputs[0].text.strip() == str(run_notebooks.n_threads(2))
 
 
 def test_keeps_outputs_without_noise(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from stepsal.stats import compare_groups, mean_profile, strata_of
+from stepsal.stats.resampling import _kept_draws
 
 
 def group(values: np.ndarray, first: int, n_steps: np.ndarray | int = 10) -> pd.DataFrame:
@@ -287,3 +288,18 @@ def test_strata_are_bins_or_exact() -> None:
     assert len(set(strata_of(lengths, None))) == 4
     many = pd.DataFrame({"n_tokens": np.arange(100)})
     assert np.bincount(strata_of(many, 5)).tolist() == [20] * 5
+
+
+def test_draws_that_are_kept_change_nothing() -> None:
+    rng = np.random.default_rng(0)
+    data = pd.DataFrame({"trace": range(60), "n_steps": rng.integers(3, 6, 60), "a": rng.normal(size=60)})
+    data["b"] = rng.normal(size=60)
+    _kept_draws.cache_clear()
+    first = {name: compare_groups(data[:30], data[30:], name, match=["n_steps"], n_resamples=199) for name in "ab"}
+    assert _kept_draws.cache_info().hits == 2  # b takes those of a, over all traces and at like length
+    for name, table in first.items():
+        _kept_draws.cache_clear()
+        again = compare_groups(data[:30], data[30:], name, match=["n_steps"], n_resamples=199)
+        pd.testing.assert_frame_equal(table, again)
+    other = compare_groups(data[:30], data[30:], "a", match=["n_steps"], n_resamples=199, seed=1)
+    assert not np.allclose(other["low"], first["a"]["low"])
