@@ -33,7 +33,7 @@ def watched_page(browser: Browser, width: int, height: int) -> Iterator[Page]:
     page.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
     yield page
     page.close()
-    assert complaints == []
+    assert complaints == [], complaints
 
 
 def picture(page: Page, request: pytest.FixtureRequest) -> None:

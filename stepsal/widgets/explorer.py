@@ -69,7 +69,7 @@ class Explorer(ipywidgets.VBox):
 
     Example:
         >>> model = stepsal.load("mini")
-        >>> trace = stepsal.generate(model, "Anna is 3. What is Anna?", max_new_tokens=40)
+        >>> trace = stepsal.generate(model, "Hugo is 4 plus 3. What is Hugo?", max_new_tokens=40)
         >>> explorer = stepsal.widgets.Explorer(stepsal.step_saliency(model, trace, progress=False))
         >>> explorer.state = {"layer": 5, "metric": "share"}
         >>> explorer.state["layer"], explorer.state["band"]
@@ -136,7 +136,7 @@ class Explorer(ipywidgets.VBox):
         Example:
             >>> import tempfile
             >>> model = stepsal.load("mini")
-            >>> trace = stepsal.generate(model, "Anna is 3. What is Anna?", max_new_tokens=40)
+            >>> trace = stepsal.generate(model, "Hugo is 4 plus 3. What is Hugo?", max_new_tokens=40)
             >>> explorer = stepsal.widgets.Explorer({"answer": stepsal.step_saliency(model, trace, progress=False)})
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     explorer.to_html(f"{folder}/maps.html", verdicts={"answer": "right"}).name

@@ -66,7 +66,7 @@ class StepFlowPanel(ipywidgets.VBox):
 
     Example:
         >>> decoding = stepsal.Decoding(max_new_tokens=40)
-        >>> panel = stepsal.widgets.StepFlowPanel(stepsal.load("mini"), "Anna is 3. What is Anna?", decoding=decoding)
+        >>> panel = stepsal.widgets.StepFlowPanel(stepsal.load("mini"), "Hugo is 4 plus 3. What is Hugo?", decoding=decoding)
         >>> panel.run()
         >>> list(panel.traces), panel.explorer.state["compare"]
         (['without StepFlow', 'with StepFlow'], 'with StepFlow')

@@ -44,7 +44,7 @@ class Scene:
 
     Example:
         >>> model = stepsal.load("mini")
-        >>> trace = stepsal.generate(model, "Anna is 3. What is Anna?", max_new_tokens=40)
+        >>> trace = stepsal.generate(model, "Hugo is 4 plus 3. What is Hugo?", max_new_tokens=40)
         >>> from stepsal.widgets.scene import Scene
         >>> scene = Scene.of(stepsal.step_saliency(model, trace, progress=False))
         >>> scene.title("mini", scene.first_state() | {"band": "deep"})

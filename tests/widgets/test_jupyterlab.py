@@ -17,10 +17,12 @@ from typing import Any
 import nbformat
 import pytest
 from browsing import ROOT, hover, panel, picture, point, settle, watched_page
+from made_up import saliency
 from nbformat.sign import NotebookNotary
 from playwright.sync_api import Browser, Locator, Page, expect
 
 from stepsal.experiments import Population
+from stepsal.widgets import Explorer
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("jupyterlab")]  # one server for all of them
 
@@ -67,6 +69,12 @@ def in_kernel(notebook: Page, code: str) -> str:
     return notebook.evaluate(EXECUTE, code)
 
 
+def stranger() -> nbformat.NotebookNode:
+    """A notebook that nobody here has run or signed, with the stored output of an explorer."""
+    output = nbformat.v4.new_output("display_data", data=Explorer(saliency())._repr_mimebundle_())
+    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("explorer", outputs=[output])])
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A JupyterLab with settings of its own, on a copy of notebook 09, which it trusts; without news and lazy cells."""
@@ -80,6 +88,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     notebook.cells += [nbformat.v4.new_code_cell(source) for source in MORE_CELLS]
     nbformat.write(notebook, folder / "notebooks" / "09_explorer.ipynb")
     NotebookNotary(data_dir=str(folder / "jupyter")).sign(notebook)
+    nbformat.write(stranger(), folder / "notebooks" / "stranger.ipynb")
     for plugin, settings in {
         "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
         "notebook-extension/tracker": {"windowingMode": "none"},
@@ -114,8 +123,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             process.wait()
 
 
-def open_notebook(page: Page, server: str) -> None:
-    page.goto(f"{server}/lab/tree/notebooks/09_explorer.ipynb?token={TOKEN}")
+def open_notebook(page: Page, server: str, name: str = "09_explorer") -> None:
+    page.goto(f"{server}/lab/workspaces/{name}/tree/notebooks/{name}.ipynb?token={TOKEN}")  # each with tabs of its own
     page.wait_for_function(READY)
 
 
@@ -144,6 +153,15 @@ def test_saved_widgets_are_shown_without_running_anything(page: Page, server: st
     expect(panel(first).locator(".stepsal-title")).to_have_text("wrong · layer 6 · share of its row")
     first.locator(".noUi-handle").first.press("ArrowLeft")  # the slider works, though no kernel knows of it
     expect(panel(first).locator(".stepsal-title")).to_have_text("wrong · layer 5 · share of its row")
+
+
+def test_a_notebook_that_is_not_trusted_shows_a_picture(page: Page, server: str) -> None:
+    open_notebook(page, server, "stranger")
+    output = page.locator(".jp-OutputArea-output")
+    expect(output).to_have_attribute("data-mime-type", "image/png")
+    image = output.locator("img")
+    expect(image).to_be_visible(timeout=60_000)
+    assert image.evaluate("e => e.naturalWidth") > 300
 
 
 def test_sliders_and_switches_in_jupyterlab(first: Locator) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import html
+import io
 import json
 import re
 import threading
@@ -15,9 +17,11 @@ import numpy as np
 import pytest
 import torch
 from made_up import NASTY, saliency
+from PIL import Image
 from transformer_lens.model_bridge import TransformerBridge
 
 import stepsal
+from stepsal import plots
 from stepsal.maps import StepSaliency
 from stepsal.tasks import chain
 from stepsal.widgets import Explorer, StepFlowPanel
@@ -225,6 +229,43 @@ def test_figures_of_every_view(explorer: Explorer) -> None:
                 )  # fmt: skip
         fig.canvas.draw()
         plt.close(fig)
+
+
+def test_a_picture_and_a_sentence_stand_beside_the_widget(explorer: Explorer) -> None:
+    before = plt.get_fignums()
+    bundle = explorer._repr_mimebundle_()
+    assert plt.get_fignums() == before  # or the picture would be shown a second time
+    assert bundle["application/vnd.jupyter.widget-view+json"]["model_id"] == explorer.model_id
+    assert bundle["text/plain"] == "A picture of the explorer: run the cell to explore.\nwrong, correct, long"
+    image = Image.open(io.BytesIO(base64.b64decode(bundle["image/png"])))
+    assert image.width > 300
+    assert np.asarray(image.convert("L")).std() > 20  # something is on it
+    explorer.state = {"view": "arcs", "top_k": 0}
+    assert explorer._repr_mimebundle_()["image/png"] != bundle["image/png"]
+
+
+def test_colours_follow_the_rule_of_the_figures(explorer: Explorer) -> None:
+    scene = explorer.scene
+    values = scene.maps["wrong"].values.clone()
+    values[:, 0, 0] = 1e3  # the corner
+    state = scene.first_state()
+    shares = values / values.sum(-1, keepdim=True)
+    norm = plots.shared_norm([shares[:, 1:].numpy()], quantile_floor=0.3)
+    assert scene.color_range("wrong", state) == pytest.approx((norm.vmin, norm.vmax))
+    alone = plots.shared_norm([shares[0, 1:].numpy()], quantile_floor=0.3)
+    assert scene.color_range("wrong", state | {"shared": False}) == pytest.approx((alone.vmin, alone.vmax))
+    whole = saliency(values=values)
+    assert Explorer(whole).scene.color_range("made up", {**state, "trace": "made up", "metric": "saliency"})[1] <= 1
+
+
+def test_arcs_below_the_threshold_belong_to_the_own_step(explorer: Explorer) -> None:
+    scene, state = explorer.scene, explorer.state | {"top_k": 2, "threshold": 25}
+    shares, arcs = scene.shown("wrong", state), scene.arcs("wrong", state)
+    torch.testing.assert_close(arcs.sum(-1), shares.sum(-1))
+    off = torch.ones(5, 5).tril(-1).bool()
+    assert 0 < int((arcs[off] > 0).sum()) < int(off.sum())
+    torch.testing.assert_close(arcs[off], torch.where(shares[off] >= 0.25, shares[off], 0))
+    assert not scene.arcs("wrong", state | {"top_k": 0})[off].any()
 
 
 def test_the_page_is_whole_and_texts_stay_texts(tmp_path: Path) -> None:

@@ -330,7 +330,8 @@ class Chart {
   }
 
   /** Say beside the cell what is in it, and the texts of both of its steps. */
-  showTip(cell, told) {
+  tell(cell, told) {
+    this.tipped = cell;
     this.tip.hidden = !cell;
     if (!cell) return;
     const { info } = this.panel, [query, key] = cell;
@@ -342,7 +343,12 @@ class Chart {
       node(line, "span", "tip-name", `${verb}${info.labels[step]} `);
       node(line, "span", "", clipped(info.texts[step], 240)).dir = "auto";
     }
-    const [y, height] = this.row(query), { offsetHeight } = this.tip, above = y - offsetHeight - 8;
+  }
+
+  /** Beside the cell and above its row, or below it where there is no room. */
+  placeTip() {
+    if (!this.tipped) return;
+    const [query, key] = this.tipped, [y, height] = this.row(query), above = y - this.tip.offsetHeight - 8;
     Object.assign(this.tip.style, { left: `${this.x(key) + this.cell + 10}px`, top: `${above >= 0 ? above : y + height + 10}px` });
   }
 }

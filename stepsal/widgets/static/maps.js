@@ -154,8 +154,8 @@ class Maps {
   /** Steps that later steps draw on most: sums of their shares, and how many later steps there are. */
   ranking(map, state, most) {
     const { roles } = this.maps[map], positions = this.chosen(map, state), sums = new Float64Array(roles.length);
-    const metric = this.metric(map, state) === ATTENTION ? ATTENTION : SALIENCY;
-    const shares = toShares(Float32Array.from(this.mean(map, metric, positions)), roles.length);
+    const ofAttention = this.metric(map, state) === ATTENTION;
+    const shares = ofAttention ? toShares(this.mean(map, ATTENTION, positions).slice(), roles.length) : this.mean(map, SHARE, positions);
     for (let i = 1, c = 1; i < roles.length; i++, c++) for (let j = 0; j < i; j++, c++) sums[j] += shares[c];
     const order = Array.from(sums.keys()).filter((j) => sums[j] > 0).sort((a, b) => sums[b] - sums[a]);
     return order.slice(0, most).map((j) => [j, sums[j], roles.length - 1 - j]);
@@ -195,22 +195,29 @@ function spread(arrays, share) {
   }
   if (n === 0) return [0, 0];
   const place = share * (n - 1), low = Math.floor(place), weight = place - low;
-  const [below, above, highest] = floatsOf(ranked(all, counts, low), ranked(all, counts, Math.min(low + 1, n - 1)), top);
+  const [bin, left] = binOf(counts, low), sizes = sortedBin(all, bin);
+  const next = left + 1 < sizes.length ? sizes[left + 1] : low + 1 < n ? sortedBin(all, binOf(counts, low + 1)[0])[0] : sizes[left];
+  const [below, above, highest] = floatsOf(sizes[left], next, top);
   return [below + (above - below) * weight, highest];
 }
 
-/** Bits of the size at a place in the order of those that are not zero. */
-function ranked(all, counts, place) {
+/** The bin of a place in the order of all sizes, and the place within it. */
+function binOf(counts, place) {
   let left = place, bin = 0;
   while (left >= counts[bin]) left -= counts[bin++];
+  return [bin, left];
+}
+
+/** Sizes of a bin as bits, without zeros, in order. */
+function sortedBin(all, bin) {
   const inside = [];
   for (const bits of all) {
     for (let i = 0; i < bits.length; i++) {
       const size = bits[i] & 0x7fffffff;
-      if (size !== 0 && size >>> 16 === bin) inside.push(size);
+      if (size >>> 16 === bin && size !== 0) inside.push(size);
     }
   }
-  return Uint32Array.from(inside).sort()[left];
+  return new Uint32Array(inside).sort();
 }
 
 function floatsOf(...bits) {

@@ -86,9 +86,10 @@ class Panel {
     const links = about === null ? null : { about, ...maps.links(this.map, this.values, about, Math.max(3, state.top_k)) };
     this.readout.textContent = cell ? this.tell(cell) : "";
     this.chart.mark(cell, step, links);
-    this.chart.showTip(state.view === 0 ? this.hover : null, this.readout.textContent);
-    this.reading.mark(cell, step, links);
     this.heads.mark(cell);
+    this.chart.tell(state.view === 0 ? this.hover : null, this.readout.textContent);
+    this.reading.mark(cell, step, links);
+    this.chart.placeTip(); // after all that changes what stands where
   }
 
   tell([query, key]) {

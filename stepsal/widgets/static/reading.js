@@ -95,11 +95,11 @@ class Reading {
     if (cell) {
       this.rows[cell[0]].classList.add("stepsal-query");
       this.rows[cell[1]].classList.add("stepsal-key");
-      if (!this.text.matches(":hover, :focus")) this.show(...cell);
     }
     if (step !== null) this.rows[step].classList.add("stepsal-hovered");
     this.shadeSteps(links?.about ?? null);
     this.tellLinks(links);
+    if (cell && !this.text.matches(":hover, :focus")) this.show(...cell); // last, since it asks for the layout
   }
 
   /** Shade each step by what the chosen one draws from it. */
@@ -110,7 +110,8 @@ class Reading {
     for (let j = 0; about !== null && j <= about; j++) sum += Math.abs(values[at(about, j)]);
     this.rows.forEach((row, j) => {
       const share = about === null || j > about || !sum ? 0 : Math.abs(values[at(about, j)]) / sum;
-      row.style.setProperty("--stepsal-drawn", `${Math.round(65 * Math.sqrt(share))}%`);
+      const drawn = 5 * Math.round(13 * Math.sqrt(share)); // in few steps, so that few rows change
+      if (drawn !== (row.drawn ?? 0)) row.style.setProperty("--stepsal-drawn", `${(row.drawn = drawn)}%`);
     });
     Object.assign(this, { shaded: about, of: values });
   }
