@@ -20,7 +20,7 @@ from stepsal.experiments import Population
 from stepsal.widgets import Explorer
 
 ROOT = Path(__file__).parents[1]
-WIDTH, HEIGHT = 960, 860
+WIDTH, HEIGHT = 960, 960
 
 
 def explorer_of_notebook_09() -> Explorer:

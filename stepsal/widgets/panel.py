@@ -66,7 +66,8 @@ class StepFlowPanel(ipywidgets.VBox):
 
     Example:
         >>> decoding = stepsal.Decoding(max_new_tokens=40)
-        >>> panel = stepsal.widgets.StepFlowPanel(stepsal.load("mini"), "Hugo is 4 plus 3. What is Hugo?", decoding=decoding)
+        >>> model = stepsal.load("mini")
+        >>> panel = stepsal.widgets.StepFlowPanel(model, "Hugo is 4 plus 3. What is Hugo?", decoding=decoding)
         >>> panel.run()
         >>> list(panel.traces), panel.explorer.state["compare"]
         (['without StepFlow', 'with StepFlow'], 'with StepFlow')

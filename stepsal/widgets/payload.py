@@ -54,7 +54,7 @@ def _describe(scene: Scene, label: str) -> dict[str, Any]:
         "texts": texts,
         "question": " ".join(text for text, role in zip(texts, saliency.roles, strict=True) if role == "question"),
         "layers": list(saliency.layers),
-        "bands": {band: scene.band(label, band) for band in NAMED_BANDS},
+        "bands": {band: scene.band_positions(label, band) for band in NAMED_BANDS},
         "profile": {name: [None if np.isnan(x) else float(x) for x in metrics[name]] for name in LINES},
         "undefined": {name: _why_undefined(saliency, name) for name in LINES if metrics[name].isna().all()},
         "n_heads": 0 if heads is None else heads.shape[1],

@@ -301,7 +301,7 @@ class Scene:
             return -high, high
         return (0.0 if state["scale"] == "linear" else low), high
 
-    def band(self, label: str, band: Band) -> list[int]:
+    def band_positions(self, label: str, band: Band) -> list[int]:
         """Return the positions of a band's computed layers; of all layers where it has none (the title says which).
 
         Args:
@@ -314,7 +314,9 @@ class Scene:
     def _chosen(self, label: str, state: State) -> list[int]:
         """Return the positions of the layers that a trace shows: its band, or its layer nearest to the chosen one."""
         saliency = self.maps[label]
-        return [_nearest(saliency, state["layer"])] if state["band"] is None else self.band(label, state["band"])
+        if state["band"] is None:
+            return [_nearest(saliency, state["layer"])]
+        return self.band_positions(label, state["band"])
 
     def ranking(self, label: str, state: State) -> list[tuple[int, float]]:
         """Return the steps of a trace by how much later steps draw on them: the sum of their shares, largest first.
@@ -356,7 +358,7 @@ class Scene:
             return share
         other = self.maps[state["compare"]]
         if state["band"] is not None and positions == self._chosen(label, state):
-            theirs = self.band(state["compare"], state["band"])
+            theirs = self.band_positions(state["compare"], state["band"])
         else:
             theirs = [_nearest(other, self.maps[label].layers[positions[0]])]
         return share - normalise_rows(other.values[theirs].mean(0)[None])[0]
