@@ -89,8 +89,8 @@ def methods(value: object) -> Iterator[tuple[str, inspect.Signature]]:
 
 #: Keywords that are the fields of the dataclass whose method it is: `config.but(alpha=0.1)`.
 FIELDS = {"changes"}
-#: Dictionaries that are data: documents to be kept or read back, and no options.
-DATA = {"about", "calibration", "manifest", "metadata", "parameters", "provenance", "settings", "state"}
+#: Dictionaries that are data: documents to be kept or read back, and switches that each chat template names for itself.
+DATA = {"about", "calibration", "chat", "manifest", "metadata", "parameters", "provenance", "settings", "state"}
 
 
 @pytest.mark.parametrize("name", PUBLIC)

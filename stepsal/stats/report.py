@@ -48,11 +48,11 @@ class Report:
         if len(self.table):
             columns = [[str(name), *map(str, self.table[name])] for name in self.table]
             widths = [max(map(len, column)) for column in columns]
-            left = [True, *[False] * (len(columns) - 1)]  # names to the left, numbers to the right
+            are_names = [True, *[False] * (len(columns) - 1)]  # names go to the left, numbers to the right
             for cells in zip(*columns, strict=True):
                 parts = [
                     cell.ljust(width) if is_name else cell.rjust(width)
-                    for cell, width, is_name in zip(cells, widths, left, strict=True)
+                    for cell, width, is_name in zip(cells, widths, are_names, strict=True)
                 ]
                 lines.append("  ".join(parts).rstrip())
         for sentence in self.sentences:
