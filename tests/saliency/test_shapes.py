@@ -37,12 +37,9 @@ SHAPES = {
 RESPONSE = " One is two. It is so again. We see it once more. </think> Two."
 
 
-SMALLEST = "Qwen/Qwen3-8B"
-
-
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=[] if name == SMALLEST else pytest.mark.nightly) for name in SHAPES],
+    params=[pytest.param(name, marks=pytest.mark.nightly) for name in SHAPES],
     ids=[name.rpartition("/")[2] for name in SHAPES],
 )
 def wide(request: pytest.FixtureRequest) -> TransformerBridge:

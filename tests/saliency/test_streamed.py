@@ -507,7 +507,12 @@ class TestMemory:
     @pytest.mark.slow
     @pytest.mark.parametrize(
         ("engine", "n_tokens"),
-        [("pattern", 512), ("streamed", 2048), pytest.param("streamed", 4096, marks=pytest.mark.nightly)],
+        [
+            ("pattern", 512),
+            ("streamed", 512),
+            pytest.param("streamed", 2048, marks=pytest.mark.nightly),
+            pytest.param("streamed", 4096, marks=pytest.mark.nightly),
+        ],
     )
     def test_the_estimate_is_within_a_factor_of_two(
         self, engine: str, n_tokens: int, smollm2: TransformerBridge

@@ -98,7 +98,7 @@ def test_bad_tasks(tmp_path: Path) -> None:
         HubTask("aime25", record("aime25")).sample(2)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_table_of_the_paper_in_a_dry_run(tmp_path: Path) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     settings = {"MODEL": "stepsal/mini", "RECORDS": str(RECORDS), "LOGS": str(tmp_path / "logs"), "MAX_TOKENS": "40",
