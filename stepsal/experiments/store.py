@@ -377,8 +377,20 @@ def _lock_of(hidden: Path) -> Path:
 
 
 def _part_folders(folder: Path) -> list[Path]:
-    """Return the folders of all parts of a store, by name, also of those that others replace."""
-    return sorted(path for path in (folder / PARTS).glob("[!.]*") if path.is_dir())
+    """Return the folders of all parts of a store, by name, also of those that others replace.
+
+    A listing may miss a part that was added while it was made, and so lack both a merged part and those that it
+    replaces. Therefore two listings in a row must agree. A folder that is gone by now stays in the list, so that its
+    reader learns of it.
+    """
+    listed, previous = _listed(folder), None
+    while listed != previous:
+        listed, previous = _listed(folder), listed
+    return sorted(path for path in listed if not path.is_file())
+
+
+def _listed(folder: Path) -> set[Path]:
+    return set((folder / PARTS).glob("[!.]*"))
 
 
 def _described(folder: Path) -> StoredPart | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from stepsal import Decoding
+from stepsal.experiments import store as store_module
 from stepsal.experiments.store import Store
 
 PARAMETERS = {"model_name": "mini", "decoding": {"temperature": 1.0, "stop": ()}, "seed": 0}
@@ -214,6 +215,17 @@ for round in range(40):
     assert writer.returncode == 0, writer.communicate()[1]
     assert reads > 10
     assert "".join(contents(store)).replace(" ", "") == "<0><1><2><3>"
+
+
+def test_a_part_that_goes_while_it_is_listed_is_looked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = begin(tmp_path, a="first")
+    folders = tmp_path / "parts"
+    gone, here = {folders / "merged-meanwhile"}, {folders / "a"}
+    listings = iter([gone, gone, set(), here])
+    monkeypatch.setattr(store_module, "_listed", lambda folder: next(listings, here))
+    assert store.names() == ["a"]
 
 
 def test_a_part_that_is_being_written_is_left_to_its_writer(tmp_path: Path) -> None:
