@@ -6,15 +6,15 @@ A question is rendered, tokenised and located in its prompt once: the decoding l
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformer_lens.model_bridge import TransformerBridge
 
 from stepsal.generation.decoding import Decoding
 from stepsal.generation.endings import thinking_ends
-from stepsal.generation.loop import check_prompt, write
+from stepsal.generation.loop import Prompt, check_prompt, write
 from stepsal.intervention import StepFlowConfig, agreed_segmentation
 from stepsal.intervention import stepflow as open_stepflow
 from stepsal.tasks.chain_questions import warn_of_other_questions
@@ -100,14 +100,15 @@ def generate_batch(
     budget_forcing: int = 0,
     stop_in_thinking: bool = False,
     seed: int | Sequence[int] = 0,
+    batch_size: int | None = None,
     system: str | None = None,
     chat: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> list[Trace]:
-    """Let a model answer several questions in one batch, and return the answers as traces.
+    """Let a model answer several questions together, and return the answers as traces.
 
     An answer ends at the end-of-sequence token, with a stop text, after `max_new_tokens`, or at the end of the model's
-    context; the others go on without it. A `Decoding` is passed as `**decoding.to_dict()`.
+    context; the next question takes its place. A `Decoding` is passed as `**decoding.to_dict()`.
 
     Args:
         model: from `stepsal.load`, or another `TransformerBridge`; with a tokenizer.
@@ -125,9 +126,10 @@ def generate_batch(
         stop_in_thinking: True lets a stop text end the answer in the middle of the thinking, too.
         seed: seeds of the sampling, one for each question; a single number means seed, seed + 1, ... An answer depends
             on its own seed only, so that it is the same in any batch (up to rounding in the logits).
+        batch_size: largest number of answers that are written together; None writes all.
         system: a system prompt; None keeps what the chat template does by itself.
         chat: switches of the chat template, such as {"enable_thinking": False}; kept in the trace.
-        progress: show a bar over tokens.
+        progress: show a bar over answers; over tokens if there is one question.
 
     Returns:
         One trace per question, with exactly the tokens that the model wrote, those that ended the answer included. Its
@@ -147,8 +149,8 @@ def generate_batch(
     _warn_of_what_is_unknown(model, questions)
     seeds = [seed + row for row in range(len(questions or ()))] if isinstance(seed, int) else seed
     return answer_batch(
-        model, questions, decoding, seeds=seeds, stepflow=stepflow, segmentation=segmentation, system=system,
-        chat=chat, progress=progress,
+        model, questions, decoding, seeds=seeds, batch_size=batch_size, stepflow=stepflow, segmentation=segmentation,
+        system=system, chat=chat, progress=progress,
     )  # fmt: skip
 
 
@@ -158,25 +160,27 @@ def answer_batch(
     decoding: Decoding,
     *,
     seeds: Sequence[int],
+    batch_size: int | None = None,
     stepflow: StepFlowConfig | None = None,
     segmentation: Segmentation | None = None,
     system: str | None = None,
     chat: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> list[Trace]:
-    """Let a model answer several questions in one batch, with the settings as one value.
+    """Let a model answer several questions together, with the settings as one value.
 
     Args:
         model: from `stepsal.load`, with a tokenizer.
         questions: the questions that the user asks.
         decoding: settings with which the answers are written.
         seeds: seeds of the sampling, one for each question.
+        batch_size: largest number of answers that are written together; None writes all.
         stepflow: decode under StepFlow with these settings.
         segmentation: the way to find sections and steps, for StepFlow and in the traces; None is that of an open
             StepFlow context, or `Segmentation()`.
         system: a system prompt; None keeps what the chat template does by itself.
         chat: switches of the chat template, such as {"enable_thinking": False}; kept in the trace.
-        progress: show a bar over tokens.
+        progress: show a bar over answers; over tokens if there is one question.
 
     Returns:
         One trace per question.
@@ -191,18 +195,83 @@ def answer_batch(
         >>> [trace.truncated for trace in traces]
         [True, True]
     """
+    answers = answer_each(
+        model, questions, decoding, seeds=seeds, batch_size=batch_size, stepflow=stepflow, segmentation=segmentation,
+        system=system, chat=chat, progress=progress,
+    )  # fmt: skip
+    return [answer.trace for answer in sorted(answers, key=lambda answer: answer.number)]
+
+
+class Answered(NamedTuple):
+    """A question that has been answered.
+
+    Attributes:
+        number: number of the question, from 0.
+        trace: the answer.
+        seconds: its share of the time, as in `stepsal.generation.loop.Written`.
+    """
+
+    number: int
+    trace: Trace
+    seconds: float
+
+
+def answer_each(
+    model: TransformerBridge,
+    questions: Sequence[str],
+    decoding: Decoding,
+    *,
+    seeds: Sequence[int],
+    batch_size: int | None = None,
+    stepflow: StepFlowConfig | None = None,
+    segmentation: Segmentation | None = None,
+    system: str | None = None,
+    chat: Mapping[str, Any] | None = None,
+    progress: bool = False,
+) -> Iterator[Answered]:
+    """Let a model answer several questions together, and yield each answer when it is done.
+
+    The arguments are those of `answer_batch`. Close the iterator (`contextlib.closing`) if you leave it early.
+
+    Args:
+        model: from `stepsal.load`, with a tokenizer.
+        questions: the questions that the user asks.
+        decoding: settings with which the answers are written.
+        seeds: seeds of the sampling, one for each question.
+        batch_size: largest number of answers that are written together; None writes all.
+        stepflow: decode under StepFlow with these settings.
+        segmentation: the way to find sections and steps, for StepFlow and in the traces.
+        system: a system prompt; None keeps what the chat template does by itself.
+        chat: switches of the chat template.
+        progress: show a bar over answers; over tokens if there is one question.
+
+    Raises:
+        ValueError: as for `answer_batch`.
+
+    Example:
+        >>> from stepsal.generation.answers import answer_each
+        >>> model, decoding = stepsal.load("mini"), stepsal.Decoding(max_new_tokens=40)
+        >>> questions = ["Anna is 3 plus 1. Hugo is Anna plus 2. What is Hugo?", "Anna is 3 plus 1. What is Anna?"]
+        >>> [answer.number for answer in answer_each(model, questions, decoding, seeds=[0, 1])]
+        [1, 0]
+    """
     prompts = check_questions(model, questions, decoding=decoding, segmentation=segmentation, system=system, chat=chat)
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} questions: give one for each, or a single one")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1, or None for all questions together")
     context = nullcontext() if stepflow is None else open_stepflow(model, stepflow, segmentation=segmentation)
+    to_write = [Prompt(prompt.ids, n, decoding.max_new_tokens) for prompt, n in zip(prompts, seeds, strict=True)]
     with context:
         segmentation = agreed_segmentation(model, segmentation)
-        prompt_ids = [prompt.ids for prompt in prompts]
-        answers = write(model, prompt_ids, decoding=decoding, segmentation=segmentation, seeds=seeds, progress=progress)
-    return [
-        Trace.from_answer(prompt, tokens, model, truncated=ended in ("limit", "context"), segmentation=segmentation)
-        for prompt, (tokens, ended) in zip(prompts, answers, strict=True)
-    ]
+        for answer in write(
+            model, to_write, batch_size, decoding=decoding, segmentation=segmentation, progress=progress
+        ):  # fmt: skip
+            trace = Trace.from_answer(
+                prompts[answer.number], answer.tokens, model, truncated=answer.ended in ("limit", "context"),
+                segmentation=segmentation,
+            )  # fmt: skip
+            yield Answered(answer.number, trace, answer.seconds)
 
 
 def _warn_of_what_is_unknown(model: TransformerBridge, questions: Sequence[str]) -> None:

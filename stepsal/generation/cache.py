@@ -4,14 +4,19 @@ The cache of transformers makes a new tensor of all keys and values at every tok
 holds, writes new ones there, and hands out views; when the room is used up it moves to half as much again, so that
 each key is copied a few times in all, not once per token. A layer with a sliding window moves only what the window
 still needs.
+
+Rows come and go: `join` puts the rows of one cache below those of another, with the last key of all in one column, and
+`let_go` drops the columns on the left that are padding in all rows that are left.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 GROWTH = 1.5  # room is made for this many times what is held
@@ -88,6 +93,22 @@ class GrowingLayer(DynamicLayer):
         self.values = self._value_room.append(_like(self.values, value_states), value_states)
         return self.keys, self.values
 
+    def add_rows(self, other: GrowingLayer) -> None:
+        """Add the rows of another layer, with the last column of both in one.
+
+        Args:
+            other: a layer of another cache of the same model; its keys are copied.
+        """
+        self.keys, self.values = _stacked(self.keys, other.keys), _stacked(self.values, other.values)
+
+    def drop_first(self, n: int) -> None:
+        """Drop the first columns.
+
+        Args:
+            n: number of columns.
+        """
+        self.keys, self.values = _without_first(self.keys, n), _without_first(self.values, n)
+
 
 class GrowingSlidingLayer(DynamicSlidingWindowLayer):
     """The keys and values of a layer with a sliding window, which keeps those that the next token sees."""
@@ -113,6 +134,26 @@ class GrowingSlidingLayer(DynamicSlidingWindowLayer):
         self.keys, self.values = (x[:, :, -self.sliding_window + 1 :, :] for x in (keys, values))
         return keys, values
 
+    def add_rows(self, other: GrowingSlidingLayer) -> None:
+        """Add the rows of another layer, with the last column of both in one.
+
+        Args:
+            other: a layer of another cache of the same model; its keys are copied.
+        """
+        self.cumulative_length = max(self.cumulative_length, other.cumulative_length)
+        self.keys, self.values = _stacked(self.keys, other.keys), _stacked(self.values, other.values)
+
+    def drop_first(self, n: int) -> None:
+        """Drop the first columns, of all that there were; those before the window are dropped already.
+
+        Args:
+            n: number of columns.
+        """
+        n_held = 0 if self.keys is None else self.keys.shape[-2]
+        self.cumulative_length -= n
+        surplus = max(0, n_held - self.cumulative_length)
+        self.keys, self.values = _without_first(self.keys, surplus), _without_first(self.values, surplus)
+
 
 def growing_cache(config: Any) -> Cache:
     """Return an empty cache for a model; layers of other kinds than full and sliding attention are transformers' own.
@@ -132,6 +173,60 @@ def growing_cache(config: Any) -> Cache:
         elif type(layer) is DynamicSlidingWindowLayer:
             cache.layers[i] = GrowingSlidingLayer(sliding_window=layer.sliding_window)
     return cache
+
+
+def rows_can_join(cache: Cache) -> bool:
+    """Tell whether `join` and `let_go` know all layers of a cache.
+
+    Args:
+        cache: from `growing_cache`.
+
+    Example:
+        >>> from stepsal.generation.cache import growing_cache, rows_can_join
+        >>> rows_can_join(growing_cache(stepsal.load("mini").original_model.config))
+        True
+    """
+    return len(_growing(cache)) == len(cache.layers)
+
+
+def join(cache: Cache, other: Cache) -> None:
+    """Put the rows of another cache below those of a cache, with the last column of both in one.
+
+    The shorter rows are padded on the left with zeros.
+
+    Args:
+        cache: a cache of `growing_cache` that has read something.
+        other: another one of the same model; it is not changed.
+    """
+    for layer, other_layer in zip(_growing(cache), _growing(other), strict=True):
+        layer.add_rows(other_layer)  # type: ignore[arg-type]  # both are of one kind, as the model is the same
+
+
+def let_go(cache: Cache, n: int) -> None:
+    """Drop the first columns of a cache, without a copy.
+
+    Args:
+        cache: a cache of `growing_cache`.
+        n: number of columns; they must be padding in all rows.
+    """
+    for layer in _growing(cache):
+        layer.drop_first(n)
+
+
+def _growing(cache: Cache) -> list[GrowingLayer | GrowingSlidingLayer]:
+    return [layer for layer in cache.layers if isinstance(layer, GrowingLayer | GrowingSlidingLayer)]
+
+
+def _stacked(above: Tensor | None, below: Tensor | None) -> Tensor | None:
+    """Return the rows of two tensors [row, kv_head, pos, d_head], the shorter padded on the left; None for none."""
+    if above is None or below is None:  # a layer that keeps no keys, as it uses those of another
+        return above
+    n = max(above.shape[-2], below.shape[-2])
+    return torch.cat([pad(x, (0, 0, n - x.shape[-2], 0)) for x in (above, below)])
+
+
+def _without_first(states: Tensor | None, n: int) -> Tensor | None:
+    return None if states is None else states[..., n:, :]
 
 
 def _like(held: Tensor | None, states: Tensor) -> Tensor:

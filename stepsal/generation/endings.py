@@ -97,35 +97,31 @@ class ThinkingWatch:
 
 
 class StopTexts:
-    """A check for the texts that end an answer, in each row of a batch and wherever tokens divide them.
+    """A check for the texts that end an answer, wherever tokens divide them.
 
     Args:
         tokenizer: tokenizer of the model.
-        n_rows: number of rows of the batch.
         texts: the stop texts, at least one and none of them empty (as `Decoding.stop`).
-        watches: for each row, the check whether it is thinking, where a stop text does not count; None lets stop texts
-            count everywhere.
+        watch: the check whether the answer is thinking, where a stop text does not count; None lets stop texts count
+            everywhere.
     """
 
-    def __init__(
-        self, tokenizer: Any, n_rows: int, texts: Sequence[str], watches: Sequence[ThinkingWatch] | None = None
-    ) -> None:
+    def __init__(self, tokenizer: Any, texts: Sequence[str], watch: ThinkingWatch | None = None) -> None:
         self._texts, self._longest = tuple(texts), max(map(len, texts))
         self._backend = tokenizer.backend_tokenizer
-        self._streams = [DecodeStream(skip_special_tokens=False) for _ in range(n_rows)]
-        self._recent = [""] * n_rows  # the last characters of each row
-        self._watches = watches
+        self._stream = DecodeStream(skip_special_tokens=False)
+        self._recent = ""  # the last characters
+        self._watch = watch
 
-    def push(self, row: int, token: int) -> bool:
-        """Read a token of a row, and tell whether it completes a stop text that counts.
+    def push(self, token: int) -> bool:
+        """Read a token, and tell whether it completes a stop text that counts.
 
         Args:
-            row: number of the row in the batch.
             token: the id of the token.
         """
-        piece = self._streams[row].step(self._backend, token) or ""
-        before, watch = self._recent[row], None if self._watches is None else self._watches[row]
-        self._recent[row] = (before + piece)[-self._longest :]
+        piece = self._stream.step(self._backend, token) or ""
+        before, watch = self._recent, self._watch
+        self._recent = (before + piece)[-self._longest :]
         is_complete = any(stop in before + piece for stop in self._texts)
         if watch is None:
             return is_complete
@@ -192,34 +188,25 @@ def thinking_ends(model: TransformerBridge, segmentation: Segmentation | None = 
 
 
 class BudgetForcing:
-    """Budget forcing: rows that would end their thinking write "Wait" instead (s1, arXiv 2501.19393).
+    """Budget forcing: an answer that would end its thinking writes "Wait" instead (s1, arXiv 2501.19393).
 
     Args:
-        model: a model with a tokenizer.
-        n_rows: number of rows of the batch.
-        times: number of times that the end of the thinking is replaced in each row.
-        segmentation: the way to find the end of the thinking; None lets the model tell it.
-
-    Raises:
-        ValueError: the marker that ends the thinking has several tokens.
+        ends: tokens that end the thinking, from `thinking_ends`.
+        wait: tokens of "Wait".
+        times: number of times that the end of the thinking is replaced.
     """
 
-    def __init__(
-        self, model: TransformerBridge, n_rows: int, times: int, segmentation: Segmentation | None = None
-    ) -> None:
-        self._ends = thinking_ends(model, segmentation)
-        self._wait: list[int] = model.tokenizer("Wait", add_special_tokens=False)["input_ids"]
-        self._times_left = [times] * n_rows
-        self._pending: list[list[int]] = [[] for _ in range(n_rows)]  # tokens of "Wait" still to be written
+    def __init__(self, ends: frozenset[int], wait: Sequence[int], times: int) -> None:
+        self._ends, self._wait, self._n_left = ends, wait, times
+        self._pending: list[int] = []  # tokens of "Wait" still to be written
 
-    def replace(self, row: int, token: int) -> int:
-        """Return the token that a row writes in place of the chosen one, which most often is the same.
+    def replace(self, token: int) -> int:
+        """Return the token that is written in place of the chosen one, which most often is the same.
 
         Args:
-            row: number of the row in the batch.
             token: the id of the chosen token.
         """
-        if not self._pending[row] and self._times_left[row] and token in self._ends:
-            self._times_left[row] -= 1
-            self._pending[row] = list(self._wait)
-        return self._pending[row].pop(0) if self._pending[row] else token
+        if not self._pending and self._n_left and token in self._ends:
+            self._n_left -= 1
+            self._pending = list(self._wait)
+        return self._pending.pop(0) if self._pending else token

@@ -35,7 +35,7 @@ def log_probabilities(model: TransformerBridge, trace: Trace) -> Float[Tensor, "
     Example:
         >>> from stepsal.generation.scoring import log_probabilities
         >>> model = stepsal.load("mini")
-        >>> trace = stepsal.generate(model, "Anna is 3. What is Anna?", max_new_tokens=20)
+        >>> trace = stepsal.generate(model, "Anna is 3 plus 4. What is Anna?", max_new_tokens=20)
         >>> log_probabilities(model, trace).shape == (len(trace) - 1,)
         True
     """

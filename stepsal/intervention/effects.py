@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stepsal.bridge.native import native
 from stepsal.intervention.config import StepFlowConfig
 from stepsal.intervention.hooks import active_flow
 from stepsal.intervention.hooks import stepflow as open_stepflow
@@ -104,7 +105,8 @@ def _answer_tokens(trace: Trace) -> pd.DataFrame:
 def _next_token_logits(model: TransformerBridge, trace: Trace) -> Float[Tensor, "answer_token d_vocab"]:
     """Return the logits from which each token of the answer comes, on the CPU."""
     tokens = trace.tokens.to(next(model.parameters()).device)
-    logits = model(tokens[None], attention_mask=torch.ones_like(tokens)[None])[0]
+    with native(model):
+        logits = model(tokens[None], attention_mask=torch.ones_like(tokens)[None])[0]
     return logits[trace.n_prompt - 1 : -1].float().cpu()
 
 

@@ -19,7 +19,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,14 +32,14 @@ from transformer_lens.model_bridge import TransformerBridge
 from stepsal.bridge.attention import sliding_window
 from stepsal.bridge.check import check_model
 from stepsal.bridge.hooks import attention_hooks, remove_hook
-from stepsal.intervention.bridging import Bridging, KeySections
+from stepsal.intervention.bridging import Bridging
 from stepsal.intervention.config import StepFlowConfig
 from stepsal.intervention.ledger import Ledger, Portion
 from stepsal.intervention.log import FlowLog
 from stepsal.intervention.oeb import odds_equal_bridge
+from stepsal.intervention.reading import Reading
 from stepsal.intervention.segmentation import agreement, format_of, resolved_segmentation
 from stepsal.intervention.smi import Injections, inject, previous_step_means
-from stepsal.intervention.values import KeptValues
 from stepsal.trace.frame import PromptFrame
 from stepsal.trace.segment import Segmentation
 from stepsal.trace.tracking import SequenceTracker
@@ -129,6 +129,13 @@ def agreed_segmentation(model: TransformerBridge, segmentation: Segmentation | N
     return segmentation if flow is None else agreement(flow.segmentation, segmentation)
 
 
+class AsideRows(NamedTuple):
+    """Sequences that are not read for a while, and their numbers in the log."""
+
+    reading: Reading
+    log_rows: list[int]
+
+
 class StepFlow:
     """One open context of `stepflow`: its hooks, and their input for the present pass.
 
@@ -153,11 +160,8 @@ class StepFlow:
         (0, 1)
     """
 
-    _ledger: Ledger
-    _key_sections: KeySections
-    _kept: dict[int, KeptValues]  # by layer
+    _reading: Reading
     _new_values: dict[int, Tensor]  # by layer, of this pass
-    _cache: Callable[[], object]  # a weak reference to the cache of the last pass
     _portion: Portion
     _bridging: Bridging | None
     _injections: Injections | None
@@ -220,18 +224,50 @@ class StepFlow:
         """Keep only some rows of the batch, as a decoding loop does when the other rows have finished.
 
         Args:
-            rows: indices of rows, in the order in which they stay.
+            rows: indices of rows, in the order in which they stay; none ends all sequences.
         """
-        self.log.lost([row for row in self._ledger.rows_without_question if row not in rows])
+        self.log.lost([row for row in self._reading.ledger.rows_without_question if row not in rows])
         self.log.select(rows)
-        self._ledger.select(rows)
-        self._key_sections.select(rows)
-        for kept in self._kept.values():
-            kept.select(rows)
+        if rows:
+            self._reading.select(rows)
+        else:
+            self._reading = self._new_reading(0)
+
+    def drop_first(self, n: int) -> None:
+        """Drop the first columns of the batch, as a decoding loop does when the rows that they were for have finished.
+
+        Args:
+            n: number of columns, which are padding in all rows.
+        """
+        self._reading.drop_first(n)
+
+    def set_aside(self) -> AsideRows:
+        """Interrupt the sequences that are read, so that others can be read beside them until `join`."""
+        aside = AsideRows(self._reading, self.log.set_aside())
+        self._reading = self._new_reading(0)
+        return aside
+
+    def join(self, aside: AsideRows, cache: object) -> None:
+        """Go on with sequences that were set aside, with those that were read since below them as more rows.
+
+        Args:
+            aside: what `set_aside` returned.
+            cache: the cache that holds the keys of all rows, the last column of all in one.
+        """
+        self.log.join(aside.log_rows)
+        aside.reading.join(self._reading)
+        self._reading = aside.reading
+        self._reading.follow(cache)
 
     def _begin(self, batch: int) -> None:
         """Begin new sequences."""
         self.log.begin(batch)
+        self._reading = self._new_reading(batch)
+        self._new_values = {}
+        self._bridging, self._injections = None, None
+
+    def _new_reading(self, batch: int) -> Reading:
+        """Return a reading of new sequences."""
         trackers = [
             SequenceTracker(
                 self.model.tokenizer, self._frame, self._format, split=self.segmentation.split,
@@ -239,16 +275,12 @@ class StepFlow:
             )
             for _ in range(batch)
         ]  # fmt: skip
-        self._ledger = Ledger(trackers, window=self.config.window, into_summary=self.config.into_summary)
-        self._key_sections = KeySections(batch, next(self.model.parameters()).device)
-        self._kept = {layer: KeptValues() for layer in self.smi_layers}
-        self._new_values = {}
-        self._cache = _no_cache
-        self._bridging, self._injections = None, None
+        ledger = Ledger(trackers, window=self.config.window, into_summary=self.config.into_summary)
+        return Reading(ledger, self.smi_layers, next(self.model.parameters()).device)
 
     def _end(self) -> None:
         """End the sequences that are read."""
-        self.log.lost(self._ledger.rows_without_question)
+        self.log.lost(self._reading.ledger.rows_without_question)
 
     # -------------------------------------------------------------------------------------- around each pass
 
@@ -263,7 +295,7 @@ class StepFlow:
         cache = kwargs.get("past_key_values")
         n_past = 0 if cache is None else int(cache.get_seq_length())
         if n_past:
-            self._check_cache(cache, n_past, len(ids))
+            self._reading.check(cache, n_past, len(ids))
         else:
             self._end()
             self._begin(len(ids))
@@ -272,31 +304,17 @@ class StepFlow:
         self._lay_out(*_on_host(ids.detach(), kwargs.get("attention_mask"), n_past))  # the one synchronisation
 
     def _after_pass(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        cache = getattr(output, "past_key_values", None)
-        self._cache = _no_cache if cache is None else weakref.ref(cache)
-
-    def _check_cache(self, cache: object, n_past: int, batch: int) -> None:
-        """Refuse a pass that does not continue the last one."""
-        n_followed, n_rows = self._ledger.n_columns, self._ledger.n_rows
-        if n_past != n_followed or batch != n_rows:
-            raise ValueError(
-                f"this pass continues a cache of {n_past} tokens in {batch} rows, but StepFlow has followed "
-                f"{n_followed} tokens in {n_rows} rows: read prompts inside the context"
-            )
-        if cache is not self._cache():
-            raise ValueError(
-                "this pass continues another cache than that of the last pass, and StepFlow follows one at a time: "
-                "read prompt and answer in turn, and don't copy caches"
-            )
+        self._reading.follow(getattr(output, "past_key_values", None))
 
     def _lay_out(self, ids: NDArray[np.int64], real: NDArray[np.bool_]) -> None:
         """Enter the new tokens in the ledger, and lay out the edits of this pass."""
-        portion = self._portion = self._ledger.advance(ids, real)
+        ledger, key_sections = self._reading.ledger, self._reading.key_sections
+        portion = self._portion = ledger.advance(ids, real)
         self._bridging = self._injections = None
         if self.oeb_layers:
-            self._key_sections.update(self._ledger.sections, portion.changed)
+            key_sections.update(ledger.sections, portion.changed)
             windows = set(self._windows.values())
-            self._bridging = self._key_sections.lay_out(self._ledger, portion, windows, self.config.tau_max)
+            self._bridging = key_sections.lay_out(ledger, portion, windows, self.config.tau_max)
         if portion.places and self.smi_layers and self.config.alpha > 0:
             device = next(self.model.parameters()).device
             self._injections = Injections.of(portion.places, portion.members, device)
@@ -333,7 +351,7 @@ class StepFlow:
         alpha = self.config.alpha
 
         def hook(z: Float[Tensor, "batch query_pos head d_head"], hook: HookPoint) -> Tensor | None:
-            kept, edited = self._kept[layer], None
+            kept, edited = self._reading.kept[layer], None
             kept.push(self._portion.first, self._new_values.pop(layer))
             if self._injections is not None:
                 values = kept.joined()  # [batch, kept_pos, kv_head, d_head]
@@ -371,11 +389,6 @@ class _LastHook:
         if self._handle is not None:
             remove_hook(self._point, self._handle)
             self._handle = None
-
-
-def _no_cache() -> None:
-    """Stand for the weak reference to a cache where there is none."""
-    return None
 
 
 def _on_host(

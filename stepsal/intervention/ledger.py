@@ -122,7 +122,7 @@ class Ledger:
 
     @property
     def turn_starts(self) -> NDArray[np.int32]:
-        """The key position at which the turn of each key position begins, [batch, key_pos]; 0 in padding."""
+        """The key position at which the turn of each key position begins, [batch, key_pos]; padding has no turn."""
         return self._turn_starts[:, : self.n_columns]
 
     @property
@@ -192,6 +192,37 @@ class Ledger:
         self._columns = [self._columns[row] for row in index]
         self._sections, self._turn_starts = self._sections[index], self._turn_starts[index]
         self._counts = self._counts[index]
+
+    def shift(self, n: int) -> None:
+        """Add columns of padding on the left, or drop some that are padding in all rows.
+
+        Args:
+            n: number of columns that are added; below 0, of those that are dropped.
+        """
+        added, dropped = max(n, 0), max(-n, 0)
+        self.n_columns += n
+        self._columns = [[column + n for column in columns] for columns in self._columns]
+        sides = ((0, 0), (added, 0))
+        self._sections = np.pad(self._sections[:, dropped:], sides)
+        self._turn_starts = np.pad(np.maximum(self._turn_starts[:, dropped:] + n, 0), sides)
+        # only differences between columns count, so that the counts of what is dropped may stay in them
+        self._counts = np.pad(self._counts[:, dropped:], (*sides, (0, 0)))
+
+    def join(self, other: Ledger) -> None:
+        """Put the rows of another ledger below these, with the last column of both in one.
+
+        Args:
+            other: a ledger of other sequences, which is used up.
+        """
+        n = max(self.n_columns, other.n_columns)
+        both = (self, other)
+        for ledger in both:
+            ledger.shift(n - ledger.n_columns)
+        self._trackers += other._trackers
+        self._columns += other._columns
+        self._sections = np.concatenate([ledger._sections[:, :n] for ledger in both])
+        self._turn_starts = np.concatenate([ledger._turn_starts[:, :n] for ledger in both])
+        self._counts = np.concatenate([ledger._counts[:, : n + 1] for ledger in both])
 
     def _read_row(self, row: int, tokens: list[int], new_columns: list[int]) -> tuple[list[StepStart], int]:
         """Read the tokens of one row; return the steps that begin and the first key position whose section changed."""

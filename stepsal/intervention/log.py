@@ -70,6 +70,21 @@ class FlowLog:
         self._sum_all()
         self._rows = [self._rows[row] for row in rows]
 
+    def set_aside(self) -> list[int]:
+        """Return the sequences of the rows of the batch, which the next passes don't read."""
+        self._sum_all()
+        rows, self._rows = self._rows, []
+        return rows
+
+    def join(self, aside: Sequence[int]) -> None:
+        """Put rows that were set aside above those of the batch.
+
+        Args:
+            aside: what `set_aside` returned.
+        """
+        self._sum_all()
+        self._rows = [*aside, *self._rows]
+
     def lost(self, rows: Sequence[int]) -> None:
         """Note that no question was found in some rows of the batch.
 

@@ -69,3 +69,36 @@ class KeptValues:
         """
         index = torch.tensor(rows)
         self._pieces = [(first, values[index.to(values.device)]) for first, values in self._pieces]
+
+    def shift(self, n: int) -> None:
+        """Count the key positions anew, because columns were added or dropped on the left.
+
+        Args:
+            n: number of columns that were added; below 0, of those that were dropped, with the values in them.
+        """
+        shifted = [(first + n, values) for first, values in self._pieces]
+        self._pieces = [
+            (max(first, 0), values[:, max(-first, 0) :])
+            for first, values in shifted
+            if first + values.shape[1] > 0
+        ]  # fmt: skip
+
+    def join(self, other: KeptValues, n_rows: int, n_other_rows: int) -> None:
+        """Add the values of other rows, which end at the same key position; where a row has none they are 0.
+
+        Args:
+            other: values of the other rows.
+            n_rows: number of rows so far.
+            n_other_rows: number of the other rows.
+        """
+        parts = [(kept.joined(), kept.first) if kept._pieces else None for kept in (self, other)]
+        present = [part for part in parts if part is not None]
+        if not present:
+            return
+        first, values = min(first for _, first in present), present[0][0]
+        n_columns = max(part.shape[1] for part, _ in present)
+        stacked = values.new_zeros(n_rows + n_other_rows, n_columns, *values.shape[2:])
+        for part, rows in zip(parts, (slice(0, n_rows), slice(n_rows, None)), strict=True):
+            if part is not None:
+                stacked[rows, n_columns - part[0].shape[1] :] = part[0]
+        self._pieces = [(first, stacked)]

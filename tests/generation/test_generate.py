@@ -186,9 +186,10 @@ def test_budget_forcing_waits_for_the_marker_of_the_format(
     model = stepsal.load("tiny", hf_model=tiny_hf_model("Llama", eos_token_id=1), tokenizer=tokenizer)
     segmentation = stepsal.Segmentation(format)
     assert tokenizer.convert_ids_to_tokens(sorted(thinking_ends(model, segmentation))) == ends
-    forcing = BudgetForcing(model, 1, 1, segmentation)
+    wait = tokenizer("Wait", add_special_tokens=False)["input_ids"]
+    forcing = BudgetForcing(thinking_ends(model, segmentation), wait, times=1)
     end = tokenizer.convert_tokens_to_ids(ends[0])
-    tokens = [forcing.replace(0, end) for _ in range(5)]
+    tokens = [forcing.replace(end) for _ in range(5)]
     assert tokenizer.decode(tokens) == "Wait" + ends[0]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tiny_models import char_tokenizer, tiny_chat
@@ -13,7 +15,8 @@ from transformers.utils import ModelOutput
 import stepsal
 from stepsal import Segmentation
 from stepsal.generation.endings import StopTexts, ThinkingWatch, watched_formats
-from stepsal.generation.loop import Answers, check_prompt, write
+from stepsal.generation.loop import Answer, Prompt, Written, check_prompt
+from stepsal.generation.loop import write as write_each_when_done
 from stepsal.tasks import chain
 from stepsal.trace import FORMATS, Format, render_prompt
 
@@ -24,28 +27,46 @@ def prompt(mini: TransformerBridge) -> list[int]:
     return mini.tokenizer(render_prompt(mini.tokenizer, question).text)["input_ids"]
 
 
-class TestAnswers:
-    def test_rows_leave_when_they_are_done(self) -> None:
-        answers = Answers(limits=[4, 2, 4], rooms=[9, 9, 9], ends={0})
-        assert answers.push([5, 6, 7]) == ([5, 6, 7], [0, 1, 2])
-        assert answers.push([0, 6, 7]) == ([0, 6, 7], [2])
-        assert answers.running == [2]
-        assert answers.push([8]) == ([8], [0])
-        assert answers.push([9]) == ([9], [])
-        assert answers.written() == [([5, 0], "end"), ([6, 6], "limit"), ([7, 7, 8, 9], "limit")]
+def write(
+    model: TransformerBridge,
+    prompt_ids: list[list[int]],
+    *,
+    decoding: stepsal.Decoding,
+    seeds: list[int],
+    max_new_tokens: list[int] | None = None,
+    **options: Any,
+) -> list[Written]:
+    """Return answers in the order of the prompts."""
+    limits = max_new_tokens or [decoding.max_new_tokens] * len(prompt_ids)
+    prompts = [Prompt(*parts) for parts in zip(prompt_ids, seeds, limits, strict=True)]
+    return sorted(write_each_when_done(model, prompts, decoding=decoding, **options), key=lambda answer: answer.number)
 
-    def test_the_context_is_told_from_the_limit(self) -> None:
-        answers = Answers(limits=[1, 1], rooms=[1, 2], ends=set())
-        assert answers.push([5, 5]) == ([5, 5], [])
-        assert [ended for _, ended in answers.written()] == ["context", "limit"]
 
-    def test_a_row_that_nobody_asks_for_ends(self) -> None:
-        calls = []
-        answers = Answers([9, 9], [20, 20], {0}, still_asked=lambda row: calls.append(row) or row == 1)
-        assert answers.push([5, 6]) == ([5, 6], [1])
-        assert answers.push([0]) == ([0], [])  # ended by itself: nobody is asked
-        assert calls == [0, 1]
-        assert answers.written() == [([5], "limit"), ([6, 0], "end")]
+class TestAnswer:
+    @pytest.mark.parametrize(
+        ("limit", "room", "chosen", "ended"),
+        [(4, 9, [5, 0], "end"), (2, 9, [6, 6], "limit"), (2, 2, [6, 6], "context"), (4, 9, [7, 7], None)],
+    )
+    def test_what_ends_it(self, limit: int, room: int, chosen: list[int], ended: str | None) -> None:
+        answer = Answer(limit, room, ends={0})
+        assert [answer.push(token) for token in chosen] == chosen
+        assert (answer.tokens, answer.ended) == (chosen, ended)
+
+    def test_it_ends_where_nobody_asks_for_it(self) -> None:
+        asked: list[int] = []
+
+        def still_asked(number: int) -> bool:
+            asked.append(number)
+            return number == 1
+
+        answer, other = (Answer(9, 20, ends={0}) for _ in range(2))
+        for token in (5, 0):
+            other.push(token)
+            other.end_unless(still_asked, 1)
+        answer.push(5)
+        answer.end_unless(still_asked, 0)
+        assert (answer.ended, other.ended) == ("limit", "end")
+        assert asked == [1, 0]  # of an answer that has ended by itself nobody is asked
 
 
 def test_what_ended_a_row(mini: TransformerBridge, prompt: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +98,7 @@ def test_a_row_that_is_asked_for_no_more_leaves_the_others_alone(mini: Transform
         return row == 1 or n_calls[row] < 4
 
     first, second = write(mini, [prompt] * 2, decoding=decoding, seeds=[1, 2], still_asked=still_asked)
-    assert first == (whole[0].tokens[:4], "limit")
+    assert (first.tokens, first.ended) == (whole[0].tokens[:4], "limit")
     assert second == whole[1]
 
 
@@ -192,8 +213,8 @@ class TestStopsOutsideTheThinking:
     def test_in_the_middle_of_a_token(self, mini: TransformerBridge) -> None:
         tokenizer = AddedTokens(mini.tokenizer)
         for token, stopped in ((".</think>", False), (".</think>.", True), (". ", False), ("</think>x.x", True)):
-            stops = StopTexts(tokenizer, 1, ["."], [ThinkingWatch([FORMATS["think"]], "<think>")])
-            assert stops.push(0, tokenizer.add(token)) is stopped, token
+            stops = StopTexts(tokenizer, ["."], ThinkingWatch([FORMATS["think"]], "<think>"))
+            assert stops.push(tokenizer.add(token)) is stopped, token
 
     def test_in_a_batch(self, mini: TransformerBridge) -> None:
         questions = [chain.sample(seed, length=length).question for seed, length in ((1, 1), (3, 2))]
@@ -220,9 +241,9 @@ class TestStopsOutsideTheThinking:
 def text_until_stop(answer: str, stops: list[str], watch: ThinkingWatch | None) -> str | None:
     """Push an answer by tokens of one character, and return what stands there when it stops; None if it does not."""
     tokenizer = char_tokenizer()
-    texts = StopTexts(tokenizer, 1, stops, None if watch is None else [watch])
+    texts = StopTexts(tokenizer, stops, watch)
     for i, char in enumerate(answer):
-        if texts.push(0, tokenizer.convert_tokens_to_ids(char)):
+        if texts.push(tokenizer.convert_tokens_to_ids(char)):
             return answer[: i + 1]
     return None
 
