@@ -107,7 +107,7 @@ def calibrate(
         segmentation: how sections and steps are found, by StepFlow and in the traces; None is `Segmentation()`.
         seed: seed of problems and settings. Each seed divides the questions anew: a problem that is held out under one
             seed may be searched on under another.
-        batch_size: number of answers that are decoded together.
+        batch_size: largest number of answers that are written together; where one ends, the next begins.
         progress: show progress bars.
 
     Raises:

@@ -75,8 +75,8 @@ def collect(
     """Collect graded answers and their step maps in a folder, resuming one that was begun.
 
     Make the same call again to resume a run that was interrupted, even by a kill or a power failure; ask for more
-    problems to extend it. Finished batches are never repeated; an unfinished one is answered again. Memory is bounded
-    by one batch.
+    problems to extend it. Batches that are kept are never repeated. Some batches are answered in a row, and then mapped
+    and kept one by one, so that a kill costs a few of them. Memory is bounded by one batch.
 
     Args:
         model: from `stepsal.load`.
@@ -90,7 +90,7 @@ def collect(
         chat: switches of the chat template, such as {"enable_thinking": False}.
         stepflow: settings of StepFlow, under which answers are written, scored and mapped; None goes without it.
         segmentation: how sections and steps are found, by StepFlow and in the traces; None is `Segmentation()`.
-        batch_size: answers that are decoded together and written at once.
+        batch_size: largest number of answers that are written together, and number that is kept at once.
         target: "token" or "sequence", as in `stepsal.step_saliency`.
         reduce: "density" or "mass", as in `stepsal.step_saliency`.
         layers: layers to map; see `stepsal.layers`.
@@ -131,12 +131,17 @@ def collect(
             total=n_problems, initial=min(n_present, n_problems), desc=f"answers to {task.name}", disable=not progress
         )
         with bar, _stepflow_if_given(model, stepflow, segmentation):
-            for numbers in missing_batches(spans, n_problems, batch_size):
-                batch = mapper.batch(numbers)
-                with store.adding(f"{numbers[0]:06d}", {"n": len(numbers)}) as part:
-                    _write(part, batch)
-                bar.update(len(numbers))
+            batches = missing_batches(spans, n_problems, batch_size)
+            for start in range(0, len(batches), BATCHES_IN_A_TURN):
+                for batch in mapper.batches(batches[start : start + BATCHES_IN_A_TURN], batch_size):
+                    with store.adding(f"{batch.numbers[0]:06d}", {"n": len(batch.numbers)}) as part:
+                        _write(part, batch)
+                    bar.update(len(batch.numbers))
     return Population.load(folder)
+
+
+BATCHES_IN_A_TURN = 4
+"""Batches that are answered in a row before they are mapped: more fill the rows better, fewer are lost by a kill."""
 
 
 def missing_batches(spans: Iterable[tuple[int, int]], n_problems: int, batch_size: int) -> list[range]:
@@ -188,25 +193,41 @@ class _Mapper:
     layers: Layers
     engine: Literal["auto", "pattern", "streamed"]
 
-    def batch(self, numbers: range) -> _Batch:
-        """Return the traces of these numbers, with their maps.
+    def batches(self, batches: Sequence[range], batch_size: int) -> Iterator[_Batch]:
+        """Write the answers to some batches in a row, where one ends the next, and yield each batch with its maps.
 
         Raises:
-            Exception: whatever a problem raises, with a note on the batch.
+            Exception: whatever a problem raises, with a note on the batches or the batch.
         """
-        seeds = [self.seed + i for i in numbers]
-        try:
+        seeds = [self.seed + i for numbers in batches for i in numbers]
+        with self._noting(seeds):
             problems = [self.task.sample(seed) for seed in seeds]
             traces = answer_batch(
                 self.model, [problem.question for problem in problems], self.decoding, seeds=seeds,
-                segmentation=self.segmentation, system=self.system, chat=self.chat,
+                batch_size=batch_size, segmentation=self.segmentation, system=self.system, chat=self.chat,
             )  # fmt: skip
-            maps = step_saliency(
-                self.model, traces, target=self.target, engine=self.engine, layers=self.layers, reduce=self.reduce,
-                progress=False,
-            )  # fmt: skip
-            log_probs = [float(log_probabilities(self.model, t)[t.n_prompt - 1 :].mean()) for t in traces]
-            return _Batch(numbers, seeds, problems, traces, maps, log_probs)
+        start = 0
+        for numbers in batches:
+            part = slice(start, start := start + len(numbers))
+            with self._noting(seeds[part]):
+                batch = self._mapped(numbers, seeds[part], problems[part], traces[part])
+            yield batch
+
+    def _mapped(
+        self, numbers: range, seeds: Sequence[int], problems: Sequence[Problem], traces: Sequence[Trace]
+    ) -> _Batch:
+        maps = step_saliency(
+            self.model, traces, target=self.target, engine=self.engine, layers=self.layers, reduce=self.reduce,
+            progress=False,
+        )  # fmt: skip
+        log_probs = [float(log_probabilities(self.model, t)[t.n_prompt - 1 :].mean()) for t in traces]
+        return _Batch(numbers, seeds, problems, traces, maps, log_probs)
+
+    @contextmanager
+    def _noting(self, seeds: Sequence[int]) -> Iterator[None]:
+        """Put a note on an error, which says where it came up."""
+        try:
+            yield
         except Exception as error:
             error.add_note(f"in {self.task.name}, seeds {seeds[0]}..{seeds[-1]}; the answers written before are kept")
             raise

@@ -2,17 +2,20 @@
 
 Draw d of problem i has the same seed under every variant, so that variants are paired. What is missing is known from
 the rows in the folder (`stepsal.experiments.results`): an interrupted run goes on when it is called again, and so does
-one that asks for more problems, samples or variants. Every batch of one variant is a part; at the end of a run all
-parts become one.
+one that asks for more problems, samples or variants. Answers are kept as they are done, some at a time in a part of
+their own; at the end of a run all parts become one.
 
-Variants take each batch of problems in turn, in an order that rotates, so that their times can be compared.
+Variants take turns, in an order that rotates, so that their times can be compared. In a turn a variant answers some
+batches of problems: where an answer ends, the next begins in its row, so that the batch is full up to the end of the
+turn. The seconds of an answer are its share of each pass that it was in (`stepsal.generation.loop.Written`).
 """
 
 from __future__ import annotations
 
-import time
+import itertools
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,7 +28,7 @@ from stepsal.experiments.request import note_request
 from stepsal.experiments.results import KIND, VERSION, Evaluation
 from stepsal.experiments.store import Store, identity_of
 from stepsal.experiments.variants import Variant, check_names, draws_needed
-from stepsal.generation.answers import answer_batch, check_questions
+from stepsal.generation.answers import Answered, answer_each, check_questions
 from stepsal.generation.decoding import Decoding
 from stepsal.generation.flops import decoding_flops
 from stepsal.intervention.segmentation import common_segmentation
@@ -76,7 +79,7 @@ def evaluate(
         system: a system prompt; None keeps what the chat template does by itself.
         chat: switches of the chat template, such as {"enable_thinking": False}.
         segmentation: how sections and steps are found, by StepFlow and in the traces; None is `Segmentation()`.
-        batch_size: number of answers that are decoded together.
+        batch_size: largest number of answers that are written together; where one ends, the next begins.
         progress: show a bar over answers.
 
     Raises:
@@ -114,12 +117,12 @@ def evaluate(
         needed = draws_needed(variants, n_samples)
         missing = missing_answers(needed, n_problems, answers)
         common = common_segmentation(segmentation, model)
-        writer = _Writer(model, task.name, problems, decoding, system, switches, common, seed)
+        writer = _Writer(model, task.name, problems, decoding, system, switches, common, seed, batch_size)
         n_missing, n_needed = sum(map(len, missing.values())), sum(needed.values()) * n_problems
         bar = tqdm(total=n_needed, initial=n_needed - n_missing, desc=f"answers to {task.name}", disable=not progress)
         with bar:
             if n_missing:
-                _answer_missing(store, writer, variants, missing, batch_size, bar)
+                _answer_missing(store, writer, variants, missing, needed, bar)
         merge_parts(store)
         note_request(store, evaluation.to_request())
     return evaluation
@@ -132,8 +135,12 @@ class Draw(NamedTuple):
     problem: int
 
 
+BATCHES_IN_A_TURN = 4
+"""Batches of problems that a variant answers in a row: more fill its rows better, fewer compare times more closely."""
+
+
 class Turn(NamedTuple):
-    """The answers that one variant writes together."""
+    """The answers that one variant writes in a row."""
 
     variant: str
     batch: int
@@ -161,30 +168,33 @@ def missing_answers(needed: Mapping[str, int], n_problems: int, answers: pd.Data
     }
 
 
-def turns(missing: Mapping[str, set[Draw]], n_draws: int, n_problems: int, batch_size: int) -> Iterator[Turn]:
-    """Yield the turns of a run, batch by batch; within a batch, variants take turns in an order that rotates.
+def turns(missing: Mapping[str, set[Draw]], needed: Mapping[str, int], n_problems: int, size: int) -> Iterator[Turn]:
+    """Yield the turns of a run, batch by batch; of each batch, variants take turns in an order that rotates.
 
-    Batches are the same whatever is missing, so that times of an interrupted run can be compared, too.
+    Batches are the same whatever is missing, so that times of an interrupted run can be compared, too. All draws of a
+    batch are needed by the same variants, so that each of them answers all of it.
 
     Args:
         missing: answers to write, by `Variant.key`.
-        n_draws: largest number of draws that a variant needs.
+        needed: number of draws of each problem, by `Variant.key`.
         n_problems: number of problems.
-        batch_size: largest number of answers in a batch.
+        size: largest number of answers in a turn.
 
     Example:
         >>> from stepsal.experiments.evaluate import Draw, turns
         >>> missing = {"a": {Draw(0, 0), Draw(0, 1)}, "b": {Draw(0, 1)}}
-        >>> [(turn.variant, turn.batch, len(turn.draws)) for turn in turns(missing, 1, 2, 1)]
+        >>> [(turn.variant, turn.batch, len(turn.draws)) for turn in turns(missing, {"a": 1, "b": 1}, 2, 1)]
         [('a', 0, 1), ('b', 1, 1), ('a', 1, 1)]
     """
-    draws = [Draw(d, i) for d in range(n_draws) for i in range(n_problems)]
-    keys = list(missing)
-    for batch, start in enumerate(range(0, len(draws), batch_size)):
-        first = batch % len(keys)
+    keys, batches = list(missing), list[list[Draw]]()
+    for first, stop in itertools.pairwise([0, *sorted(set(needed.values()))]):
+        draws = [Draw(d, i) for d in range(first, stop) for i in range(n_problems)]
+        batches += [draws[start : start + size] for start in range(0, len(draws), size)]
+    for number, batch in enumerate(batches):
+        first = number % len(keys)
         for key in keys[first:] + keys[:first]:
-            if to_write := [draw for draw in draws[start : start + batch_size] if draw in missing[key]]:
-                yield Turn(key, batch, to_write)
+            if to_write := [draw for draw in batch if draw in missing[key]]:
+                yield Turn(key, number, to_write)
 
 
 def draw_seed(seed: int, problem: int, draw: int) -> int:
@@ -215,40 +225,39 @@ class _Writer:
     chat: Mapping[str, Any]
     segmentation: Segmentation
     seed: int
+    batch_size: int
 
-    def rows(self, variant: Variant, draws: Sequence[Draw]) -> list[dict[str, Any]]:
-        """Return one row per draw: what was written, the verdict on it, lengths and seconds.
+    def rows(self, variant: Variant, draws: Sequence[Draw]) -> Generator[dict[str, Any]]:
+        """Yield a row per draw when it is answered: what was written, the verdict on it, lengths and seconds.
 
         Raises:
             ValueError: the variant votes on verdicts that have no `final_answer`.
         """
-        problems = [self.problems[draw.problem] for draw in draws]
-        start = time.perf_counter()
-        traces = self._traces(variant, problems, [draw_seed(self.seed, d.problem, d.draw) for d in draws])
-        seconds = (time.perf_counter() - start) / len(traces)
-        verdicts = [problem.grade(trace) for problem, trace in zip(problems, traces, strict=True)]
-        if variant.votes > 1 and not all(hasattr(verdict, "final_answer") for verdict in verdicts):
-            raise ValueError(f"verdicts of {self.task_name} have no `final_answer` to vote with: use votes=1")
-        return [
-            {"variant": variant.key, **draw._asdict(), "seconds": seconds, **_columns(problem, trace, verdict)}
-            for draw, problem, trace, verdict in zip(draws, problems, traces, verdicts, strict=True)
-        ]
+        for answered in self._answered(variant, draws):
+            draw = draws[answered.number]
+            problem = self.problems[draw.problem]
+            verdict = problem.grade(answered.trace)
+            if variant.votes > 1 and not hasattr(verdict, "final_answer"):
+                raise ValueError(f"verdicts of {self.task_name} have no `final_answer` to vote with: use votes=1")
+            columns = _columns(problem, answered.trace, verdict)
+            yield {"variant": variant.key, **draw._asdict(), "seconds": answered.seconds, **columns}
 
-    def _traces(self, variant: Variant, problems: Sequence[Problem], seeds: Sequence[int]) -> list[Trace]:
-        """Return the answers of a variant to problems; under an edit, one problem at a time."""
-        questions = [variant.question_of(problem) for problem in problems]
+    def _answered(self, variant: Variant, draws: Sequence[Draw]) -> Iterator[Answered]:
+        """Yield the answers of a variant as they are done; under an edit, one problem at a time."""
         if variant.edit is None:
-            return self._answers(variant, questions, seeds)
-        traces = []
-        for problem, question, seed in zip(problems, questions, seeds, strict=True):
-            with variant.edit(self.model, problem):
-                traces += self._answers(variant, [question], [seed])
-        return traces
+            yield from self._together(variant, draws)
+            return
+        for number, draw in enumerate(draws):
+            with variant.edit(self.model, self.problems[draw.problem]):
+                for answered in self._together(variant, [draw]):
+                    yield answered._replace(number=number)
 
-    def _answers(self, variant: Variant, questions: Sequence[str], seeds: Sequence[int]) -> list[Trace]:
-        return answer_batch(
-            self.model, questions, variant.decoding_of(self.decoding), seeds=seeds, stepflow=variant.stepflow,
-            segmentation=self.segmentation, system=self.system, chat=self.chat,
+    def _together(self, variant: Variant, draws: Sequence[Draw]) -> Iterator[Answered]:
+        return answer_each(
+            self.model, [variant.question_of(self.problems[draw.problem]) for draw in draws],
+            variant.decoding_of(self.decoding), seeds=[draw_seed(self.seed, d.problem, d.draw) for d in draws],
+            batch_size=self.batch_size, stepflow=variant.stepflow, segmentation=self.segmentation, system=self.system,
+            chat=self.chat,
         )  # fmt: skip
 
 
@@ -276,21 +285,51 @@ def _answer_missing(
     writer: _Writer,
     variants: Sequence[Variant],
     missing: Mapping[str, set[Draw]],
-    batch_size: int,
+    needed: Mapping[str, int],
     bar: tqdm[Any],
 ) -> None:
-    """Write what is missing, each turn as a part of its own."""
-    import pyarrow as pa
-
+    """Write what is missing, and keep it in parts of as many answers as are written together."""
     by_key = {v.key: v for v in sorted(variants, key=lambda v: v.votes)}  # of one key, the one that votes
     run, flops = uuid.uuid4().hex, decoding_flops(writer.model)
-    n_draws = 1 + max(draw.draw for draws in missing.values() for draw in draws)
-    for turn in turns(missing, n_draws, len(writer.problems), batch_size):
-        rows = writer.rows(by_key[turn.variant], turn.draws)
-        for row in rows:
-            row |= {"batch": turn.batch, "run": run, "flops": flops.of(row["n_prompt"], row["n_new_tokens"])}
-        keep_answers(store, pa.Table.from_pylist(rows, schema=answer_schema()))
-        bar.update(len(rows))
+    for turn in turns(missing, needed, len(writer.problems), BATCHES_IN_A_TURN * writer.batch_size):
+        with (
+            _Keeper(store, writer.batch_size) as keeper,
+            closing(writer.rows(by_key[turn.variant], turn.draws)) as rows,
+        ):
+            for row in rows:
+                row |= {"batch": turn.batch, "run": run, "flops": flops.of(row["n_prompt"], row["n_new_tokens"])}
+                keeper.add(row)
+                bar.update()
+
+
+class _Keeper:
+    """A writer of parts, which holds answers until there are enough for one, or the block ends, however it does."""
+
+    def __init__(self, store: Store, size: int) -> None:
+        self._store, self._size, self._rows = store, size, list[dict[str, Any]]()
+
+    def __enter__(self) -> _Keeper:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._keep()
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Add the row of an answer.
+
+        Args:
+            row: columns of `stepsal.experiments.answer_rows`.
+        """
+        self._rows.append(row)
+        if len(self._rows) >= self._size:
+            self._keep()
+
+    def _keep(self) -> None:
+        import pyarrow as pa
+
+        if self._rows:
+            keep_answers(self._store, pa.Table.from_pylist(self._rows, schema=answer_schema()))
+            self._rows = []
 
 
 def _check_greedy(variants: Sequence[Variant], n_samples: int, decoding: Decoding) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from stepsal import Decoding, StepFlowConfig, calibrate
 from stepsal.experiments.calibrate import halving, plan
 from stepsal.experiments.calibration import BASELINE, CHOSEN, Calibration
 from stepsal.experiments.proposals import ALPHAS, TAUS, bands, describe, possible, profile_evidence, propose
+from stepsal.generation.answers import Answered
 from stepsal.harness.arguments import read_stepflow
 from stepsal.stats.paired import paired_difference
 from stepsal.storage import digest
@@ -180,15 +182,16 @@ class TestCalibrate:
     ) -> None:
         import stepsal.experiments.evaluate as evaluation
 
-        answer_batch, calls = evaluation.answer_batch, []
+        answer_each, calls = evaluation.answer_each, []
 
-        def cut_off(*args: object, **options: object) -> list[Trace]:
+        def cut_off(*args: object, **options: object) -> Iterator[Answered]:
             calls.append(1)
-            if len(calls) == 4:
-                raise KeyboardInterrupt
-            return answer_batch(*args, **options)
+            for i, answered in enumerate(answer_each(*args, **options)):
+                if len(calls) == 4 and i == 1:  # in the middle of a turn
+                    raise KeyboardInterrupt
+                yield answered
 
-        monkeypatch.setattr(evaluation, "answer_batch", cut_off)
+        monkeypatch.setattr(evaluation, "answer_each", cut_off)
         task = JudgedTask(mini, PLANTED)
         with pytest.raises(KeyboardInterrupt):
             calibrate(mini, task, 240, folder=tmp_path, settings=SETTINGS, **GREEDY)

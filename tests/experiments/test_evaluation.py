@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -23,6 +24,8 @@ from stepsal import Decoding, Variant, evaluate
 from stepsal.experiments.evaluate import Draw, draw_seed, missing_answers, turns
 from stepsal.experiments.results import Evaluation, voted_for
 from stepsal.generation.flops import decoding_flops
+from stepsal.tasks import chain
+from stepsal.tasks.answers import Verdict
 from stepsal.tasks.chain import ChainTask
 from stepsal.trace.trace import render_prompt
 
@@ -87,7 +90,7 @@ def test_tables(run: Evaluation) -> None:
     assert 0 < errors.loc["none"].sum() == correct.sum() < 12
     costs = run.costs().set_index("variant")
     assert costs.loc["baseline", "time_ratio"] == costs.loc["baseline", "flops_ratio"] == 1.0
-    assert costs.loc["StepFlow", "batches"] == 3
+    assert costs.loc["StepFlow", "batches"] == 1
     assert costs.loc["three votes", "time_ratio"] == 3.0
     assert 2 < costs.loc["three votes", "flops_ratio"] < 4
     assert costs.loc["short", "flops_ratio"] < 1
@@ -122,12 +125,14 @@ def test_the_order_of_variants_changes_nothing(run: Evaluation) -> None:
 def test_times_are_compared_on_the_same_answers(mini: TransformerBridge, tmp_path: Path) -> None:
     same = [Variant("one", votes=2), Variant("other", max_new_tokens=100)]  # the run's limit: the same decoding
     evaluation = evaluate(mini, TASK, same, 3, folder=tmp_path, **OPTIONS)
-    costs = evaluation.costs("other").set_index("variant")  # batches of 4: two draws of three problems, and one draw
-    assert costs.loc["one", "batches"] == 0
-    assert pd.isna(costs.loc["one", "time_ratio"])
-    single = Evaluation(tmp_path, (same[1], Variant("one")), 3, 1).costs().set_index("variant")
-    assert single.loc["one", "batches"] == 0
+    costs = evaluation.costs("other").set_index("variant")  # the first draw is a batch of its own, which both answer
+    assert costs.loc["one", "batches"] == 1
+    assert 2 / 3 < costs.loc["one", "time_ratio"] / 2 < 3 / 2
     assert evaluation.costs().set_index("variant").loc["one", "time_ratio"] == 1.0
+    more = evaluate(mini, TASK, same[:1], 4, folder=tmp_path, **OPTIONS)  # another run: one problem of a variant alone
+    assert more.n_problems == 4
+    extended = evaluate(mini, TASK, same, 4, folder=tmp_path, **OPTIONS).costs("other").set_index("variant")
+    assert extended.loc["one", "batches"] == 1
 
 
 @pytest.mark.slow
@@ -232,6 +237,8 @@ def test_a_killed_run_goes_on(mini: TransformerBridge, tmp_path: Path) -> None:
     code = f"""
 import stepsal
 from stepsal import Decoding, Variant, evaluate
+from stepsal.tasks import chain
+from stepsal.tasks.answers import Verdict
 from stepsal.tasks.chain import ChainTask
 variants = [Variant("baseline"), Variant("StepFlow", stepflow=stepsal.StepFlowConfig())]
 evaluate(stepsal.load("mini"), ChainTask(length=3, distractors=2), variants, 8, 2,
@@ -256,6 +263,26 @@ evaluate(stepsal.load("mini"), ChainTask(length=3, distractors=2), variants, 8, 
     assert len(resumed.answers.merge(kept)) == len(kept)  # on all columns, times included
     assert len(answer_files(tmp_path / "killed")) == 1
     assert not list((tmp_path / "killed" / "parts").glob(".*.part"))
+
+
+def test_an_interrupted_turn_keeps_what_is_done(
+    mini: TransformerBridge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grade, n_graded = chain.Problem.grade, itertools.count(1)
+
+    def interrupt(problem: chain.Problem, trace: stepsal.Trace) -> Verdict:
+        if next(n_graded) == 4:
+            raise KeyboardInterrupt
+        return grade(problem, trace)
+
+    monkeypatch.setattr(chain.Problem, "grade", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(mini, TASK, VARIANTS[:1], 6, folder=tmp_path, **(SHORT | {"batch_size": 2}))
+    kept = pd.concat([pd.read_parquet(path) for path in answer_files(tmp_path)])
+    assert len(kept) == 3
+    resumed = evaluate(mini, TASK, VARIANTS[:1], 6, folder=tmp_path, **(SHORT | {"batch_size": 2}))
+    assert set(kept["response"]) <= set(resumed.answers["response"])
+    assert next(n_graded) == 4 + 3 + 1  # the three that were kept are not written again
 
 
 @pytest.mark.slow
@@ -423,10 +450,11 @@ def test_variants_take_turns() -> None:
     assert missing == {
         "a": {(0, 0), (0, 2)}, "b": {(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)}, "c": {(0, 0), (0, 1), (0, 2)}
     }  # fmt: skip
-    assert [(turn.variant, turn.batch, turn.draws) for turn in turns(missing, 2, 3, 2)] == [
+    assert [(turn.variant, turn.batch, turn.draws) for turn in turns(missing, {"a": 1, "b": 2, "c": 1}, 3, 2)] == [
         ("a", 0, [Draw(0, 0)]), ("b", 0, [(0, 0), (0, 1)]), ("c", 0, [(0, 0), (0, 1)]),
-        ("b", 1, [(1, 0)]), ("c", 1, [(0, 2)]), ("a", 1, [(0, 2)]),
-        ("b", 2, [(1, 1), (1, 2)]),
+        ("c", 1, [(0, 2)]), ("a", 1, [(0, 2)]),
+        ("b", 2, [(1, 0), (1, 1)]),
+        ("b", 3, [(1, 2)]),
     ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import stepsal
 from stepsal import Segmentation, StepFlowConfig, Trace
-from stepsal.generation.answers import answer_batch
+from stepsal.generation.answers import Answered, answer_each
 from stepsal.generation.scoring import log_probabilities
 from stepsal.intervention import active_flow, agreed_segmentation
 from stepsal.intervention.segmentation import agreement, common_segmentation, resolved_segmentation
@@ -185,12 +186,12 @@ class TestCommonSegmentation:
 
         def seen(
             model: TransformerBridge, questions: list[str], decoding: object, **options: Any
-        ) -> list[stepsal.Trace]:
+        ) -> Iterator[Answered]:
             formats.append(options["segmentation"].format)
-            return answer_batch(model, questions, decoding, **options)
+            return answer_each(model, questions, decoding, **options)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("stepsal.experiments.evaluate.answer_batch", seen)
+            patch.setattr("stepsal.experiments.evaluate.answer_each", seen)
             stepsal.evaluate(
                 mini, stepsal.tasks.chain.ChainTask(length=1), variants, 1, folder=tmp_path, progress=False,
                 decoding=stepsal.Decoding(max_new_tokens=4),
