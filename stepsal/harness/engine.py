@@ -1,30 +1,32 @@
 """One model, and one thread that runs it: requests that come in together are answered in one batch.
 
-An `Engine` collects requests until none has come for a moment or the batch is full, answers those together that may
-share a batch (the same sampling, stop texts, StepFlow and segmentation), and goes on. A batch's answers are given out
-when the last of them is done. Models of the same name and options share one engine, so that a baseline and StepFlow in
-one evaluation don't load the weights twice.
+An `Engine` answers requests together that may share a batch: those of the same sampling, stop texts, StepFlow and
+segmentation. An answer is given out when it is done, and the next request takes its place. Where other work waits in
+the queue, no more requests join a batch, so that its turn comes. Models of the same name and options share one engine,
+so that a baseline and StepFlow in one evaluation don't load the weights twice.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from queue import Empty, Queue
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import anyio
 from transformer_lens.model_bridge import TransformerBridge
 
 from stepsal.generation.decoding import Decoding
-from stepsal.generation.loop import Ended, write
+from stepsal.generation.loop import Ended, Prompt, write_each
 from stepsal.intervention import StepFlowConfig, stepflow
 from stepsal.trace import Segmentation
 
 PATIENCE = 0.05  # seconds without a new request until a batch begins
+LONGEST = 1024  # requests that share a StepFlow and its log
 
 T = TypeVar("T")
 
@@ -36,7 +38,7 @@ class Reply(NamedTuple):
         tokens: the new tokens, with the one that ended the answer.
         ended: what ended the answer.
         log: `FlowLog.summary` of this answer, or None without StepFlow.
-        n_together: number of answers that were written in the batch.
+        n_together: largest number of answers that it was written together with, itself included.
     """
 
     tokens: list[int]
@@ -76,9 +78,11 @@ class Request:
 
     def may_share_a_batch(self, other: Request) -> bool:
         """Tell whether two requests differ in nothing but prompt, seed and limit."""
-        return (self.decoding.but(max_new_tokens=1), self.stepflow, self.segmentation) == (
-            other.decoding.but(max_new_tokens=1), other.stepflow, other.segmentation,
-        )  # fmt: skip
+        mine, theirs = (
+            (request.decoding.but(max_new_tokens=1), request.stepflow, request.segmentation, request.batch_size)
+            for request in (self, other)
+        )
+        return mine == theirs
 
 
 class _Job(NamedTuple):
@@ -86,6 +90,10 @@ class _Job(NamedTuple):
 
     work: Callable[[TransformerBridge], Any]
     result: Future[Any]
+
+
+_Item: TypeAlias = "Request | _Job | None"
+"""What stands in the queue; None ends the thread."""
 
 
 class Engine:
@@ -97,7 +105,7 @@ class Engine:
 
     def __init__(self, model: TransformerBridge) -> None:
         self.model = model
-        self._queue: Queue[Request | _Job | None] = Queue()  # None ends the thread
+        self._queue: Queue[_Item] = Queue()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name=f"stepsal {model.cfg.model_name}", daemon=True)
         self._thread.start()
@@ -139,27 +147,14 @@ class Engine:
 
     def _work(self) -> None:
         """Take one item after the other from the queue; the thread's main loop."""
-        pending: list[Request | _Job | None] = []  # the item that ended the collecting of requests, if one did
-        while (item := pending.pop() if pending else self._queue.get()) is not None:
+        waiting: deque[_Item] = deque()
+        while (item := waiting.popleft() if waiting else self._queue.get()) is not None:
             if isinstance(item, _Job):
                 self._do(item)
-                continue
-            requests, pending = self._collect(item)
-            for batch in _batches(requests):
-                self._answer([request for request in batch if request.reply.set_running_or_notify_cancel()])
-
-    def _collect(self, first: Request) -> tuple[list[Request], list[Request | _Job | None]]:
-        """Return the requests that came together, and the other item, if any, that came after them."""
-        requests = [first]
-        while len(requests) < min(request.batch_size for request in requests):
-            try:
-                item = self._queue.get(timeout=PATIENCE)
-            except Empty:
-                break
-            if not isinstance(item, Request):
-                return requests, [item]
-            requests.append(item)
-        return requests, []
+            else:
+                batch = _Batch(item, waiting, self._queue)
+                batch.collect()
+                self._answer(batch)
 
     def _do(self, job: _Job) -> None:
         if not job.result.set_running_or_notify_cancel():
@@ -169,50 +164,87 @@ class Engine:
         except BaseException as error:  # it is that of whoever asked, and the thread must go on
             job.result.set_exception(error)
 
-    def _answer(self, requests: Sequence[Request]) -> None:
-        """Answer requests of one batch; after an error one by one, so that only the request at fault gets it."""
-        if not requests:
-            return
+    def _answer(self, batch: _Batch) -> None:
+        """Answer requests together; after an error one by one, so that only the request at fault gets it."""
         try:
-            replies = self._replies(requests)
+            self._write(batch)
         except BaseException as error:  # it is that of whoever asked, and the thread must go on
-            if len(requests) == 1:
-                requests[0].reply.set_exception(error)
+            if len(batch.requests) == 1:
+                batch.requests[0].reply.set_exception(error)
                 return
-            for request in requests:
-                self._answer([request])
-            return
-        for request, reply in zip(requests, replies, strict=True):
-            request.reply.set_result(reply)
+            for request in batch.requests:
+                if not request.reply.done():
+                    self._answer(_Batch(request, deque(), Queue()))
 
-    def _replies(self, requests: Sequence[Request]) -> list[Reply]:
-        first = requests[0]
+    def _write(self, batch: _Batch) -> None:
+        """Write the answers of a batch, and give each out when it is done."""
+        first, requests = batch.first, batch.requests
         flow = nullcontext() if first.stepflow is None else stepflow(
             self.model, first.stepflow, segmentation=first.segmentation
         )  # fmt: skip
         with flow as log:
-            answers = write(
-                self.model, [request.prompt_ids for request in requests],
-                max_new_tokens=[request.decoding.max_new_tokens for request in requests],
-                decoding=first.decoding, segmentation=first.segmentation, seeds=[request.seed for request in requests],
-                still_asked=lambda row: not requests[row].cancelled.is_set(),
-            )  # fmt: skip
-        logs = [None if log is None else log.of(row).summary() for row in range(len(requests))]
-        return [
-            Reply(tokens, ended, summary, len(requests)) for (tokens, ended), summary in zip(answers, logs, strict=True)
-        ]
+            for answer in write_each(
+                self.model, batch.take, first.batch_size, decoding=first.decoding, segmentation=first.segmentation,
+                still_asked=lambda number: not requests[number].cancelled.is_set(),
+            ):  # fmt: skip
+                summary = None if log is None else log.of(answer.number).summary()
+                requests[answer.number].reply.set_result(Reply(answer.tokens, answer.ended, summary, answer.n_together))
 
 
-def _batches(requests: Sequence[Request]) -> list[list[Request]]:
-    """Group requests that may share a batch, by equality: settings need not have a hash."""
-    batches: list[list[Request]] = []
-    for request in requests:
-        batch = next((batch for batch in batches if batch[0].may_share_a_batch(request)), None)
-        if batch is None:
-            batches.append([request])
-        else:
-            batch.append(request)
-    return batches
+class _Batch:
+    """The requests that are answered together, the later of which are taken from the queue while others are written.
+
+    Args:
+        first: the request that comes first, whose answer nobody has begun or withdrawn; others may share its batch.
+        waiting: items that were taken from the queue for a later turn; those that can't share the batch go there.
+        queue: the queue.
+
+    Attributes:
+        first: the same.
+        requests: the requests so far, in the order in which their answers begin.
+    """
+
+    def __init__(self, first: Request, waiting: deque[_Item], queue: Queue[_Item]) -> None:
+        self.first, self.requests = first, [first]
+        self._waiting, self._queue = waiting, queue
+        self._n_taken = 0
+
+    def collect(self) -> None:
+        """Wait for requests that come together with the first, up to a full batch."""
+        self.requests = [] if not self.first.reply.set_running_or_notify_cancel() else [self.first]
+        for item in [self._waiting.popleft() for _ in range(len(self._waiting))]:
+            self._admit(item)
+        while len(self.requests) < self.first.batch_size and not any(map(_is_no_request, self._waiting)):
+            try:
+                self._admit(self._queue.get(timeout=PATIENCE))
+            except Empty:
+                return
+
+    def take(self, n: int) -> list[Prompt]:
+        """Return the next prompts; none where other work waits for its turn, or a log of StepFlow has grown long.
+
+        Args:
+            n: largest number of prompts.
+        """
+        while len(self.requests) - self._n_taken < n and not self._waiting and len(self.requests) < LONGEST:
+            try:
+                self._admit(self._queue.get_nowait())
+            except Empty:
+                break
+        new = self.requests[self._n_taken : self._n_taken + n]
+        self._n_taken += len(new)
+        return [Prompt(request.prompt_ids, request.seed, request.decoding.max_new_tokens) for request in new]
+
+    def _admit(self, item: _Item) -> None:
+        """Let an item share the batch if it can, and put it with those that wait otherwise."""
+        if not isinstance(item, Request) or not self.first.may_share_a_batch(item):
+            self._waiting.append(item)
+        elif item.reply.set_running_or_notify_cancel():
+            self.requests.append(item)
+
+
+def _is_no_request(item: _Item) -> bool:
+    return not isinstance(item, Request)
 
 
 async def result_of(future: Future[T]) -> T:

@@ -108,6 +108,36 @@ class TestEngine:
             replies[1].result(30)
         assert all(len(replies[i].result(30).tokens) == 3 for i in (0, 2))
 
+    def test_an_answer_is_given_out_when_it_is_done_and_the_next_takes_its_place(self) -> None:
+        engine, hold = get_model("stepsal/mini").api.engine, threading.Event()
+        hot = Decoding(temperature=60.0, max_new_tokens=1)  # so hot that no answer ends by itself
+        requests = [Request([1, 2, 3], hot.but(max_new_tokens=n), n, batch_size=2) for n in (120, 3, 4, 5)]
+        finished: list[int] = []
+        busy = engine.run(lambda model: hold.wait(30))
+        replies = [engine.ask(request) for request in requests]
+        for number, reply in enumerate(replies):
+            reply.add_done_callback(lambda _, number=number: finished.append(number))
+        hold.set()
+        assert busy.result(30)
+        assert [len(reply.result(60).tokens) for reply in replies] == [120, 3, 4, 5]
+        assert finished == [1, 2, 3, 0]
+        assert [reply.result().n_together for reply in replies] == [2] * 4
+
+    def test_other_work_gets_its_turn(self) -> None:
+        engine, hold = get_model("stepsal/mini").api.engine, threading.Event()
+        hot, order = Decoding(temperature=60.0, max_new_tokens=20), list[str]()
+        busy = engine.run(lambda model: hold.wait(30))
+        first = [engine.ask(Request([1, 2, 3], hot, n, batch_size=2)) for n in range(2)]
+        job = engine.run(lambda model: order.append("work"))
+        later = [engine.ask(Request([1, 2, 3], hot, n, batch_size=2)) for n in range(2)]
+        for name, replies in (("first", first), ("later", later)):
+            for reply in replies:
+                reply.add_done_callback(lambda _, name=name: order.append(name))
+        hold.set()
+        for future in (busy, job, *first, *later):
+            future.result(60)
+        assert order == ["first", "first", "work", "later", "later"]
+
     def test_settings_without_a_hash(self) -> None:
         marked, engine = Segmentation(Format.with_marker("Answer:")), get_model("stepsal/mini").api.engine
         requests = [
