@@ -4,8 +4,9 @@ A bridge puts a wrapper with hook points around each part of a model. Where nobo
 a step of decoding takes 1.5 to 3 times as long as without them. `native` puts the wrapped modules back into the
 model for a while, all but those that somebody hooks, and lets them use PyTorch's fused attention:
 
-    a block            is the model's own unless one of its own hook points is in use; its parts are decided upon singly
-    attention, MLP, .. are the model's own unless a hook point is in use anywhere inside
+    a part (a block, attention, MLP, ..)    is the model's own unless one of its own hook points is in use, such as that
+                                            of the attention pattern
+    the parts in it (projections, norms)    are decided upon singly
 
 Wrappers and parameters stay what they are, so that `model.hook_dict` and the state of the model don't change.
 """
@@ -13,7 +14,7 @@ Wrappers and parameters stay what they are, so that `model.hook_dict` and the st
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -82,11 +83,8 @@ class Native:
 
     def _is_free(self, wrapper: GeneralizedComponent, original: nn.Module) -> bool:
         """Tell whether a wrapper can be left out: nobody hooks it, or a part of it that only works inside it."""
-        if isinstance(wrapper, BlockBridge):  # its parts work as well inside the model's own block
-            parts: Iterable[nn.Module] = [part for part in wrapper.children() if isinstance(part, HookPoint)]
-        else:  # hooks on the model's own modules work with and without wrappers
-            own = set(original.modules()) - set(_wrappers_in(original))
-            parts = [module for module in wrapper.modules() if module not in own]
+        inside = set(original.modules())  # wrappers in the model's own module work there as well
+        parts = [module for module in wrapper.modules() if module not in inside]
         wired = {handle.id for block in self._blocks for handle in block._capture_hook_handles}
         return not any(_hooks_of(module) - wired for module in (wrapper, *parts))
 
@@ -125,15 +123,6 @@ def native(model: TransformerBridge) -> Iterator[Native]:
         yield parts
     finally:
         parts.restore()
-
-
-def _wrappers_in(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the wrappers inside a module, with all that is in them."""
-    for part in module.children():
-        if isinstance(part, GeneralizedComponent):
-            yield from part.modules()
-        else:
-            yield from _wrappers_in(part)
 
 
 def _hooks_of(module: nn.Module) -> set[int]:

@@ -209,6 +209,8 @@ class StepFlow:
                     self.model.original_model.register_forward_hook(self._after_pass),
                 ]
                 try:
+                    for listener in self._listeners:  # from now on, so that others see that the values are hooked
+                        listener.put_last()
                     yield
                 finally:
                     for clock in clocks:
