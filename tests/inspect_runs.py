@@ -14,7 +14,7 @@ from inspect_ai.solver import Solver, generate
 
 from stepsal.tasks import chain
 
-PROBLEMS = [chain.sample(910_000 + i, length=length) for i, length in enumerate((1, 2, 3, 2, 3))]
+PROBLEMS = [chain.sample(930_000 + i, length=length) for i, length in enumerate((1, 2, 3, 2, 3))]
 
 
 def chains(*solvers: Solver) -> Task:

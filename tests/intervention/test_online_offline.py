@@ -157,8 +157,14 @@ class TestEquivalence:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [STRONG.but(alpha=0.0, oeb_layers=()), STRONG.but(tau_max=1e-30, smi_layers=()),
-                                    STRONG.but(tau_max=1e-30, alpha=0.0)])  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(STRONG.but(alpha=0.0, oeb_layers=()), marks=pytest.mark.nightly),
+        pytest.param(STRONG.but(tau_max=1e-30, smi_layers=()), marks=pytest.mark.nightly),
+        STRONG.but(tau_max=1e-30, alpha=0.0),
+    ],
+)
 def test_nothing_to_do_changes_no_bit(
     tiny_with_text: TransformerBridge, text_trace: Trace, config: StepFlowConfig
 ) -> None:

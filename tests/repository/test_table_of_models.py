@@ -26,6 +26,6 @@ def test_it_says_what_is_measured(architecture: str) -> None:
     assert rows(table_of_models.table((architecture,)))[architecture] == rows(TEXT)[architecture]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_it_says_what_is_measured_of_all() -> None:
     assert table_of_models.table() == TEXT.removeprefix(table_of_models.HEADER)

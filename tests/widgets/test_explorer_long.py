@@ -87,8 +87,15 @@ def test_a_thousand_steps_scroll(open_page: Open) -> None:
     expect(where.locator('.stepsal-step[data-step="999"]')).to_be_in_viewport()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("size", [(1440, 900), (1280, 720)], ids=["1440x900", "1280x720"])
+@pytest.mark.parametrize(
+    ("size", "scheme"),
+    [
+        pytest.param((1440, 900), "light", id="1440x900-light"),
+        pytest.param((1280, 720), "dark", id="1280x720-dark"),
+        pytest.param((1440, 900), "dark", id="1440x900-dark", marks=pytest.mark.nightly),
+        pytest.param((1280, 720), "light", id="1280x720-light", marks=pytest.mark.nightly),
+    ],
+)
 @pytest.mark.parametrize("traces", [1, 2], ids=["one", "two"])
 @pytest.mark.parametrize("n", [20, 300])
 def test_the_page_fits_its_window(open_page: Open, n: int, traces: int, size: tuple[int, int], scheme: str) -> None:
