@@ -136,14 +136,14 @@ def scalar(model: str, metric: str, error: str = "all wrong", columns: str = "di
 
 
 def scalars(metric: str) -> Numbers:
-    """Return a row of the table of notebook 03: two models, all traces and those of like length."""
-    errors = ("all wrong", "all wrong, like length")
+    """Return a row of the table of notebook 03: two models, all traces and those of similar length."""
+    errors = ("all wrong", "all wrong, similar length")
     return [x for model in ("mini", "smollm2") for error in errors for x in scalar(model, metric, error)]
 
 
 def counts() -> Numbers:
     """Return how many correct and wrong problems stand behind lock-in and decay, in the order of the table."""
-    groups = [(m, e) for m in ("mini", "smollm2") for e in ("all wrong", "all wrong, like length")]
+    groups = [(m, e) for m in ("mini", "smollm2") for e in ("all wrong", "all wrong, similar length")]
     return [
         x for m, e in groups for s in ("shallow_lock_in", "deep_decay") for x in scalar(m, s, e, "n_correct n_wrong")
     ]

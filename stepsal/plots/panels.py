@@ -120,7 +120,7 @@ def state_finding(ax: Axes, title: str, finding: str) -> None:
 
 
 def note(ax: Axes, text: str, at: tuple[float, float] = (0.5, 0.03)) -> None:
-    """Write a small grey note on a panel, such as "too few of like length".
+    """Write a small grey note on a panel, such as "too few of similar length".
 
     Args:
         ax: the panel.
@@ -130,9 +130,9 @@ def note(ax: Axes, text: str, at: tuple[float, float] = (0.5, 0.03)) -> None:
     Example:
         >>> import matplotlib.pyplot as plt
         >>> figure, ax = plt.subplots()
-        >>> stepsal.plots.note(ax, "too few of like length")
+        >>> stepsal.plots.note(ax, "too few of similar length")
         >>> ax.texts[0].get_text()
-        'too few of like length'
+        'too few of similar length'
         >>> plt.close(figure)
     """
     size = SMALL * font_points("xtick.labelsize")

@@ -1,8 +1,8 @@
-"""Contrasts between groups of traces, layer by layer: how large, how sure, and what is left at like length.
+"""Contrasts between groups of traces, layer by layer: how large, how sure, and what is left at similar length.
 
 The trace is the unit: a permutation moves the labels of whole traces, a bootstrap draws whole traces, and all layers
 of a trace go with it. Every contrast is made twice, over all traces and *length-matched*: traces are put into strata of
-like length (coarsened exact matching: same bin of each length variable), strata that lack one of the groups are
+similar length (coarsened exact matching: same bin of each length variable), strata that lack one of the groups are
 dropped, and only traces of a stratum are compared with each other; how much they still differ in length is said. With
 weights w_s = n_s m_s / (n_s + m_s) of a stratum with n_s correct and m_s wrong traces, which give the difference of
 means its smallest variance,

@@ -153,7 +153,7 @@ def summarize(contrasts: pd.DataFrame) -> Report:
 
 def _sentence_of_contrast(metric: str, matching: str, rows: pd.DataFrame, layered: bool) -> str:
     """Say whether and where groups differ."""
-    who = "All traces" if matching == "none" else "Traces of like length"
+    who = "All traces" if matching == "none" else "Traces of similar length"
     if rows.empty:
         return f"{who}: there is nothing to compare, since no stratum has traces of both groups."
     n = f"{who} ({rows['n_correct'].iloc[0]} correct, {rows['n_wrong'].iloc[0]} wrong)"
@@ -184,4 +184,4 @@ def _interval(low: float, high: float) -> str:
 
 
 def _matching_in_words(matching: str) -> str:
-    return "all" if matching == "none" else "like length"
+    return "all" if matching == "none" else "matched"

@@ -78,7 +78,7 @@ def drawn_weights(
     return draw(is_wrong.tobytes(), strata.astype(np.int64).tobytes(), n_resamples, seed)
 
 
-@lru_cache(maxsize=2)  # all traces, and those of like length
+@lru_cache(maxsize=2)  # all traces, and those of similar length
 def _kept_draws(is_wrong: bytes, strata: bytes, n_resamples: int, seed: int) -> tuple[Weights, Weights | None]:
     groups, numbers = np.frombuffer(is_wrong, dtype=bool), np.frombuffer(strata, dtype=np.int64)
     rng = np.random.default_rng(seed)  # of the permutations first, and of the bootstrap after them

@@ -39,11 +39,11 @@ def test_a_contrast_says_where_groups_differ_and_where_not() -> None:
     correct, wrong = metrics[metrics["correct"]], metrics[~metrics["correct"]]
     table = stepsal.stats.compare_groups(correct, wrong, "question", n_resamples=199)
     text = checked(stepsal.stats.summarize(table))
-    for matching, who in (("none", "All traces"), ("length", "Traces of like length")):
+    for matching, who in (("none", "All traces"), ("length", "Traces of similar length")):
         n_sure = int((table[table["matching"] == matching]["q"] <= 0.05).sum())
         (line,) = [s for s in stepsal.stats.summarize(table).sentences if s.startswith(who)]
         assert (f"differs in {n_sure} of " if n_sure else "differs in no layer") in line
-    assert text.count("like length") >= 1
+    assert text.count("similar length") >= 1
 
 
 def test_several_metrics_are_refused() -> None:

@@ -85,7 +85,7 @@ def test_a_stretched_axis_says_so():
 
 def test_a_note_is_small_and_inside():
     figure, ax = plt.subplots(figsize=(1.9, 2), layout="constrained")
-    plots.note(ax, "too few of like length")
+    plots.note(ax, "too few of similar length")
     figure.canvas.draw()
     box = ax.texts[0].get_window_extent()
     assert ax.bbox.x0 <= box.x0 < box.x1 <= ax.bbox.x1

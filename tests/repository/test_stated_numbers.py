@@ -86,8 +86,8 @@ PROFILES: Statements = [
     ("whatever the outcome ({} and {})", p.local_share),
     ("The difference of {}, with p = {},", lambda: p.scalar("mini", "shallow_lock_in", columns="difference p")),
     (
-        "less of itself (p = {}; {} of like length",
-        lambda: [p.scalar("mini", "deep_decay", f"all wrong{rest}", "p")[0] for rest in ("", ", like length")],
+        "less of itself (p = {}; {} of similar length",
+        lambda: [p.scalar("mini", "deep_decay", f"all wrong{rest}", "p")[0] for rest in ("", ", similar length")],
     ),
     (
         "a wrong number after a sum shows none of it ({}, {} to {})",
@@ -101,11 +101,11 @@ PROFILES: Statements = [
     ("answers that were cut off ({})", lambda: p.scalar("smollm2", "deep_decay", "truncated", "difference")),
     ("seven to twelve in mini ({} to {} in log10", p.analysis_block),
     ("an AUROC of {} ({} to {}), the mean", lambda: p.auroc("mini", "these together")),
-    ("both together no more ({}, {} to {})", lambda: p.auroc("mini", "free and these", OVER_BASELINE)),
-    ("length and log-probability reach {} ({} to {})", lambda: p.auroc("smollm2, all", "all that is free")),
+    ("both together no more ({}, {} to {})", lambda: p.auroc("mini", "all of these", OVER_BASELINE)),
+    ("length and log-probability reach {} ({} to {})", lambda: p.auroc("smollm2, all", "length and log-probability")),
     (
         "tell more than these and add {} ({} to {})",
-        lambda: p.auroc("smollm2, with a summary", "free and these", OVER_BASELINE),
+        lambda: p.auroc("smollm2, with a summary", "all of these", OVER_BASELINE),
     ),
     (
         "correlation of a layer down to {}), nearly the same in smollm2 ({})",

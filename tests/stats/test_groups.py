@@ -296,7 +296,7 @@ def test_draws_that_are_kept_change_nothing() -> None:
     data["b"] = rng.normal(size=60)
     _kept_draws.cache_clear()
     first = {name: compare_groups(data[:30], data[30:], name, match=["n_steps"], n_resamples=199) for name in "ab"}
-    assert _kept_draws.cache_info().hits == 2  # b takes those of a, over all traces and at like length
+    assert _kept_draws.cache_info().hits == 2  # b takes those of a, over all traces and at similar length
     for name, table in first.items():
         _kept_draws.cache_clear()
         again = compare_groups(data[:30], data[30:], name, match=["n_steps"], n_resamples=199)
