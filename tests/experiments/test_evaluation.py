@@ -370,8 +370,8 @@ def test_the_harness_can_tell_help_from_none(mini: TransformerBridge, tmp_path: 
         Variant("oracle", edit=oracle),
         Variant("random", edit=random_help),
     ]
-    options = {"decoding": Decoding(max_new_tokens=120), "batch_size": 10, "progress": False}
-    evaluation = evaluate(mini, ChainTask(length=3, distractors=3), variants, 20, folder=tmp_path, **options)
+    options = {"decoding": Decoding(max_new_tokens=100), "batch_size": 10, "progress": False}
+    evaluation = evaluate(mini, ChainTask(length=2, distractors=3), variants, 16, folder=tmp_path, **options)
     paired = evaluation.paired().set_index("variant")
     assert paired.loc["oracle", "low"] > 0.1
     assert paired.loc["oracle", "mcnemar_p"] < 0.01

@@ -508,7 +508,7 @@ class TestMemory:
     @pytest.mark.parametrize(
         ("engine", "n_tokens"),
         [
-            ("pattern", 512),
+            pytest.param("pattern", 512, marks=pytest.mark.nightly),
             ("streamed", 512),
             pytest.param("streamed", 2048, marks=pytest.mark.nightly),
             pytest.param("streamed", 4096, marks=pytest.mark.nightly),
