@@ -122,6 +122,7 @@ def test_the_order_of_variants_changes_nothing(run: Evaluation) -> None:
         pd.testing.assert_frame_equal(other.answers_of(name), run.answers_of(name))
 
 
+@pytest.mark.slow
 def test_times_are_compared_on_the_same_answers(mini: TransformerBridge, tmp_path: Path) -> None:
     same = [Variant("one", votes=2), Variant("other", max_new_tokens=100)]  # the run's limit: the same decoding
     evaluation = evaluate(mini, TASK, same, 3, folder=tmp_path, **OPTIONS)

@@ -122,6 +122,7 @@ def test_whenever_prompts_arrive_and_whoever_leaves(
             assert answer.ended in (ended, "limit")
 
 
+@pytest.mark.slow
 class TestStepFlow:
     """Trackers and kept values belong to a row, and begin anew with it."""
 
