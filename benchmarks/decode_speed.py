@@ -1,13 +1,17 @@
 """Measure how fast answers are written, against `generate` of transformers: the same weights, prompts and tokens.
 
-    python benchmarks/decode_speed.py                # SmolLM2, batch 1 and 16, 100 new tokens, on one core
+    python benchmarks/decode_speed.py                # batch 1 and 16, 100 new tokens, on one core
     python benchmarks/decode_speed.py --threads 2
+    python benchmarks/decode_speed.py refill         # 64 answers of very different lengths, 16 rows at a time
+    python benchmarks/decode_speed.py prompt         # a prompt of 4,000 tokens, with and without StepFlow
+    python benchmarks/decode_speed.py --gpu          # a GPU: random weights, the shape of R1-Distill-Qwen-7B
 
-The variants write one answer (or one batch) each in turn, in an order that rotates, so that whatever slows the machine
-for more than a moment slows all alike. A ratio is that of two times of the same round; the table shows its median and
-range over rounds. The variants:
+SmolLM2-135M in float32, but for `--gpu`. What is compared takes turns, in an order that rotates, so that whatever slows
+the machine for more than a moment slows all alike. A ratio is that of two times of the same round; tables show its
+median and range over rounds. The variants:
 
-    transformers   `generate` of an unwrapped copy of the model, fused attention
+    transformers   `generate` of an unwrapped copy of the model, fused attention; in `refill` in batches of 16, each as
+                   long as its longest answer
     plain          `stepsal.generate_batch`
     StepFlow       the same under StepFlow with the paper's settings
     hooked         plain, with an idle hook on every part of every layer, so that nothing runs without its wrapper
@@ -17,13 +21,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from unittest import mock
 
 import machine
+import numpy as np
 import pandas as pd
+import psutil
 import torch
 import transformers
 from tqdm.auto import tqdm
@@ -31,10 +40,16 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import stepsal
 from stepsal.bridge.smollm2 import smollm2_folder
+from stepsal.generation.loop import Prompt, write
 from stepsal.trace import render_prompt
 
 QUESTION = "Tell a long story about number {} of the hundred lighthouse keepers, and begin with the place."
 RESULTS = Path(__file__).parent / "results"
+N_ANSWERS, N_ROWS, MEAN_LENGTH, SIGMA = 64, 16, 200, 0.8  # of `refill`: lengths are lognormal
+BANDWIDTH = 3.35e12  # bytes a second that an H100 reads
+
+Writers = dict[str, Callable[[], list[list[int]]]]
+"""For each variant, a function that writes answers and returns their tokens."""
 
 
 def idle(x: torch.Tensor, hook: object) -> None:
@@ -49,14 +64,26 @@ def hooked(model: TransformerBridge) -> AbstractContextManager:
     return model.hooks(fwd_hooks=[(name, idle) for name in ("embed.hook_in", "ln_final.hook_in", *names)])
 
 
-def variants(batch: int, n_new: int) -> dict[str, Callable[[], list[list[int]]]]:
-    """Return for each variant a function that writes a batch of answers, and returns their tokens."""
+def unwrapped_smollm2() -> tuple[torch.nn.Module, transformers.PreTrainedTokenizerBase]:
+    """Return SmolLM2 as transformers loads it, with its tokenizer."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(smollm2_folder(), dtype=torch.float32)
+    return model, transformers.AutoTokenizer.from_pretrained(smollm2_folder(), padding_side="left")
+
+
+def story_prompts(model: TransformerBridge, n: int) -> list[str]:
+    """Return n rendered prompts."""
+    return [render_prompt(model.tokenizer, QUESTION.format(row + 1)).text for row in range(n)]
+
+
+# ---------------------------------------------------------------------------------------------- equal answers
+
+
+def writers_of_equal_answers(batch: int, n_new: int) -> Writers:
+    """Return the variants, each of which writes a batch of answers."""
     model = stepsal.load("smollm2")
-    unwrapped = transformers.AutoModelForCausalLM.from_pretrained(smollm2_folder(), dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2_folder(), padding_side="left")
+    unwrapped, tokenizer = unwrapped_smollm2()
     questions = [QUESTION.format(row + 1) for row in range(batch)]
-    texts = [render_prompt(model.tokenizer, question).text for question in questions]
-    inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+    inputs = tokenizer(story_prompts(model, batch), return_tensors="pt", padding=True, add_special_tokens=False)
 
     def ours(stepflow: stepsal.StepFlowConfig | None = None) -> list[list[int]]:
         traces = stepsal.generate_batch(model, questions, stepflow=stepflow, max_new_tokens=n_new)
@@ -72,49 +99,208 @@ def variants(batch: int, n_new: int) -> dict[str, Callable[[], list[list[int]]]]
             return ours()
 
     return {
-        "transformers": theirs,
-        "plain": ours,
-        "StepFlow": lambda: ours(stepsal.StepFlowConfig()),
-        "hooked": wrapped,
-    }
+        "transformers": theirs, "plain": ours, "StepFlow": lambda: ours(stepsal.StepFlowConfig()), "hooked": wrapped
+    }  # fmt: skip
 
 
-def measure(batch: int, n_new: int, n_rounds: int) -> list[dict[str, object]]:
-    """Return the time of each variant in each round."""
-    writers = variants(batch, n_new)
+def in_turn(writers: Writers, n_rounds: int, desc: str, *, warm_up: bool = True) -> pd.DataFrame:
+    """Return the seconds of each variant in each round, and the number of tokens that it wrote."""
     names, rows = list(writers), []
-    answers = {name: write() for name, write in writers.items()}  # the first round only warms up
-    if answers["plain"] != answers["transformers"]:
-        raise SystemExit("the answers differ from those of transformers")
-    for number in tqdm(range(n_rounds), desc=f"batch {batch}"):
+    if warm_up:
+        answers = {name: writer() for name, writer in writers.items()}
+        if answers["plain"] != answers["transformers"]:
+            raise SystemExit("the answers differ from those of transformers")
+    for number in tqdm(range(n_rounds), desc=desc):
         for name in names[number % len(names) :] + names[: number % len(names)]:
             begin = time.perf_counter()
-            n_tokens = max(map(len, writers[name]()))
-            seconds = (time.perf_counter() - begin) / n_tokens
-            rows.append({"batch": batch, "round": number, "variant": name, "milliseconds": 1000 * seconds})
-    return rows
+            answers_now = writers[name]()
+            seconds = time.perf_counter() - begin
+            counts = list(map(len, answers_now))
+            rows.append(
+                {"round": number, "variant": name, "seconds": seconds, "longest": max(counts), "tokens": sum(counts)}
+            )
+    return pd.DataFrame(rows)
+
+
+def ratios(times: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """Return for each variant the median and the range of its ratio to transformers over rounds."""
+    wide = times.pivot(index=[*by, "round"], columns="variant", values="seconds")
+    long = wide.div(wide["transformers"], axis=0).stack().rename("ratio").reset_index()
+    return long.groupby([*by, "variant"])["ratio"].agg(ratio="median", lowest="min", highest="max").reset_index()
+
+
+def measure_equal(batches: list[int], n_new: int, n_rounds: int) -> pd.DataFrame:
+    """Measure all variants on answers of one length."""
+    parts = [
+        in_turn(writers_of_equal_answers(batch, n_new), n_rounds, f"batch {batch}").assign(batch=batch)
+        for batch in batches
+    ]
+    times = pd.concat(parts)
+    times["ms_per_token"] = 1000 * times["seconds"] / times["longest"]
+    table = times.groupby(["batch", "variant"])["ms_per_token"].median().reset_index()
+    table = table.merge(ratios(times, ["batch"]), on=["batch", "variant"])
+    return table.assign(new_tokens=n_new, rounds=n_rounds, threads=torch.get_num_threads())
+
+
+# ------------------------------------------------------------------------------------- answers of many lengths
+
+
+def measure_refilling(n_answers: int, n_rows: int, n_rounds: int) -> pd.DataFrame:
+    """Measure answers whose lengths are forced, heavy-tailed, with as many rows as there is room for."""
+    model = stepsal.load("smollm2")
+    unwrapped, tokenizer = unwrapped_smollm2()
+    draws = np.random.default_rng(0).lognormal(np.log(MEAN_LENGTH) - SIGMA**2 / 2, SIGMA, n_answers)
+    lengths = np.maximum(1, draws.round()).astype(int).tolist()
+    texts = story_prompts(model, n_answers)
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    prompts = [Prompt(row, 0, n) for row, n in zip(ids, lengths, strict=True)]
+
+    def ours(stepflow: stepsal.StepFlowConfig | None = None) -> list[list[int]]:
+        flow = nullcontext() if stepflow is None else stepsal.stepflow(model, stepflow)
+        with flow, mock.patch("stepsal.generation.loop.end_tokens", return_value=frozenset()):
+            answers = sorted(write(model, prompts, n_rows, decoding=stepsal.Decoding()), key=lambda a: a.number)
+        return [answer.tokens for answer in answers]
+
+    def theirs() -> list[list[int]]:
+        answers = []
+        for start in range(0, n_answers, n_rows):
+            inputs = tokenizer(
+                texts[start : start + n_rows], return_tensors="pt", padding=True, add_special_tokens=False
+            )
+            longest = max(lengths[start : start + n_rows])
+            with torch.no_grad():
+                rows = unwrapped.generate(
+                    **inputs, max_new_tokens=longest, min_new_tokens=longest, do_sample=False, eos_token_id=None
+                )
+            of_rows = zip(rows, lengths[start : start + n_rows], strict=True)
+            answers += [row[inputs["input_ids"].shape[1] :][:n].tolist() for row, n in of_rows]
+        return answers
+
+    writers = {"transformers": theirs, "plain": ours, "StepFlow": lambda: ours(stepsal.StepFlowConfig())}
+    times = in_turn(writers, n_rounds, f"{n_answers} answers", warm_up=False)
+    table = ratios(times, []).assign(speed=lambda t: 1 / t["ratio"])
+    rates = (times["tokens"] / times["seconds"]).groupby(times["variant"]).median().rename("tokens_per_second")
+    table = table.merge(rates.reset_index(), on="variant")
+    return table.assign(answers=n_answers, rows=n_rows, mean_length=np.mean(lengths), rounds=n_rounds)
+
+
+# ------------------------------------------------------------------------------------------------- long prompts
+
+
+def read_prompt(n_tokens: int, variant: str) -> dict[str, object]:
+    """Read one long prompt and write one token, in this process; return seconds and the memory that it added."""
+    model = stepsal.load("smollm2")
+    words = " ".join(f"There are {i % 90 + 10} boats in harbour {i}." for i in range(n_tokens))
+    question = model.tokenizer.decode(model.tokenizer(words)["input_ids"][: n_tokens - 40]) + " How many in all?"
+    stepflow = stepsal.StepFlowConfig() if variant == "StepFlow" else None
+    stepsal.generate(model, "How many?", stepflow=stepflow, max_new_tokens=2)
+    Path("/proc/self/clear_refs").write_text("5")  # counts the peak from here on
+    before, start = psutil.Process().memory_info().rss, time.perf_counter()
+    trace = stepsal.generate(model, question, stepflow=stepflow, max_new_tokens=1)
+    seconds = time.perf_counter() - start
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    peak = int(status["VmHWM"].split()[0]) * 1024
+    return {"tokens": trace.n_prompt, "variant": variant, "seconds": seconds, "added_bytes": peak - before}
+
+
+def measure_prompts(lengths: list[int]) -> pd.DataFrame:
+    """Measure prompts of several lengths with and without StepFlow, each in a process of its own."""
+    rows = []
+    for n_tokens, variant in tqdm([(n, v) for n in lengths for v in ("plain", "StepFlow")]):
+        command = [sys.executable, __file__, "prompt", "--point", str(n_tokens), variant]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+    return pd.DataFrame(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------- GPU
+
+
+@contextmanager
+def no_ends() -> Iterator[None]:
+    """Let no token end an answer."""
+    with mock.patch("stepsal.generation.loop.end_tokens", return_value=frozenset()):
+        yield
+
+
+def measure_7b(batches: list[int], n_new: int) -> pd.DataFrame:
+    """Measure tokens per second on a GPU, at the shape of R1-Distill-Qwen-7B."""
+    config = transformers.Qwen2Config(
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, max_position_embeddings=131072, tie_word_embeddings=False,
+    )  # fmt: skip
+    with torch.device("cuda"):
+        hf_model = transformers.Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16)
+        unwrapped = transformers.Qwen2ForCausalLM._from_config(
+            config, dtype=torch.bfloat16, attn_implementation="sdpa"
+        ).eval()
+    tokenizer = stepsal.load("mini").tokenizer
+    model = stepsal.load("qwen2-7b-shape", hf_model=hf_model, tokenizer=tokenizer)
+    n_bytes = sum(p.numel() * p.element_size() for p in hf_model.parameters())
+    rows = []
+    for batch in batches:
+        ids = tokenizer(story_prompts(model, 1)[0])["input_ids"]
+        inputs = torch.tensor([ids] * batch, device="cuda")
+        prompts = [Prompt(ids, 0, n_new)] * batch
+
+        def theirs(inputs: torch.Tensor = inputs) -> None:
+            options = {"max_new_tokens": n_new, "min_new_tokens": n_new, "do_sample": False, "eos_token_id": None}
+            unwrapped.generate(inputs, attention_mask=torch.ones_like(inputs), **options)
+
+        def ours(stepflow: bool, prompts: list[Prompt] = prompts) -> None:
+            with no_ends(), stepsal.stepflow(model) if stepflow else nullcontext():
+                list(write(model, prompts, decoding=stepsal.Decoding()))
+
+        runs = {"transformers": theirs, "plain": lambda: ours(False), "StepFlow": lambda: ours(True)}
+        for name, run in runs.items():
+            with torch.no_grad():
+                run()
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                run()
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - start
+            limit = n_bytes / BANDWIDTH  # seconds that reading the weights takes
+            rows.append({"batch": batch, "variant": name, "tokens_per_second": batch * n_new / seconds,
+                         "of_the_limit": limit / (seconds / n_new)})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def save(name: str, table: pd.DataFrame) -> None:
+    """Print a table, and write it with the facts of the machine."""
+    print(table.to_string(index=False, float_format="%.3f"))
+    RESULTS.mkdir(exist_ok=True)
+    table.to_csv(RESULTS / f"{name}.csv", index=False, float_format="%.4g")
+    (RESULTS / f"{name}.json").write_text(json.dumps(machine.facts(), indent=2) + "\n")
 
 
 def main() -> None:
-    """Measure as the command line says, print the table, and keep it."""
+    """Measure as the command line says, and write the table to `results/`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--tokens", type=int, default=100, help="new tokens of an answer")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("what", nargs="?", choices=["equal", "refill", "prompt"], default="equal")
+    parser.add_argument("--batch", type=int, nargs="+")
+    parser.add_argument("--tokens", type=int, default=100, help="new tokens of an answer of equal length")
+    parser.add_argument("--rounds", type=int, help="default: 9, and 3 of `refill`")
+    parser.add_argument("--answers", type=int, default=N_ANSWERS, help="number of answers of `refill`")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1000, 2000, 4000], help="tokens of prompts")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--point", nargs=2, help="read one prompt in this process, and print what it cost as JSON")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    times = pd.DataFrame([row for b in options.batch for row in measure(b, options.tokens, options.rounds)])
-    wide = times.pivot(index=["batch", "round"], columns="variant", values="milliseconds")
-    ratios = wide.div(wide["transformers"], axis=0).stack().rename("ratio").reset_index()
-    grouped = ratios.groupby(["batch", "variant"], sort=False)["ratio"]
-    table = grouped.agg(ratio="median", lowest="min", highest="max").round(3)
-    table.insert(0, "milliseconds", times.groupby(["batch", "variant"])["milliseconds"].median().round(1))
-    print(table.to_string())
-    path = RESULTS / f"decode_speed_{options.threads}.json"
-    rows = table.reset_index().to_dict("records")
-    settings = {"new_tokens": options.tokens, "rounds": options.rounds, "threads": options.threads}
-    path.write_text(json.dumps({"machine": machine.facts(), **settings, "table": rows}, indent=1) + "\n")
+    if options.point:
+        print(json.dumps(read_prompt(int(options.point[0]), options.point[1])))
+    elif options.gpu and not torch.cuda.is_available():
+        print("not run: there is no CUDA device")
+    elif options.gpu:
+        save("decode_7b", measure_7b(options.batch or [1, 16, 64], options.tokens))
+    elif options.what == "refill":
+        save("decode_refill", measure_refilling(options.answers, N_ROWS, options.rounds or 3))
+    elif options.what == "prompt":
+        save("decode_prompt", measure_prompts(options.lengths))
+    else:
+        table = measure_equal(options.batch or [1, 16], options.tokens, options.rounds or 9)
+        save(f"decode_speed_{options.threads}", table)
 
 
 if __name__ == "__main__":

@@ -255,6 +255,7 @@ def test_light_and_dark(explorer: Explorer, open_page: Open) -> None:
         assert page.locator(".stepsal-map").evaluate(of_labels) == pytest.approx(ink, abs=12)
 
 
+@pytest.mark.nightly
 def test_the_captures_of_the_readme_are_made(browser: Browser, tmp_path: Path) -> None:
     capture_explorer.capture(browser, tmp_path)
     for ending in ("png", "gif"):
