@@ -1,4 +1,4 @@
-"""The script that runs this repository's notebooks, on notebooks made for the purpose."""
+"""The script that runs this repository's notebooks, on notebooks made for the purpose; and what it left in those."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import run_notebooks
 from run_notebooks import WIDGET_STATE, WIDGET_VIEW
 
 pytestmark = pytest.mark.slow  # each run starts a kernel
+ROOT = Path(__file__).parents[2]
 
 
 def write(path: Path, *sources: str) -> None:
@@ -91,3 +92,21 @@ def test_selects_by_number_or_name_and_names_what_there_is() -> None:
         run_notebooks.select(paths, ["07", "00"])
     with pytest.raises(ValueError, match="no notebook at all"):
         run_notebooks.select([], [])
+
+
+def figures_of(sources: list[str]) -> set[str]:
+    """Return the names of the figures that cells save."""
+    names = re.findall(r'save_figure\(\s*[\w\[\]]+,\s*f?"([^"]+)"', "\n".join(sources))
+    patterns = [re.sub(r"\{\w+\}", r"\\w+", name) for name in names]
+    return {path.stem for path in (ROOT / "figures").glob("*.png") if any(re.fullmatch(p, path.stem) for p in patterns)}
+
+
+def test_the_notebooks_show_every_figure_that_they_save() -> None:
+    shown: set[str] = set()
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+        saved = figures_of([cell.source for cell in cells])
+        images = [output for cell in cells for output in cell.outputs if "image/png" in output.get("data", {})]
+        assert len(images) >= len(saved), f"{path.name} saves {sorted(saved)}"
+        shown |= saved
+    assert shown == {path.stem for path in (ROOT / "figures").glob("*.png")}
