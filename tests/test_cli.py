@@ -12,6 +12,8 @@ from stepsal.cli import app
 from stepsal.maps import StepSaliency
 from stepsal.tasks import chain
 
+pytestmark = pytest.mark.slow  # each test runs a model or a command
+
 QUESTION = chain.sample(1, length=2).question
 
 

@@ -15,6 +15,8 @@ from stepsal.experiments.population import Population
 from stepsal.tasks.chain import ChainTask
 from stepsal.widgets import StepFlowPanel
 
+pytestmark = pytest.mark.slow  # each test runs a model or a command
+
 TASK = ChainTask(length=1)
 DECODING = Decoding(max_new_tokens=12)
 CHAT = {"enable_thinking": False}

@@ -76,6 +76,7 @@ def test_an_answer_is_what_it_is_alone_on_every_architecture(architecture: str) 
     assert [(answer.tokens, answer.ended) for answer in answers] == alone(model, prompts, decoding)
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(
     rows=st.lists(st.tuples(st.integers(1, 24), st.integers(1, 12)), min_size=1, max_size=9),

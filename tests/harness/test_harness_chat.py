@@ -135,6 +135,7 @@ STRICT = (  # as Gemma's: no system prompt, user and assistant take turns
 )
 
 
+@pytest.mark.slow
 class TestRendering:
     @pytest.fixture(scope="class")
     def api(self) -> StepsalAPI:

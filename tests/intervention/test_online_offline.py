@@ -23,6 +23,7 @@ def text_trace(tiny_with_text: TransformerBridge) -> Trace:
 class TestEquivalence:
     """A teacher-forced pass under StepFlow gives what cached decoding under StepFlow gives."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("start", ["token by token", "prompt", "part of the thinking"])
     def test_on_every_architecture(self, tiny_with_text: TransformerBridge, text_trace: Trace, start: str) -> None:
         model, tokens = tiny_with_text, text_trace.tokens[None]

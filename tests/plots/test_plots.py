@@ -530,6 +530,7 @@ def test_style_puts_back_its_own_settings_alone():
         assert mpl.rcParams["axes.linewidth"] == before
 
 
+@pytest.mark.slow
 def test_importing_plots_loads_no_model_and_changes_no_setting():
     code = (
         "import sys, matplotlib as mpl; before = dict(mpl.rcParams); import stepsal.plots;"
