@@ -10,6 +10,7 @@ import torch
 from forward_passes import logits_of
 from tiny_models import ARCHITECTURES, tiny_hf_model
 from torch import Tensor
+from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 import stepsal
@@ -110,12 +111,43 @@ def test_a_torch_hook_on_a_wrapper_counts(mini: TransformerBridge) -> None:
 
 
 def test_only_what_is_hooked_stays_wrapped(mini: TransformerBridge) -> None:
-    with mini.hooks(fwd_hooks=[("blocks.0.attn.hook_pattern", lambda x, hook: None)]), native(mini):
+    with mini.hooks(fwd_hooks=[("blocks.0.attn.hook_attn_scores", lambda x, hook: None)]), native(mini):
         layers = mini.original_model.model.layers
         assert type(layers[0].self_attn).__name__ == "PositionEmbeddingsAttentionBridge"
         assert type(layers[1].self_attn).__name__ == "Qwen2Attention"
         assert {type(layer).__name__ for layer in layers} == {"Qwen2DecoderLayer"}
         assert type(layers[0].mlp).__name__ == "Qwen2MLP"
+
+
+def test_attention_whose_pattern_alone_is_hooked_is_not_wrapped(mini: TransformerBridge) -> None:
+    names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(2)] + ["blocks.1.attn.hook_rot_q"]
+    with mini.hooks(fwd_hooks=[(name, lambda x, hook: None) for name in names]), native(mini):
+        attentions = [layer.self_attn for layer in mini.original_model.model.layers[:3]]
+        assert [type(a).__name__ for a in attentions[::2]] == ["Qwen2Attention"] * 2
+        assert [a.config._attn_implementation for a in attentions[::2]] == ["stepsal_eager", "sdpa"]
+        assert type(attentions[1]).__name__ == "PositionEmbeddingsAttentionBridge"
+
+
+@pytest.mark.parametrize("mask", ["padded", "none", "bool", "float"])
+def test_the_pattern_is_that_of_the_wrapper_under_every_mask(model: TransformerBridge, mask: str) -> None:
+    if mask == "bool" and model.original_model.config._attn_implementation == "eager":
+        pytest.skip("transformers adds masks of any kind to the scores of this model")
+    tokens, padding = batch()
+    causal = torch.ones(9, 9, dtype=torch.bool).tril()
+    causal[5:, 2] = False  # a mask of somebody's own
+    masks = {
+        "padded": padding, "none": None, "bool": causal.expand(2, 1, 9, 9),
+        "float": torch.where(causal, 0.0, torch.finfo(torch.float32).min).expand(2, 1, 9, 9),
+    }  # fmt: skip
+    seen: list[Tensor] = []
+    hooks = [(attention_hooks(model, LAYER)["pattern"], lambda x, hook: seen.append(x[1]))]
+    positions = torch.arange(9).expand(2, 9)
+    with torch.no_grad(), model.hooks(fwd_hooks=hooks):
+        expected = model(tokens, attention_mask=masks[mask], position_ids=positions)[1]
+        with native(model):
+            logits = model(tokens, attention_mask=masks[mask], position_ids=positions)[1]
+    torch.testing.assert_close(seen[1], seen[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_options_that_join_wrappers_keep_them(mini: TransformerBridge) -> None:
@@ -141,16 +173,16 @@ def test_all_is_put_back_after_an_error(mini: TransformerBridge, error: BaseExce
 def test_an_error_while_replacing_leaves_the_model_whole(
     mini: TransformerBridge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, fuse = wrappers(mini), Native._fuse
+    before, choose = wrappers(mini), Native._choose_function
     calls: list[int] = []
 
-    def fail_late(parts: Native, module: torch.nn.Module) -> None:
+    def fail_late(parts: Native, module: torch.nn.Module, point: HookPoint | None) -> None:
         calls.append(1)
         if len(calls) == 5:
             raise KeyboardInterrupt
-        fuse(parts, module)
+        choose(parts, module, point)
 
-    monkeypatch.setattr(Native, "_fuse", fail_late)
+    monkeypatch.setattr(Native, "_choose_function", fail_late)
     with pytest.raises(KeyboardInterrupt), native(mini):
         pass
     assert wrappers(mini) == before
