@@ -1,22 +1,26 @@
-"""Lay out the input of the Odds-Equal Bridge for one pass on the model's device: the keys in B and in S of each row.
+"""Lay out the input of the Odds-Equal Bridge for one pass on the model's device: which keys are in B and in S.
 
-The ledger describes the groups of a query row by section and turn. `KeySections` holds the section of each key position
-where the model runs, so that only what is new is copied there, and compares it with the sections of the rows.
+Each key is in one group, its section in its turn, and each query row names two groups as its B and its S, so that both
+together take a number for each key and two for each query. `KeyGroups` holds the groups of the keys where the model
+runs, so that only what is new is copied there. Masks, with an entry for each query and key, are made for those who hold
+patterns, which are larger still.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
 from stepsal.intervention.ledger import NOWHERE, Ledger, Portion
 from stepsal.intervention.oeb import bridge_ceiling
+from stepsal.trace.tracking import Section
 
 _CAPACITY = 256  # key positions for which there is room at first
 
@@ -26,17 +30,23 @@ class Bridging:
     """Input of the Odds-Equal Bridge for one pass.
 
     Attributes:
-        bridge: True for keys in B of each query row.
-        segment: True for keys in S of each query row.
+        groups: group of each key.
+        of_rows: groups that are B and S of each query row; -1, which no key is in, in rows that are not edited.
         ceilings: ceiling of tau_B of each query row, by sliding window of a layer (None: full attention).
         eligible: True for query rows that see keys of both, by sliding window of a layer.
     """
 
-    bridge: Bool[Tensor, "batch query_pos key_pos"]
-    segment: Bool[Tensor, "batch query_pos key_pos"]
+    groups: Int[Tensor, "batch key_pos"]
+    of_rows: Int[Tensor, "batch query_pos 2"]
     ceilings: dict[int | None, Float[Tensor, "batch query_pos"]]
     eligible: dict[int | None, Bool[Tensor, "batch query_pos"]]
     _copies: dict[torch.device, Bridging] = field(default_factory=dict, init=False)  # for layers on other devices
+
+    @cached_property
+    def masks(self) -> tuple[Bool[Tensor, "batch query_pos key_pos"], Bool[Tensor, "batch query_pos key_pos"]]:
+        """True for keys in B, and in S, of each query row; keys that the row can't see may be among them."""
+        bridge, segment = (self.groups[:, None] == of_rows[..., None] for of_rows in self.of_rows.unbind(-1))
+        return bridge, segment
 
     def on(self, device: torch.device) -> Bridging:
         """Return the input on the device of a layer, to which it is copied once.
@@ -44,16 +54,16 @@ class Bridging:
         Args:
             device: device of the layer's pattern.
         """
-        if device == self.bridge.device:
+        if device == self.groups.device:
             return self
         if device not in self._copies:
             ceilings, eligible = ({w: x.to(device) for w, x in of.items()} for of in (self.ceilings, self.eligible))
-            self._copies[device] = Bridging(self.bridge.to(device), self.segment.to(device), ceilings, eligible)
+            self._copies[device] = Bridging(self.groups.to(device), self.of_rows.to(device), ceilings, eligible)
         return self._copies[device]
 
 
-class KeySections:
-    """The section of each key position, on the device of the model.
+class KeyGroups:
+    """The group of each key position, on the device of the model.
 
     Args:
         batch: number of rows.
@@ -61,19 +71,22 @@ class KeySections:
     """
 
     def __init__(self, batch: int, device: torch.device) -> None:
-        self._sections = torch.zeros((batch, _CAPACITY), dtype=torch.int8, device=device)
+        self._has_turns = False
+        self._groups = torch.zeros((batch, _CAPACITY), dtype=torch.int32, device=device)
 
-    def update(self, sections: NDArray[np.int8], first: int) -> None:
-        """Take over the sections of all key positions from `first` on.
+    def update(self, ledger: Ledger, first: int) -> None:
+        """Take over the groups of all key positions from `first` on.
 
         Args:
-            sections: sections of all key positions, [batch, key_pos].
+            ledger: the ledger of the sections and turns.
             first: first key position whose section is new or was revised.
         """
-        stop, capacity = sections.shape[1], self._sections.shape[1]
+        stop, capacity = ledger.n_columns, self._groups.shape[1]
+        if ledger.several_turns and not self._has_turns:  # from now on the first turn has another number
+            self._has_turns, first = True, 0
         if stop > capacity:
-            self._sections = torch.nn.functional.pad(self._sections, (0, max(stop - capacity, capacity)))
-        self._sections[:, first:stop] = self._to_device(sections[:, first:].copy())
+            self._groups = torch.nn.functional.pad(self._groups, (0, max(stop - capacity, capacity)))
+        self._groups[:, first:stop] = self._to_device(_groups(ledger.sections, ledger, first))
 
     def lay_out(
         self, ledger: Ledger, portion: Portion, windows: Iterable[int | None], tau_max: float
@@ -86,27 +99,19 @@ class KeySections:
             windows: sliding windows of the layers.
             tau_max: largest share of attention that the bridge is given.
         """
-        groups = portion.groups
-        if (groups.bridge == NOWHERE).all():
+        bridge, segment = portion.groups.bridge, portion.groups.segment
+        if (bridge == NOWHERE).all():
             return None
         ceilings, eligible = {}, {}
         for window in windows:
             n_bridge, n_segment = (
-                torch.from_numpy(ledger.count_visible(sections, window)) for sections in (groups.bridge, groups.segment)
+                torch.from_numpy(ledger.count_visible(sections, window)) for sections in (bridge, segment)
             )
             ceiling = bridge_ceiling(n_bridge, n_segment, tau_max)  # [batch, query_pos]
-            device = self._sections.device
+            device = self._groups.device
             ceilings[window], eligible[window] = (x.to(device, non_blocking=True) for x in (ceiling, ceiling > 0))
-        keys = self._sections[:, None, : portion.stop]  # [batch, 1, key_pos]
-        bridge, segment = (
-            keys == self._to_device(sections)[:, :, None]  # [batch, query_pos, key_pos]
-            for sections in (groups.bridge, groups.segment)
-        )
-        if ledger.several_turns:  # keys of earlier turns are in neither
-            this_turn = torch.arange(portion.stop) >= torch.from_numpy(groups.since)[:, :, None]
-            this_turn = this_turn.to(self._sections.device)
-            bridge, segment = bridge & this_turn, segment & this_turn
-        return Bridging(bridge, segment, ceilings, eligible)
+        of_rows = np.stack([_groups(sections, ledger, portion.first) for sections in (bridge, segment)], axis=-1)
+        return Bridging(self._groups[:, : portion.stop], self._to_device(of_rows), ceilings, eligible)
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep only these rows of the batch, in this order.
@@ -114,7 +119,23 @@ class KeySections:
         Args:
             rows: indices of rows.
         """
-        self._sections = self._sections[torch.tensor(rows).to(self._sections.device)]
+        self._groups = self._groups[torch.tensor(rows).to(self._groups.device)]
 
-    def _to_device(self, array: NDArray[np.int8]) -> Tensor:
-        return torch.from_numpy(array).to(self._sections.device, non_blocking=True)
+    def _to_device(self, array: NDArray[np.int32]) -> Tensor:
+        return torch.from_numpy(array).to(self._groups.device, non_blocking=True)
+
+
+def _groups(sections: NDArray[np.int8], ledger: Ledger, first: int) -> NDArray[np.int32]:
+    """Return the groups of sections at the key positions from `first` on; -1 for `NOWHERE`.
+
+    Args:
+        sections: sections, [batch, pos], of these positions or of more before them.
+        ledger: the ledger, which knows their turns.
+        first: first position.
+    """
+    of_keys = sections[:, sections.shape[1] - (ledger.n_columns - first) :].astype(np.int32)
+    if not ledger.several_turns:
+        return of_keys
+    starts = np.maximum.accumulate(ledger.turn_starts, axis=1)  # padding within a row belongs to the turn before it
+    turns = (np.diff(starts, axis=1, prepend=0) > 0).cumsum(axis=1, dtype=np.int32)[:, first:]
+    return np.where(of_keys == NOWHERE, NOWHERE, turns * len(Section) + of_keys)

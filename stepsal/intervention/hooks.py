@@ -310,13 +310,13 @@ class StepFlow:
 
     def _lay_out(self, ids: NDArray[np.int64], real: NDArray[np.bool_]) -> None:
         """Enter the new tokens in the ledger, and lay out the edits of this pass."""
-        ledger, key_sections = self._reading.ledger, self._reading.key_sections
+        ledger, key_groups = self._reading.ledger, self._reading.key_groups
         portion = self._portion = ledger.advance(ids, real)
         self._bridging = self._injections = None
         if self.oeb_layers:
-            key_sections.update(ledger.sections, portion.changed)
+            key_groups.update(ledger, portion.changed)
             windows = set(self._windows.values())
-            self._bridging = key_sections.lay_out(ledger, portion, windows, self.config.tau_max)
+            self._bridging = key_groups.lay_out(ledger, portion, windows, self.config.tau_max)
         if portion.places and self.smi_layers and self.config.alpha > 0:
             device = next(self.model.parameters()).device
             self._injections = Injections.of(portion.places, portion.members, device)
@@ -330,14 +330,11 @@ class StepFlow:
             if self._bridging is None:
                 return None
             bridging, n_keys = self._bridging.on(pattern.device), pattern.shape[-1]
-            if n_keys > bridging.bridge.shape[-1]:
+            if n_keys > bridging.groups.shape[1]:
                 raise ValueError(f"a cache of fixed size ({n_keys} keys) is not supported: use a DynamicCache")
-            bridged = odds_equal_bridge(
-                pattern,
-                bridging.bridge[..., -n_keys:],  # a sliding window's cache keeps only the last keys
-                bridging.segment[..., -n_keys:],
-                bridging.ceilings[window],
-            )
+            # a sliding window's cache keeps only the last keys
+            bridge, segment = (mask[..., -n_keys:] for mask in bridging.masks)
+            bridged = odds_equal_bridge(pattern, bridge, segment, bridging.ceilings[window])
             self.log.add_bridged(layer, bridged.before, bridged.after, bridging.eligible[window])
             return bridged.pattern
 

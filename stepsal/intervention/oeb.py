@@ -92,16 +92,16 @@ def odds_equal_bridge(
     """
     p = pattern.to(torch.promote_types(pattern.dtype, torch.float32))
     bridge, segment = bridge.unsqueeze(1), segment.unsqueeze(1)  # [batch, 1, query_pos, key_pos]
-    p_bridge = (p * bridge).sum(-1)  # [batch, head, query_pos]
-    p_segment = (p * segment).sum(-1)
-    both = p_bridge + p_segment
+    masses = torch.stack(
+        [(p * group).sum(-1) for group in (bridge, segment)]
+    )  # of B and S, [2, batch, head, query_pos]
+    p_bridge, both = masses[0], masses.sum(0)
     tau = torch.minimum(ceiling.unsqueeze(1), both / 2)
     # p(B) < tau implies p(S) > p(B), so that neither quotient below can divide by nothing
     fires = (p_bridge < tau) & (p_bridge >= _NO_MASS)
     # lambda_g = log(tau_g) - log(p(g)) (Eq. 8): exactly 0 in rows that stay; and where p(g) is tiny its gradient is
     # still finite, unlike that of the quotient, which goes through 1 / p(g)^2
-    lambda_bridge = torch.where(fires, tau, 1.0).log() - torch.where(fires, p_bridge, 1.0).log()
-    lambda_segment = torch.where(fires, both - tau, 1.0).log() - torch.where(fires, p_segment, 1.0).log()
-    scale_bridge, scale_segment = lambda_bridge.exp().unsqueeze(-1), lambda_segment.exp().unsqueeze(-1)
+    log_targets, log_masses = (torch.where(fires, x, 1.0).log() for x in (torch.stack((tau, both - tau)), masses))
+    scale_bridge, scale_segment = (log_targets - log_masses).exp().unsqueeze(-1)
     scale = torch.where(bridge, scale_bridge, torch.where(segment, scale_segment, 1.0))
     return Bridged((p * scale).to(pattern.dtype), p_bridge, torch.where(fires, tau, p_bridge))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from stepsal.intervention.bridging import KeySections
+from stepsal.intervention.bridging import KeyGroups
 from stepsal.intervention.ledger import Ledger
 from stepsal.intervention.values import KeptValues
 
@@ -22,13 +22,13 @@ class Reading:
 
     Attributes:
         ledger: the same.
-        key_sections: the section of each key position, on the device.
+        key_groups: the group of each key position, on the device.
         kept: kept values, by layer.
     """
 
     def __init__(self, ledger: Ledger, smi_layers: Sequence[int], device: torch.device) -> None:
         self.ledger, self._device = ledger, device
-        self.key_sections = KeySections(ledger.n_rows, device)
+        self.key_groups = KeyGroups(ledger.n_rows, device)
         self.kept = {layer: KeptValues() for layer in smi_layers}
         self._cache: Callable[[], object] = _no_cache
 
@@ -70,7 +70,7 @@ class Reading:
             rows: indices of rows.
         """
         self.ledger.select(rows)
-        self.key_sections.select(rows)
+        self.key_groups.select(rows)
         for kept in self.kept.values():
             kept.select(rows)
 
@@ -81,7 +81,7 @@ class Reading:
             n: number of columns.
         """
         self._shift(-n)
-        self._copy_sections()
+        self._copy_groups()
 
     def join(self, other: Reading) -> None:
         """Put the rows of another reading below these, with the last column of both in one.
@@ -96,16 +96,16 @@ class Reading:
         self.ledger.join(other.ledger)
         for layer, kept in self.kept.items():
             kept.join(other.kept[layer], n_rows, n_other_rows)
-        self._copy_sections()
+        self._copy_groups()
 
     def _shift(self, n: int) -> None:
         self.ledger.shift(n)
         for kept in self.kept.values():
             kept.shift(n)
 
-    def _copy_sections(self) -> None:
-        self.key_sections = KeySections(self.ledger.n_rows, self._device)
-        self.key_sections.update(self.ledger.sections, 0)
+    def _copy_groups(self) -> None:
+        self.key_groups = KeyGroups(self.ledger.n_rows, self._device)
+        self.key_groups.update(self.ledger, 0)
 
 
 def _no_cache() -> None:

@@ -1,4 +1,4 @@
-"""Masks and ceilings of one pass on a device, against the groups of the ledger."""
+"""Groups and ceilings of one pass on a device, against the groups of the ledger."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_models import char_tokenizer
 
-from stepsal.intervention.bridging import Bridging, KeySections
+from stepsal.intervention.bridging import Bridging, KeyGroups
 from stepsal.intervention.ledger import Ledger
 from stepsal.intervention.oeb import bridge_ceiling
 from stepsal.trace import FORMATS, PromptFrame
@@ -25,21 +25,21 @@ def read(texts: list[str], cuts: list[int], select: list[int] | None = None) -> 
     ledger = Ledger(
         [SequenceTracker(TOKENIZER, PromptFrame.of(TOKENIZER), FORMATS["think"]) for _ in texts],
     )
-    key_sections, portions, bridgings = KeySections(len(texts), CPU), [], []
+    key_groups, portions, bridgings = KeyGroups(len(texts), CPU), [], []
     for part in np.split(ids, cuts, axis=1):
         rows = part if len(part) == ledger.n_rows else part[select]
         portions.append(ledger.advance(rows, np.ones(rows.shape, dtype=bool)))
-        key_sections.update(ledger.sections, portions[-1].changed)
-        bridgings.append(key_sections.lay_out(ledger, portions[-1], {None, 6}, tau_max=0.3))
+        key_groups.update(ledger, portions[-1].changed)
+        bridgings.append(key_groups.lay_out(ledger, portions[-1], {None, 6}, tau_max=0.3))
         if select is not None and ledger.n_rows == len(texts):
             ledger.select(select)
-            key_sections.select(select)
+            key_groups.select(select)
     return ledger, portions, bridgings
 
 
 @pytest.mark.parametrize("text", [FIRST, FIRST + SECOND, FIRST + "Then it goes on. " * 40 + SECOND])
 @pytest.mark.parametrize("cuts", [[], [10], [50, 51, 52], list(range(1, 60))])
-def test_masks_are_the_groups_of_the_ledger(text: str, cuts: list[int]) -> None:
+def test_groups_are_those_of_the_ledger(text: str, cuts: list[int]) -> None:
     ledger, portions, bridgings = read([text], cuts)
     assert bridgings[-1] is not None
     for portion, bridging in zip(portions, bridgings, strict=True):
@@ -47,7 +47,7 @@ def test_masks_are_the_groups_of_the_ledger(text: str, cuts: list[int]) -> None:
             assert (portion.groups.bridge == -1).all()
             continue
         keys = np.arange(portion.stop)
-        for mask, sections in ((bridging.bridge, portion.groups.bridge), (bridging.segment, portion.groups.segment)):
+        for mask, sections in zip(bridging.masks, portion.groups[:2], strict=True):
             expected = (ledger.sections[:, None, : portion.stop] == sections[:, :, None]) & (
                 keys >= portion.groups.since[:, :, None]
             )
@@ -69,16 +69,17 @@ def test_rows_that_stay() -> None:
     assert len({len(TOKENIZER(text)["input_ids"]) for text in texts}) == 1
     _, _, (_, together) = read(texts, [60])
     _, _, (_, stayed) = read(texts, [60], select=[2, 1])
-    for name in ("bridge", "segment"):
+    for name in ("groups", "of_rows"):
         assert torch.equal(getattr(stayed, name), getattr(together, name)[[2, 1]])
     assert torch.equal(stayed.ceilings[6], together.ceilings[6][[2, 1]])
 
 
 def test_it_goes_where_the_layer_is() -> None:
-    masks = [torch.ones(1, 2, 3, dtype=torch.bool) for _ in range(2)]
-    bridging = Bridging(*masks, {None: torch.ones(1, 2)}, {None: torch.ones(1, 2) > 0})
+    bridging = Bridging(
+        torch.ones(1, 3, 4), torch.ones(1, 2, 2).long(), {None: torch.ones(1, 2)}, {None: torch.ones(1, 2) > 0}
+    )
     assert bridging.on(CPU) is bridging
     other = bridging.on(torch.device("meta"))
     assert other is bridging.on(torch.device("meta"))
-    tensors = [other.bridge, other.segment, other.ceilings[None], other.eligible[None]]
+    tensors = [other.groups, other.of_rows, other.ceilings[None], other.eligible[None]]
     assert {x.device.type for x in tensors} == {"meta"}
