@@ -4,7 +4,8 @@
     python benchmarks/decode_speed.py --threads 2
     python benchmarks/decode_speed.py refill         # 64 answers of very different lengths, 16 rows at a time
     python benchmarks/decode_speed.py prompt         # a prompt of 4,000 tokens, with and without StepFlow
-    python benchmarks/decode_speed.py --gpu          # a GPU: random weights, the shape of R1-Distill-Qwen-7B
+    python benchmarks/decode_speed.py --gpu          # a GPU: random weights, the shape of R1-Distill-Qwen-7B, bfloat16
+    python benchmarks/decode_speed.py python         # its shape with tiny matrices: what is left is Python, as on a GPU
 
 SmolLM2-135M in float32, but for `--gpu`. What is compared takes turns, in an order that rotates, so that whatever slows
 the machine for more than a moment slows all alike. A ratio is that of two times of the same round; tables show its
@@ -46,7 +47,6 @@ from stepsal.trace import render_prompt
 QUESTION = "Tell a long story about number {} of the hundred lighthouse keepers, and begin with the place."
 RESULTS = Path(__file__).parent / "results"
 N_ANSWERS, N_ROWS, MEAN_LENGTH, SIGMA = 64, 16, 200, 0.8  # of `refill`: lengths are lognormal
-BANDWIDTH = 3.35e12  # bytes a second that an H100 reads
 
 Writers = dict[str, Callable[[], list[list[int]]]]
 """For each variant, a function that writes answers and returns their tokens."""
@@ -223,47 +223,78 @@ def no_ends() -> Iterator[None]:
         yield
 
 
-def measure_7b(batches: list[int], n_new: int) -> pd.DataFrame:
-    """Measure tokens per second on a GPU, at the shape of R1-Distill-Qwen-7B."""
-    config = transformers.Qwen2Config(
-        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-        num_key_value_heads=4, max_position_embeddings=131072, tie_word_embeddings=False,
+def large_shape(**sizes: int) -> transformers.Qwen2Config:
+    """Return the configuration of R1-Distill-Qwen-7B, or of a smaller model of its kind."""
+    shape = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28} | sizes
+    return transformers.Qwen2Config(
+        vocab_size=152064, num_attention_heads=28, num_key_value_heads=4, max_position_embeddings=131072,
+        tie_word_embeddings=False, **shape,
     )  # fmt: skip
-    with torch.device("cuda"):
-        hf_model = transformers.Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16)
-        unwrapped = transformers.Qwen2ForCausalLM._from_config(
-            config, dtype=torch.bfloat16, attn_implementation="sdpa"
-        ).eval()
+
+
+def writers_of_random_weights(config: transformers.Qwen2Config, device: str) -> tuple[Callable[..., Writers], int]:
+    """Return what makes the variants for a batch and a number of new tokens, and the bytes of the weights."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    with torch.device(device):
+        hf_model = transformers.Qwen2ForCausalLM._from_config(config, dtype=dtype)
+        unwrapped = transformers.Qwen2ForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+    unwrapped.load_state_dict(hf_model.state_dict())
     tokenizer = stepsal.load("mini").tokenizer
-    model = stepsal.load("qwen2-7b-shape", hf_model=hf_model, tokenizer=tokenizer)
-    n_bytes = sum(p.numel() * p.element_size() for p in hf_model.parameters())
-    rows = []
-    for batch in batches:
-        ids = tokenizer(story_prompts(model, 1)[0])["input_ids"]
-        inputs = torch.tensor([ids] * batch, device="cuda")
-        prompts = [Prompt(ids, 0, n_new)] * batch
+    model = stepsal.load("random", hf_model=hf_model, tokenizer=tokenizer)
+    ids: list[int] = tokenizer(story_prompts(model, 1)[0])["input_ids"]
 
-        def theirs(inputs: torch.Tensor = inputs) -> None:
+    def writers(batch: int, n_new: int) -> Writers:
+        inputs = torch.tensor([ids] * batch, device=device)
+
+        def theirs() -> list[list[int]]:
             options = {"max_new_tokens": n_new, "min_new_tokens": n_new, "do_sample": False, "eos_token_id": None}
-            unwrapped.generate(inputs, attention_mask=torch.ones_like(inputs), **options)
-
-        def ours(stepflow: bool, prompts: list[Prompt] = prompts) -> None:
-            with no_ends(), stepsal.stepflow(model) if stepflow else nullcontext():
-                list(write(model, prompts, decoding=stepsal.Decoding()))
-
-        runs = {"transformers": theirs, "plain": lambda: ours(False), "StepFlow": lambda: ours(True)}
-        for name, run in runs.items():
             with torch.no_grad():
-                run()
-                torch.cuda.synchronize()
-                start = time.perf_counter()
-                run()
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - start
-            limit = n_bytes / BANDWIDTH  # seconds that reading the weights takes
-            rows.append({"batch": batch, "variant": name, "tokens_per_second": batch * n_new / seconds,
-                         "of_the_limit": limit / (seconds / n_new)})  # fmt: skip
-    return pd.DataFrame(rows)
+                rows = unwrapped.generate(inputs, attention_mask=torch.ones_like(inputs), **options)
+            return [row[len(ids) :].tolist() for row in rows]
+
+        def ours(stepflow: bool) -> list[list[int]]:
+            with no_ends(), stepsal.stepflow(model) if stepflow else nullcontext():
+                answers = write(model, [Prompt(ids, 0, n_new)] * batch, decoding=stepsal.Decoding())
+                return [answer.tokens for answer in sorted(answers, key=lambda a: a.number)]
+
+        return {"transformers": theirs, "plain": lambda: ours(False), "StepFlow": lambda: ours(True)}
+
+    return writers, sum(p.numel() * p.element_size() for p in hf_model.parameters())
+
+
+def measure_random_weights(
+    config: transformers.Qwen2Config, batches: list[int], n_new: int, n_rounds: int, device: str
+) -> pd.DataFrame:
+    """Measure tokens per second of a model with random weights, and how near they come to reading the weights alone."""
+    make_writers, n_bytes = writers_of_random_weights(config, device)
+    bandwidth = measured_bandwidth(device)
+    parts = []
+    for batch in batches:
+        writers = make_writers(batch, n_new)
+        written = {name: writer() for name, writer in writers.items()}  # the first round warms up
+        same = np.mean([a == b for a, b in zip(written["plain"], written["transformers"], strict=True)])
+        times = in_turn(writers, n_rounds, f"batch {batch}", warm_up=False)
+        table = ratios(times, []).assign(batch=batch, same_as_transformers=same)
+        seconds = times.groupby("variant")["seconds"].median() / n_new
+        table["tokens_per_second"] = (batch / seconds).reindex(table["variant"]).to_numpy()
+        table["of_bandwidth"] = (n_bytes / bandwidth / seconds).reindex(table["variant"]).to_numpy()
+        parts.append(table)
+    first = ["batch", "variant", "tokens_per_second", "of_bandwidth", "ratio"]
+    table = pd.concat(parts)
+    return table[[*first, *table.columns.difference(first, sort=False)]].assign(
+        new_tokens=n_new, rounds=n_rounds, weights_gb=n_bytes / 1e9, bandwidth_tb=bandwidth / 1e12
+    )
+
+
+def measured_bandwidth(device: str) -> float:
+    """Return the bytes a second that the device reads: those of a sum over a gigabyte."""
+    data = torch.ones(2**28, device=device)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        data.sum().item()
+        seconds.append(time.perf_counter() - start)
+    return data.numel() * data.element_size() / min(seconds)
 
 
 def save(name: str, table: pd.DataFrame) -> None:
@@ -277,7 +308,7 @@ def save(name: str, table: pd.DataFrame) -> None:
 def main() -> None:
     """Measure as the command line says, and write the table to `results/`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["equal", "refill", "prompt"], default="equal")
+    parser.add_argument("what", nargs="?", choices=["equal", "refill", "prompt", "python"], default="equal")
     parser.add_argument("--batch", type=int, nargs="+")
     parser.add_argument("--tokens", type=int, default=100, help="new tokens of an answer of equal length")
     parser.add_argument("--rounds", type=int, help="default: 9, and 3 of `refill`")
@@ -293,7 +324,13 @@ def main() -> None:
     elif options.gpu and not torch.cuda.is_available():
         print("not run: there is no CUDA device")
     elif options.gpu:
-        save("decode_7b", measure_7b(options.batch or [1, 16, 64], options.tokens))
+        table = measure_random_weights(
+            large_shape(), options.batch or [1, 16, 64], options.tokens, options.rounds or 3, "cuda"
+        )
+        save("decode_7b", table)
+    elif options.what == "python":
+        tiny = large_shape(hidden_size=56, intermediate_size=64)
+        save("decode_python", measure_random_weights(tiny, [1], options.tokens, options.rounds or 9, "cpu"))
     elif options.what == "refill":
         save("decode_refill", measure_refilling(options.answers, N_ROWS, options.rounds or 3))
     elif options.what == "prompt":

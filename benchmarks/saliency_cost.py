@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import machine
@@ -274,13 +275,17 @@ def measure_pooling(lengths: list[int]) -> pd.DataFrame:
 
 
 def measure_7b(lengths: list[int]) -> pd.DataFrame:
-    """Measure the streamed engine on a GPU, at the shape of R1-Distill-Qwen-7B."""
+    """Measure the streamed engine on a GPU at the shape of R1-Distill-Qwen-7B, and a fused pass of the plain model."""
     config = transformers.Qwen2Config(
         vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
         num_key_value_heads=4, max_position_embeddings=131072, tie_word_embeddings=False,
     )  # fmt: skip
     with torch.device("cuda"):
         hf_model = transformers.Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16)
+    plain = fused_passes(hf_model)
+    floors = {
+        n: seconds_on_gpu(partial(plain, n)) for n in lengths if n <= LONGEST["floor"]
+    }  # before the bridge wraps it
     model = stepsal.load("qwen2-7b-shape", hf_model=hf_model)
     rows = []
     for n_tokens in lengths:
@@ -288,15 +293,37 @@ def measure_7b(lengths: list[int]) -> pd.DataFrame:
         run()
         forget_the_peak()
         before, _ = memory_of_this_process()
+        seconds = seconds_on_gpu(run)
+        _, peak = memory_of_this_process()
+        rows.append({"tokens": n_tokens, "seconds": seconds, "floor_seconds": floors.get(n_tokens),
+                     "model_bytes": before, "peak_bytes": peak, "reserved_bytes": torch.cuda.max_memory_reserved(),
+                     "estimate_bytes": planned(model, n_tokens, "streamed").n_bytes})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def fused_passes(model: torch.nn.Module) -> Callable[[int], None]:
+    """Return a fused forward and backward pass of a plain model, by number of tokens."""
+    model.requires_grad_(False)
+
+    def run(n_tokens: int) -> None:
+        tokens, _ = tokens_and_steps(n_tokens, model.config.vocab_size)
+        tokens = tokens.to(model.device)
+        embedded = model.get_input_embeddings()(tokens[None]).requires_grad_()
+        model(inputs_embeds=embedded, labels=tokens[None], use_cache=False).loss.backward()
+
+    return run
+
+
+def seconds_on_gpu(run: Callable[[], None], turns: int = 3) -> float:
+    """Return the median of the seconds that a run takes on a GPU, after one that warms it up."""
+    seconds = []
+    for _ in range(turns + 1):
         torch.cuda.synchronize()
         start = time.perf_counter()
         run()
         torch.cuda.synchronize()
-        _, peak = memory_of_this_process()
-        rows.append({"tokens": n_tokens, "seconds": time.perf_counter() - start, "model_bytes": before,
-                     "peak_bytes": peak, "reserved_bytes": torch.cuda.max_memory_reserved(),
-                     "estimate_bytes": planned(model, n_tokens, "streamed").n_bytes})  # fmt: skip
-    return pd.DataFrame(rows)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
 
 
 def save(name: str, table: pd.DataFrame, show: bool = True) -> None:
