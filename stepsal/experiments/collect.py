@@ -28,7 +28,7 @@ from stepsal.experiments.population import (
     trace_columns,
 )
 from stepsal.experiments.store import Store, identity_of
-from stepsal.generation.answers import answer_batch
+from stepsal.generation.answers import answer_batch, warn_of_what_is_unknown
 from stepsal.generation.decoding import Decoding
 from stepsal.generation.scoring import log_probabilities
 from stepsal.intervention import StepFlowConfig
@@ -111,6 +111,7 @@ def collect(
     """
     check_counts(n_problems=n_problems, batch_size=batch_size)
     check_no_open_stepflow(model, "collect(stepflow=...)")
+    warn_of_what_is_unknown(model, [task.sample(seed).question], stacklevel=3)
     segmentation = segmentation or Segmentation()
     parameters = {
         **identity_of(model),

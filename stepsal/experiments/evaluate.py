@@ -28,7 +28,7 @@ from stepsal.experiments.request import note_request
 from stepsal.experiments.results import KIND, VERSION, Evaluation
 from stepsal.experiments.store import Store, identity_of
 from stepsal.experiments.variants import Variant, check_names, draws_needed
-from stepsal.generation.answers import Answered, answer_each, check_questions
+from stepsal.generation.answers import Answered, answer_each, check_questions, warn_of_what_is_unknown
 from stepsal.generation.decoding import Decoding
 from stepsal.generation.flops import decoding_flops
 from stepsal.intervention.segmentation import common_segmentation
@@ -103,6 +103,7 @@ def evaluate(
     _check_greedy(variants, n_samples, decoding)
     check_no_open_stepflow(model, "Variant(stepflow=...)")
     problems = [task.sample(seed + i) for i in range(n_problems)]
+    warn_of_what_is_unknown(model, [problem.question for problem in problems], stacklevel=3)
     switches = check_chat(model.tokenizer, chat)
     _check_prompts(model, variants, problems, decoding, segmentation, system, switches)
     segmentation = segmentation or Segmentation()

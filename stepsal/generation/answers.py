@@ -80,7 +80,7 @@ def generate(
         'The answer is Anna = 7.'
     """
     decoding = Decoding(max_new_tokens, temperature, top_p, stop, budget_forcing, stop_in_thinking)
-    _warn_of_what_is_unknown(model, [question])
+    warn_of_what_is_unknown(model, [question], stacklevel=3)
     return answer_batch(
         model, [question], decoding, seeds=[seed], stepflow=stepflow, segmentation=segmentation, system=system,
         chat=chat, progress=progress,
@@ -146,7 +146,7 @@ def generate_batch(
         ['The answer is Anna = 5.', 'The answer is Anna = 6.']
     """
     decoding = Decoding(max_new_tokens, temperature, top_p, stop, budget_forcing, stop_in_thinking)
-    _warn_of_what_is_unknown(model, questions)
+    warn_of_what_is_unknown(model, questions, stacklevel=3)
     seeds = [seed + row for row in range(len(questions or ()))] if isinstance(seed, int) else seed
     return answer_batch(
         model, questions, decoding, seeds=seeds, batch_size=batch_size, stepflow=stepflow, segmentation=segmentation,
@@ -274,10 +274,21 @@ def answer_each(
             yield Answered(answer.number, trace, answer.seconds)
 
 
-def _warn_of_what_is_unknown(model: TransformerBridge, questions: Sequence[str]) -> None:
-    """Warn of questions that the embedded reasoner, which its name tells, was not made for."""
+def warn_of_what_is_unknown(model: TransformerBridge, questions: Sequence[str], *, stacklevel: int = 2) -> None:
+    """Warn of questions that the embedded reasoner, which its name tells, was not made for.
+
+    Args:
+        model: the model that is asked.
+        questions: the questions; those of other models are not looked at.
+        stacklevel: whose call the warning names, as for `warnings.warn`.
+
+    Example:
+        >>> from stepsal.generation.answers import warn_of_what_is_unknown
+        >>> warn_of_what_is_unknown(stepsal.load("mini"), [stepsal.tasks.chain.EXAMPLE])
+    """
     if model.cfg.model_name == "mini" and not isinstance(questions, str):
-        warn_of_other_questions([question for question in questions or () if question], stacklevel=4)
+        asked = [question for question in questions or () if question]
+        warn_of_other_questions(asked, stacklevel=stacklevel + 1)
 
 
 def check_questions(

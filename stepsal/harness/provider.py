@@ -32,6 +32,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from stepsal.bridge.loading import load
+from stepsal.generation.answers import warn_of_what_is_unknown
 from stepsal.generation.decoding import Decoding
 from stepsal.generation.endings import before_stop
 from stepsal.generation.loop import check_prompt
@@ -136,7 +137,7 @@ class StepsalAPI(ModelAPI):
         if "dtype" in options:
             options["dtype"] = read_dtype(options["dtype"])
         self.engine = shared_engine(self._key, lambda: load(model_name, **options))
-        self._closed = False
+        self._closed = self._was_asked = False
         try:  # what the model does not have is refused
             self.segmentation = common_segmentation(self.segmentation, self.model)
             self.chat = check_chat(self.model.tokenizer, arguments.chat)
@@ -166,6 +167,9 @@ class StepsalAPI(ModelAPI):
             ValueError: options that can't be honoured, or a chat that can't be rendered.
         """
         _check_options(config, tools, tool_choice)
+        if not self._was_asked:  # the questions of a task are of one kind
+            self._was_asked = True
+            warn_of_what_is_unknown(self.model, [message.text for message in input if message.role == "user"][-1:])
         decoding = _decoding(config, self.stop_in_thinking)
         tools = [] if tool_choice == "none" else tools
         chat = self._switches(config)

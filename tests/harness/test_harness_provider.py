@@ -44,6 +44,17 @@ def chains(n: int = 4, length: int = 3):
 
 @pytest.mark.slow
 class TestAnswers:
+    def test_of_other_questions_than_chains_come_with_one_warning(self) -> None:
+        model = get_model("stepsal/mini", config=GenerateConfig(max_tokens=2), memoize=False)
+
+        async def twice() -> None:
+            for _ in range(2):
+                await model.generate("What is 3 plus 4?")
+
+        with pytest.warns(UserWarning, match=r"'What is 3 plus 4\?.* is no such question") as record:
+            anyio.run(twice)
+        assert sum("no such question" in str(warning.message) for warning in record) == 1
+
     @pytest.mark.parametrize(
         ("flow", "options"),
         [
@@ -201,7 +212,7 @@ class TestRuns:
         anyio.run(cut_off)
         assert len(api._counts) == before + 1
         first, second = anyio.run(twice)
-        assert first != second  # equal calls of a sample differ
+        assert sum("no such question" in str(warning.message) for warning in record) == 1
         assert list(api._counts.values())[-1] == 2  # and the one that was cut off does not count
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,6 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 import stepsal
 from stepsal.tasks import chain
 from stepsal.tasks.chain_questions import parse_question
+from stepsal.tasks.jsonl import JsonlTask
 
 
 @given(st.integers(0, 10**9), st.integers(1, chain.MAX_LENGTH))
@@ -65,6 +67,18 @@ class TestMini:
         with pytest.warns(UserWarning, match=r"\(and 1 more\)") as record:
             stepsal.generate_batch(mini, questions, max_new_tokens=2)
         assert len(record) == 1
+
+    def test_runs_over_another_task_warn_before_they_begin(self, mini: TransformerBridge, tmp_path: Path) -> None:
+        (tmp_path / "sums.jsonl").write_text('{"question": "What is 3 plus 4?", "answer": 7}')
+        task = JsonlTask(tmp_path / "sums.jsonl", grader="number")
+        options = {"decoding": stepsal.Decoding(max_new_tokens=2), "progress": False}
+        for run in (
+            lambda: stepsal.evaluate(mini, task, [stepsal.Variant("plain")], 1, folder=tmp_path / "e", **options),
+            lambda: stepsal.collect(mini, task, 1, tmp_path / "c", **options),
+        ):
+            with pytest.warns(UserWarning, match=r"'What is 3 plus 4\?.* is no such question") as record:
+                run()
+            assert [warning.filename for warning in record] == [__file__]
 
     def test_other_models_are_asked_what_one_likes(self, mini: TransformerBridge) -> None:
         name = mini.cfg.model_name
