@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from datetime import date
 from io import BytesIO
 from pathlib import Path
+from unittest import mock
 
 from chromium import chromium
 from PIL import Image, ImageDraw
@@ -21,6 +23,7 @@ from stepsal.widgets import Explorer
 
 ROOT = Path(__file__).parents[1]
 WIDTH, HEIGHT = 960, 960
+DAY = date(2026, 11, 26)  # the date on the page, so that pictures stay the same from day to day
 
 
 def explorer_of_notebook_09() -> Explorer:
@@ -86,7 +89,8 @@ def capture(browser: Browser, folder: Path) -> None:
     """Write the picture and the animation into a folder."""
     explorer = explorer_of_notebook_09()
     explorer.state = {"compare": "correct", "metric": "share", "layer": 0, "top_k": 1}
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, mock.patch("stepsal.widgets.export.date") as calendar:
+        calendar.today.return_value = DAY
         path = explorer.to_html(Path(temporary) / "maps.html")
         page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
         page.goto(path.as_uri())
