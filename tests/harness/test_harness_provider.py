@@ -212,7 +212,7 @@ class TestRuns:
         anyio.run(cut_off)
         assert len(api._counts) == before + 1
         first, second = anyio.run(twice)
-        assert sum("no such question" in str(warning.message) for warning in record) == 1
+        assert first != second  # equal calls of a sample differ
         assert list(api._counts.values())[-1] == 2  # and the one that was cut off does not count
 
 
