@@ -9,7 +9,7 @@ change. (`stepsal.stats.compare_groups` compares traces of the same length, for 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from scipy import stats as scipy_stats
 from scipy.special import softmax
 
 from stepsal.intervention import StepFlowConfig
+from stepsal.intervention.heads import EditedHeads, Heads
 from stepsal.layers import Layers, checked_layers, layer_indices, layer_ranges
 from stepsal.stats import FEWEST
 
@@ -163,16 +164,24 @@ def describe(config: StepFlowConfig) -> str:
         >>> from stepsal.experiments.proposals import describe
         >>> describe(stepsal.StepFlowConfig(oeb_layers=(0, 1), smi_layers=(6, 7), window=4))
         'OEB 0-1 at 0.15, SMI 6-7 at 0.06, window=4'
+        >>> describe(stepsal.StepFlowConfig(oeb_layers={3: {0: 0.1, 2: 0.3}, 4: {1: 0.2}}, smi_layers=()))
+        'OEB 3 heads of layers 3-4 at 0.1 to 0.3'
     """
     parts = [("OEB", config.oeb_layers, config.tau_max), ("SMI", config.smi_layers, config.alpha)]
-    words = [f"{name} {layer_words(layers)} at {strength:g}" for name, layers, strength in parts if layers != ()]
+    words = [f"{name} {layer_words(x)} at {_strength_words(x, strength)}" for name, x, strength in parts if x != ()]
     usual, settings = StepFlowConfig().to_dict(), config.to_dict()
     rest = [f"{name}={settings[name]}" for name in usual if name not in SEARCHED and settings[name] != usual[name]]
     return ", ".join([*words, *rest] if words else ["no edit"])
 
 
-def layer_words(layers: Layers) -> str:
-    """Write a choice of layers in a few words: a band by its name, fractions as they are, indices as ranges.
+def _strength_words(chosen: Layers | Heads, default: float) -> str:
+    """Write the strengths of a choice of layers or heads: one, or the smallest and the largest."""
+    strengths = chosen.strengths(default) if isinstance(chosen, EditedHeads) else [default]
+    return " to ".join(f"{strength:g}" for strength in sorted({min(strengths), max(strengths)}))
+
+
+def layer_words(layers: Layers | Heads) -> str:
+    """Write a choice of layers or heads in a few words: bands by name, fractions as they are, indices as ranges.
 
     Args:
         layers: the choice.
@@ -182,6 +191,10 @@ def layer_words(layers: Layers) -> str:
         >>> layer_words("deep"), layer_words((0, 1, 4)), layer_words((0.25, 0.5))
         ('deep', '0-1,4', '(0.25, 0.5)')
     """
+    if isinstance(layers, Mapping):
+        heads = layers if isinstance(layers, EditedHeads) else EditedHeads(layers)
+        of = layer_ranges(sorted(heads))
+        return f"{heads.n_heads} head{'s' * (heads.n_heads > 1)} of layer{'s' * (len(heads) > 1)} {of}"
     choice = checked_layers(layers)
     if isinstance(choice, str):
         return choice

@@ -212,14 +212,20 @@ def read_layers(value: Any) -> Any:
     """Read a choice of layers from the command line.
 
     Args:
-        value: a band such as "shallow"; indices or fractions, as a list or with commas between them; "none" or "()" for
-            no layers. What can't be read is returned as it is; `StepFlowConfig` refuses it then.
+        value: a band such as "shallow"; indices or fractions, as a list or with commas between them; heads by layer, as
+            a mapping or its JSON; "none" or "()" for no layers. What can't be read is returned as it is;
+            `StepFlowConfig` refuses it then.
 
     Example:
         >>> from stepsal.harness.arguments import read_layers
         >>> read_layers("deep"), read_layers(["0", "-1"]), read_layers("0.25,0.5"), read_layers("none")
         ('deep', (0, -1), (0.25, 0.5), ())
+        >>> read_layers('{"3": [0, 2]}')
+        {'3': [0, 2]}
     """
+    if isinstance(value, str) and value.strip().startswith("{"):
+        with suppress(ValueError):
+            return json.loads(value)
     if isinstance(value, str):
         text = value.strip().strip("()[]")
         if text.lower() in ("", "none"):

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stepsal.intervention.ledger import NOWHERE, Ledger, Portion
-from stepsal.intervention.oeb import bridge_ceiling
+from stepsal.intervention.oeb import bridge_share
 from stepsal.trace.tracking import Section
 
 _CAPACITY = 256  # key positions for which there is room at first
@@ -32,14 +32,13 @@ class Bridging:
     Attributes:
         groups: group of each key.
         of_rows: groups that are B and S of each query row; -1, which no key is in, in rows that are not edited.
-        ceilings: ceiling of tau_B of each query row, by sliding window of a layer (None: full attention).
-        eligible: True for query rows that see keys of both, by sliding window of a layer.
+        shares: share of B of each query row by its number of keys, which tau_B is at most, by sliding window of a layer
+            (None: full attention); 0 for rows that do not see keys of both.
     """
 
     groups: Int[Tensor, "batch key_pos"]
     of_rows: Int[Tensor, "batch query_pos 2"]
-    ceilings: dict[int | None, Float[Tensor, "batch query_pos"]]
-    eligible: dict[int | None, Bool[Tensor, "batch query_pos"]]
+    shares: dict[int | None, Float[Tensor, "batch 1 query_pos"]]
     _copies: dict[torch.device, Bridging] = field(default_factory=dict, init=False)  # for layers on other devices
 
     @cached_property
@@ -57,8 +56,8 @@ class Bridging:
         if device == self.groups.device:
             return self
         if device not in self._copies:
-            ceilings, eligible = ({w: x.to(device) for w, x in of.items()} for of in (self.ceilings, self.eligible))
-            self._copies[device] = Bridging(self.groups.to(device), self.of_rows.to(device), ceilings, eligible)
+            shares = {window: share.to(device) for window, share in self.shares.items()}
+            self._copies[device] = Bridging(self.groups.to(device), self.of_rows.to(device), shares)
         return self._copies[device]
 
 
@@ -88,30 +87,26 @@ class KeyGroups:
             self._groups = torch.nn.functional.pad(self._groups, (0, max(stop - capacity, capacity)))
         self._groups[:, first:stop] = self._to_device(_groups(ledger.sections, ledger, first))
 
-    def lay_out(
-        self, ledger: Ledger, portion: Portion, windows: Iterable[int | None], tau_max: float
-    ) -> Bridging | None:
+    def lay_out(self, ledger: Ledger, portion: Portion, windows: Iterable[int | None]) -> Bridging | None:
         """Return the input of OEB for a pass, or None where no row of the pass can be edited.
 
         Args:
             ledger: the ledger, which has read the tokens of the pass.
             portion: the tokens of the pass.
             windows: sliding windows of the layers.
-            tau_max: largest share of attention that the bridge is given.
         """
         bridge, segment = portion.groups.bridge, portion.groups.segment
         if (bridge == NOWHERE).all():
             return None
-        ceilings, eligible = {}, {}
+        shares = {}
         for window in windows:
             n_bridge, n_segment = (
                 torch.from_numpy(ledger.count_visible(sections, window)) for sections in (bridge, segment)
             )
-            ceiling = bridge_ceiling(n_bridge, n_segment, tau_max)  # [batch, query_pos]
-            device = self._groups.device
-            ceilings[window], eligible[window] = (x.to(device, non_blocking=True) for x in (ceiling, ceiling > 0))
+            share = bridge_share(n_bridge, n_segment).unsqueeze(1)
+            shares[window] = share.to(self._groups.device, non_blocking=True)
         of_rows = np.stack([_groups(sections, ledger, portion.first) for sections in (bridge, segment)], axis=-1)
-        return Bridging(self._groups[:, : portion.stop], self._to_device(of_rows), ceilings, eligible)
+        return Bridging(self._groups[:, : portion.stop], self._to_device(of_rows), shares)
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep only these rows of the batch, in this order.

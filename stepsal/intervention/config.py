@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
+from stepsal.intervention.heads import EditedHeads, Heads
 from stepsal.layers import Layers, checked_layers, layer_indices
 from stepsal.storage import write_atomic
 
@@ -19,8 +20,8 @@ _SEGMENTATION = ("format", "split", "min_chars")  # settings of another value, w
 class StepFlowChanges(TypedDict, total=False):
     """Settings to change in a `StepFlowConfig`, which documents them."""
 
-    oeb_layers: Layers
-    smi_layers: Layers
+    oeb_layers: Layers | Heads
+    smi_layers: Layers | Heads
     tau_max: float
     alpha: float
     window: int | None
@@ -37,8 +38,10 @@ class StepFlowConfig:
     """Settings of StepFlow; the defaults are those of the paper (arXiv 2604.06695, Table 8).
 
     Attributes:
-        oeb_layers: layers that OEB, the Odds-Equal Bridge, edits; () switches it off.
-        smi_layers: layers that SMI, Step Momentum Injection, edits; () switches it off.
+        oeb_layers: layers that OEB, the Odds-Equal Bridge, edits, or heads by layer, each with a `tau_max` of its own
+            where it is given one (`stepsal.intervention.heads`); () switches it off.
+        smi_layers: layers that SMI, Step Momentum Injection, edits, or heads by layer, each with an `alpha` of its own
+            where it is given one; () switches it off.
         tau_max: largest share of attention that the bridge is given, in (0, 1).
         alpha: strength of the injection, >= 0; 0 switches it off.
         window: average only the last `window` tokens of the previous step (4 in the authors' code); None averages all
@@ -54,10 +57,12 @@ class StepFlowConfig:
         >>> config = stepsal.StepFlowConfig(oeb_layers="first-half", smi_layers=())
         >>> config.resolve(n_layers=8)
         ((0, 1, 2, 3), ())
+        >>> stepsal.StepFlowConfig(oeb_layers={3: [0, 2], 5: {1: 0.3}}).oeb_layers
+        {3: [0, 2], 5: {1: 0.3}}
     """
 
-    oeb_layers: Layers = "shallow"
-    smi_layers: Layers = "deep"
+    oeb_layers: Layers | Heads = "shallow"
+    smi_layers: Layers | Heads = "deep"
     tau_max: float = 0.15
     alpha: float = 0.06
     window: int | None = None
@@ -66,16 +71,18 @@ class StepFlowConfig:
 
     def __post_init__(self) -> None:
         for name in ("oeb_layers", "smi_layers"):
-            object.__setattr__(self, name, checked_layers(getattr(self, name), name))
+            object.__setattr__(self, name, _checked(getattr(self, name), name))
         for name in ("tau_max", "alpha"):
             if not _is_number(value := getattr(self, name)):
                 raise ValueError(f"{name}={value!r} must be a number")
             if not isinstance(value, (int, float)):  # such as NumPy's, which JSON can't hold
                 object.__setattr__(self, name, float(value))
-        if not 0 < self.tau_max < 1:
-            raise ValueError(f"tau_max={self.tau_max} must lie in (0, 1); switch the bridge off with oeb_layers=()")
-        if not (self.alpha >= 0 and math.isfinite(self.alpha)):
-            raise ValueError(f"alpha={self.alpha} must be a number >= 0; 0 switches the injection off")
+        for tau in _strengths(self.oeb_layers, self.tau_max):
+            if not 0 < tau < 1:
+                raise ValueError(f"tau_max={tau} must lie in (0, 1); switch the bridge off with oeb_layers=()")
+        for alpha in _strengths(self.smi_layers, self.alpha):
+            if not (alpha >= 0 and math.isfinite(alpha)):
+                raise ValueError(f"alpha={alpha} must be a number >= 0; 0 switches the injection off")
         if self.window is not None:
             if not isinstance(self.window, Integral) or isinstance(self.window, bool) or self.window < 1:
                 raise ValueError(f"window={self.window!r} must be a number of tokens >= 1, or None for the whole step")
@@ -128,7 +135,7 @@ class StepFlowConfig:
             >>> stepsal.StepFlowConfig(oeb_layers=[0, 1]).to_dict()["oeb_layers"]
             [0, 1]
         """
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> StepFlowConfig:
@@ -215,8 +222,61 @@ class StepFlowConfig:
             >>> stepsal.StepFlowConfig().resolve(n_layers=8)
             ((0, 1), (6, 7))
         """
-        oeb = layer_indices(self.oeb_layers, n_layers, "oeb_layers")
-        return oeb, layer_indices(self.smi_layers, n_layers, "smi_layers")
+        oeb = layer_indices(_layers(self.oeb_layers), n_layers, "oeb_layers")
+        return oeb, layer_indices(_layers(self.smi_layers), n_layers, "smi_layers")
+
+    def strengths(self, n_layers: int, n_heads: int) -> tuple[dict[int, list[float]], dict[int, list[float]]]:
+        """Return tau_max of OEB and alpha of SMI for each head of the edited layers, 0 where the head is not edited.
+
+        Args:
+            n_layers: depth of the model.
+            n_heads: number of its heads in a layer.
+
+        Raises:
+            ValueError: a layer or a head is named that the model does not have.
+
+        Example:
+            >>> config = stepsal.StepFlowConfig(oeb_layers={0: [1]}, smi_layers=[7])
+            >>> config.strengths(n_layers=8, n_heads=2)
+            ({0: [0.0, 0.15]}, {7: [0.06, 0.06]})
+        """
+        oeb, smi = self.resolve(n_layers)
+        edits = (("oeb_layers", oeb, self.tau_max), ("smi_layers", smi, self.alpha))
+
+        def of_heads(name: str, layers: tuple[int, ...], strength: float) -> dict[int, list[float]]:
+            chosen = getattr(self, name)
+            if isinstance(chosen, EditedHeads):
+                return chosen.resolve(n_layers, n_heads, strength, name)
+            return {layer: [strength] * n_heads for layer in layers}
+
+        bridge, momentum = (of_heads(*edit) for edit in edits)
+        return bridge, momentum
+
+
+def _checked(layers: Layers | Heads, name: str) -> Any:
+    """Return a choice of layers or heads in its stored form."""
+    if isinstance(layers, EditedHeads):
+        return layers
+    if isinstance(layers, Mapping):
+        return EditedHeads(layers, name) if layers else ()
+    return checked_layers(layers, name)
+
+
+def _layers(chosen: Layers | Heads) -> Layers:
+    """Return the layers of a choice of layers or heads."""
+    return tuple(chosen) if isinstance(chosen, Mapping) else chosen
+
+
+def _strengths(chosen: Layers | Heads, default: float) -> list[float]:
+    """Return all strengths that a choice comes with, that of the settings included."""
+    return [default, *chosen.strengths(default)] if isinstance(chosen, EditedHeads) else [default]
+
+
+def _plain(value: Any) -> Any:
+    """Return a setting as JSON has it."""
+    if isinstance(value, EditedHeads):
+        return value.to_dict()
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _is_number(x: object) -> bool:

@@ -39,7 +39,7 @@ from stepsal.intervention.log import FlowLog
 from stepsal.intervention.oeb import odds_equal_bridge
 from stepsal.intervention.reading import Reading
 from stepsal.intervention.segmentation import agreement, format_of, resolved_segmentation
-from stepsal.intervention.smi import Injections, inject, previous_step_means
+from stepsal.intervention.smi import Injections, inject, momentum, previous_step_means
 from stepsal.trace.frame import PromptFrame
 from stepsal.trace.segment import Segmentation
 from stepsal.trace.tracking import SequenceTracker
@@ -173,9 +173,11 @@ class StepFlow:
                 "needs: pass one to stepsal.load(..., tokenizer=...)"
             )
         self.model, self.config = model, config
-        self.oeb_layers, self.smi_layers = config.resolve(model.cfg.n_layers)
+        self._taus, self._alphas = config.strengths(model.cfg.n_layers, model.cfg.n_heads)
+        self.oeb_layers, self.smi_layers = tuple(self._taus), tuple(self._alphas)
         check_model(model)
-        self.log = FlowLog(self.oeb_layers, self.smi_layers)
+        edited = {layer: [head for head, tau in enumerate(taus) if tau] for layer, taus in self._taus.items()}
+        self.log = FlowLog(self.oeb_layers, self.smi_layers, edited)
         self._frame = PromptFrame.of(model.tokenizer)
         if not self._frame.opening:
             warnings.warn(
@@ -316,15 +318,15 @@ class StepFlow:
         if self.oeb_layers:
             key_groups.update(ledger, portion.changed)
             windows = set(self._windows.values())
-            self._bridging = key_groups.lay_out(ledger, portion, windows, self.config.tau_max)
-        if portion.places and self.smi_layers and self.config.alpha > 0:
+            self._bridging = key_groups.lay_out(ledger, portion, windows)
+        if portion.places and any(map(any, self._alphas.values())):
             device = next(self.model.parameters()).device
             self._injections = Injections.of(portion.places, portion.members, device)
 
     # ------------------------------------------------------------------------------------------ in the layers
 
     def _bridge_hook(self, layer: int) -> Callable[..., Tensor | None]:
-        window = self._windows[layer]
+        window, tau_of = self._windows[layer], _OfHeads(self._taus[layer])
 
         def hook(pattern: Float[Tensor, "batch head query_pos key_pos"], hook: HookPoint) -> Tensor | None:
             if self._bridging is None:
@@ -334,8 +336,9 @@ class StepFlow:
                 raise ValueError(f"a cache of fixed size ({n_keys} keys) is not supported: use a DynamicCache")
             # a sliding window's cache keeps only the last keys
             bridge, segment = (mask[..., -n_keys:] for mask in bridging.masks)
-            bridged = odds_equal_bridge(pattern, bridge, segment, bridging.ceilings[window])
-            self.log.add_bridged(layer, bridged.before, bridged.after, bridging.eligible[window])
+            ceiling = torch.minimum(bridging.shares[window], tau_of.on(pattern.device))  # [batch, head, query_pos]
+            bridged = odds_equal_bridge(pattern, bridge, segment, ceiling)
+            self.log.add_bridged(layer, bridged.before, bridged.after, ceiling > 0)
             return bridged.pattern
 
         return hook
@@ -347,7 +350,7 @@ class StepFlow:
         return hook
 
     def _inject_hook(self, layer: int) -> Callable[..., Tensor | None]:
-        alpha = self.config.alpha
+        alpha_of = _OfHeads(self._alphas[layer])
 
         def hook(z: Float[Tensor, "batch query_pos head d_head"], hook: HookPoint) -> Tensor | None:
             kept, edited = self._reading.kept[layer], None
@@ -356,14 +359,31 @@ class StepFlow:
                 values = kept.joined()  # [batch, kept_pos, kv_head, d_head]
                 injections = self._injections.on(values.device).counted_from(kept.first)
                 means = previous_step_means(values, injections)  # [injection, kv_head, d_head]
-                edited = inject(z, means, injections, alpha)
-                heads_per_value = z.shape[2] // means.shape[1]
-                norms = alpha * heads_per_value**0.5 * means.flatten(1).norm(dim=1)  # [injection]
+                added = momentum(means, alpha_of.on(values.device))  # [injection, head, d_head]
+                edited = inject(z, added, injections)
+                norms = added.flatten(1).norm(dim=1)
                 self.log.add_injected(layer, norms, [row for row, _ in self._portion.places])
             kept.forget(self._portion.oldest_needed)
             return edited
 
         return hook
+
+
+class _OfHeads:
+    """The strengths of the heads of a layer, on whatever device it is."""
+
+    def __init__(self, strengths: Sequence[float]) -> None:
+        self._strengths = torch.tensor(strengths)[:, None]  # [head, 1]
+
+    def on(self, device: torch.device) -> Float[Tensor, "head 1"]:
+        """Return the strengths on a device, to which they are copied once.
+
+        Args:
+            device: device of the layer.
+        """
+        if self._strengths.device != device:
+            self._strengths = self._strengths.to(device)
+        return self._strengths
 
 
 class _LastHook:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +25,7 @@ class FlowLog:
     Args:
         oeb_layers: indices of the layers that OEB edits.
         smi_layers: indices of the layers that SMI edits.
+        oeb_heads: indices of the heads that OEB edits, by layer; all heads of layers that are not among them.
 
     Attributes:
         sequences: number of sequences that were read from their beginning. Decoding without a cache begins a sequence
@@ -39,8 +40,13 @@ class FlowLog:
         (2, ['layer', 'injections', 'mean_norm'])
     """
 
-    def __init__(self, oeb_layers: tuple[int, ...], smi_layers: tuple[int, ...]) -> None:
-        self.oeb_layers, self.smi_layers = oeb_layers, smi_layers
+    def __init__(
+        self,
+        oeb_layers: tuple[int, ...],
+        smi_layers: tuple[int, ...],
+        oeb_heads: Mapping[int, Sequence[int]] | None = None,
+    ) -> None:
+        self.oeb_layers, self.smi_layers, self._oeb_heads = oeb_layers, smi_layers, dict(oeb_heads or {})
         self.sequences = 0
         self._lost: set[int] = set()  # sequences in which no question was found
         self._rows: list[int] = []  # the sequence of each row of the current batch
@@ -98,7 +104,7 @@ class FlowLog:
         layer: int,
         before: Float[Tensor, "batch head query_pos"],
         after: Float[Tensor, "batch head query_pos"],
-        eligible: Bool[Tensor, "batch query_pos"],
+        eligible: Bool[Tensor, "batch head query_pos"],
     ) -> None:
         """Add the edits of OEB in one pass.
 
@@ -106,7 +112,7 @@ class FlowLog:
             layer: index of the layer.
             before: p(B) before the edit.
             after: p(B) after it.
-            eligible: True for rows that count, which see keys of B and of S.
+            eligible: True for rows that count, which are those of edited heads that see keys of B and of S.
         """
         held = self._held[layer]
         held.append((before.detach(), after.detach(), eligible))
@@ -129,8 +135,8 @@ class FlowLog:
             return
         passes = []
         for before, after, eligible in self._held[layer]:
-            counts = eligible.unsqueeze(1).expand_as(before)  # [batch, head, query_pos]
-            parts = torch.stack((counts, (after > before) & counts, before * counts, after * counts))
+            raised = (after > before) & eligible
+            parts = torch.stack((eligible, raised, before * eligible, after * eligible))
             passes.append(parts.double().sum(3))  # [4, batch, head]
         self._held[layer].clear()
         new = torch.stack(passes).sum(0)
@@ -164,7 +170,7 @@ class FlowLog:
                 f"sequence {sequence} is not there: the log has {self.sequences}, which are counted from 0"
             )
         self._sum_all()
-        one = FlowLog(self.oeb_layers, self.smi_layers)
+        one = FlowLog(self.oeb_layers, self.smi_layers, self._oeb_heads)
         one.sequences = 1
         one._lost = {0} if sequence in self._lost else set()
         one._sums = {
@@ -178,7 +184,7 @@ class FlowLog:
 
     @property
     def oeb(self) -> pd.DataFrame:
-        """A table of the edits of OEB, one row per layer and head.
+        """A table of the edits of OEB, one row per layer and edited head.
 
         Columns: layer, head; rows (number of query rows that see keys in B and S); fired (number of these rows whose
         bridge was raised), fired_share (fired / rows); bridge_before, bridge_after (mean p(B) over rows). Shares and
@@ -192,10 +198,11 @@ class FlowLog:
             self._sum(layer)
             if layer not in self._sums:
                 continue
-            rows, fired, before, after = self._sums[layer].sum(1).cpu().numpy()
+            heads = self._oeb_heads.get(layer, range(self._sums[layer].shape[-1]))
+            rows, fired, before, after = self._sums[layer].sum(1).cpu().numpy()[:, heads]
             per_row = np.divide(1.0, rows, out=np.full_like(rows, np.nan), where=rows > 0)
             columns = [
-                layer, range(len(rows)), rows.astype(int), fired.astype(int),
+                layer, heads, rows.astype(int), fired.astype(int),
                 fired * per_row, before * per_row, after * per_row,
             ]  # fmt: skip
             tables.append(pd.DataFrame(dict(zip(_OEB_COLUMNS, columns, strict=True))))

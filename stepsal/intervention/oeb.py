@@ -43,32 +43,31 @@ class Bridged(NamedTuple):
     after: Float[Tensor, "batch head query_pos"]
 
 
-def bridge_ceiling(n_bridge: Int[Tensor, ...], n_segment: Int[Tensor, ...], tau_max: float) -> Float[Tensor, ...]:
-    """Return the part of tau_B that does not depend on attention, min(sqrt(|B| / (|B| + |S|)), tau_max) (Eq. 6).
+def bridge_share(n_bridge: Int[Tensor, ...], n_segment: Int[Tensor, ...]) -> Float[Tensor, ...]:
+    """Return the share of the bridge by its number of keys, sqrt(|B| / (|B| + |S|)) (Eq. 6).
 
     Args:
         n_bridge: number of keys of B that each row can see.
         n_segment: number of keys of S that each row can see.
-        tau_max: largest share of attention that the bridge is given.
 
     Returns:
-        Ceilings in [0, tau_max], float32; 0 (the row is left alone) where B or S has no visible key.
+        Shares in [0, 1), float32; 0 (the row is left alone) where B or S has no visible key.
 
     Example:
         >>> import torch
-        >>> from stepsal.intervention.oeb import bridge_ceiling
-        >>> bridge_ceiling(torch.tensor([1, 4]), torch.tensor([99, 0]), tau_max=0.15)
+        >>> from stepsal.intervention.oeb import bridge_share
+        >>> bridge_share(torch.tensor([1, 4]), torch.tensor([99, 0]))
         tensor([0.1000, 0.0000])
     """
     share = torch.sqrt(n_bridge.float() / (n_bridge + n_segment).clamp(min=1))
-    return torch.where((n_bridge > 0) & (n_segment > 0), share.clamp(max=tau_max), 0.0)
+    return torch.where((n_bridge > 0) & (n_segment > 0), share, 0.0)
 
 
 def odds_equal_bridge(
     pattern: Float[Tensor, "batch head query_pos key_pos"],
     bridge: Bool[Tensor, "batch query_pos key_pos"],
     segment: Bool[Tensor, "batch query_pos key_pos"],
-    ceiling: Float[Tensor, "batch query_pos"],
+    ceiling: Float[Tensor, "batch head_or_1 query_pos"],
 ) -> Bridged:
     """Raise the mass of B to tau_B at the expense of S, in every row in which it is smaller (Eq. 5-8).
 
@@ -76,7 +75,7 @@ def odds_equal_bridge(
         pattern: attention after the softmax. Rows need not sum to one: a sink keeps the rest, as part of O.
         bridge: True for keys in B of each row. Keys that the row can't see may be marked, as they have no mass.
         segment: True for keys in S of each row, which are not in B; keys that the row can't see may be marked.
-        ceiling: ceiling of tau_B of each row, from `bridge_ceiling`.
+        ceiling: ceiling of tau_B of each row, for all heads or for each: tau_max, or `bridge_share` where that is less.
 
     Returns:
         The edited pattern, in the dtype of `pattern` and with the same row sums and the same entries outside B and S,
@@ -87,7 +86,7 @@ def odds_equal_bridge(
         >>> from stepsal.intervention.oeb import odds_equal_bridge
         >>> pattern = torch.tensor([0.25, 0.05, 0.70]).view(1, 1, 1, 3)
         >>> bridge, segment = torch.tensor([[False, True, False]]), torch.tensor([[False, False, True]])
-        >>> odds_equal_bridge(pattern, bridge[None], segment[None], torch.tensor([[0.15]])).pattern.flatten()
+        >>> odds_equal_bridge(pattern, bridge[None], segment[None], torch.tensor([[[0.15]]])).pattern.flatten()
         tensor([0.2500, 0.1500, 0.6000])
     """
     p = pattern.to(torch.promote_types(pattern.dtype, torch.float32))
@@ -96,7 +95,7 @@ def odds_equal_bridge(
         [(p * group).sum(-1) for group in (bridge, segment)]
     )  # of B and S, [2, batch, head, query_pos]
     p_bridge, both = masses[0], masses.sum(0)
-    tau = torch.minimum(ceiling.unsqueeze(1), both / 2)
+    tau = torch.minimum(ceiling, both / 2)
     # p(B) < tau implies p(S) > p(B), so that neither quotient below can divide by nothing
     fires = (p_bridge < tau) & (p_bridge >= _NO_MASS)
     # lambda_g = log(tau_g) - log(p(g)) (Eq. 8): exactly 0 in rows that stay; and where p(g) is tiny its gradient is

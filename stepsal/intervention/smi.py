@@ -108,26 +108,41 @@ def previous_step_means(
     return means.index_add(0, injections.member_of, v * injections.weight[:, None, None])
 
 
+def momentum(
+    means: Float[Tensor, "injection kv_head d_head"], alpha: Float[Tensor, "head 1"]
+) -> Float[Tensor, "injection head d_head"]:
+    """Return alpha times the mean, for each query head that of the key-value head it shares (Eq. 10).
+
+    Args:
+        means: from `previous_step_means`.
+        alpha: strength of the injection for each query head.
+
+    Example:
+        >>> import torch
+        >>> from stepsal.intervention.smi import momentum
+        >>> momentum(torch.tensor([[[2.0], [3.0]]]), torch.tensor([[0.5], [0.5], [1.0], [0.0]])).flatten().tolist()
+        [1.0, 1.0, 3.0, 0.0]
+    """
+    return alpha * means.repeat_interleave(len(alpha) // means.shape[1], dim=1)
+
+
 def inject(
     z: Float[Tensor, "batch query_pos head d_head"],
-    means: Float[Tensor, "injection kv_head d_head"],
+    added: Float[Tensor, "injection head d_head"],
     injections: Injections,
-    alpha: float,
 ) -> Float[Tensor, "batch query_pos head d_head"]:
-    """Add alpha times the means to the attention output before W_O (Eq. 10); the input is not modified.
+    """Add momentum to the attention output before W_O (Eq. 10); the input is not modified.
 
     Args:
         z: the attention output of each head.
-        means: from `previous_step_means`.
-        injections: places at which the means are added.
-        alpha: strength of the injection.
+        added: from `momentum`.
+        injections: places at which it is added.
 
     Example:
         >>> import torch
         >>> from stepsal.intervention.smi import Injections, inject
         >>> injections = Injections.of([(0, 1)], [[0]])
-        >>> inject(torch.zeros(1, 2, 1, 1), torch.ones(1, 1, 1), injections, alpha=0.5).flatten().tolist()
+        >>> inject(torch.zeros(1, 2, 1, 1), torch.full((1, 1, 1), 0.5), injections).flatten().tolist()
         [0.0, 0.5]
     """
-    added = alpha * means.repeat_interleave(z.shape[2] // means.shape[1], dim=1)  # [injection, head, d_head]
     return z.index_put((injections.row, injections.query_pos), added.to(z.dtype), accumulate=True)

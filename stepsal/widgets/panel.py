@@ -20,7 +20,9 @@ import torch
 from stepsal.generation.answers import generate
 from stepsal.generation.decoding import Decoding
 from stepsal.intervention import StepFlowConfig
+from stepsal.intervention.heads import EditedHeads, Heads
 from stepsal.intervention.segmentation import common_segmentation
+from stepsal.layers import Layers, layer_ranges
 from stepsal.saliency import step_saliency
 from stepsal.trace.prompt import check_chat
 from stepsal.trace.segment import Segmentation
@@ -50,6 +52,8 @@ class StepFlowPanel(ipywidgets.VBox):
     Args:
         model: from `stepsal.load`.
         question: the question to begin with; it can be edited in the widget.
+        config: settings of StepFlow to begin with; None takes those of the paper. Heads that they
+            name, or layers with gaps between them, can be switched on and off, but not moved.
         decoding: settings of decoding for both answers; the default is greedy, with 256 new tokens at most.
         seed: seed of the sampling of both answers.
         segmentation: how sections and steps are found, by StepFlow and in the traces; None is `Segmentation()`.
@@ -77,6 +81,7 @@ class StepFlowPanel(ipywidgets.VBox):
         self,
         model: TransformerBridge,
         question: str,
+        config: StepFlowConfig | None = None,
         *,
         decoding: Decoding = Decoding(max_new_tokens=256),  # it is frozen
         seed: int = 0,
@@ -89,16 +94,27 @@ class StepFlowPanel(ipywidgets.VBox):
         self.saliency: dict[str, StepSaliency] = {}
         self.explorer: Explorer | None = None
         self._stop, self._thread, self._runner = threading.Event(), threading.Thread(), 0
-        default, last = StepFlowConfig(), model.cfg.n_layers - 1
-        oeb, smi = default.resolve(model.cfg.n_layers)
+        self._first_config, last = config or StepFlowConfig(), model.cfg.n_layers - 1
+        first = self._first_config
+        first.strengths(model.cfg.n_layers, model.cfg.n_heads)  # refuses heads that the model does not have
+        oeb, smi = first.resolve(model.cfg.n_layers)
         wide = ipywidgets.Layout(width="420px")
         self.question = ipywidgets.Textarea(question, description="question", layout=ipywidgets.Layout(width="860px"))
-        self.tau_max = ipywidgets.FloatSlider(default.tau_max, min=0.01, max=0.9, step=0.01, description="tau_max")
-        self.alpha = ipywidgets.FloatSlider(default.alpha, min=0.0, max=1.0, step=0.01, description="alpha")
-        self.oeb = ipywidgets.Checkbox(True, description="bridge (OEB) in layers", indent=False)
-        self.smi = ipywidgets.Checkbox(True, description="momentum (SMI) in layers", indent=False)
-        self.oeb_layers = ipywidgets.IntRangeSlider(value=(oeb[0], oeb[-1]), min=0, max=last)
-        self.smi_layers = ipywidgets.IntRangeSlider(value=(smi[0], smi[-1]), min=0, max=last)
+        self.tau_max = ipywidgets.FloatSlider(first.tau_max, min=0.01, max=0.9, step=0.01, description="tau_max")
+        self.alpha = ipywidgets.FloatSlider(first.alpha, min=0.0, max=1.0, step=0.01, description="alpha")
+        self.oeb = ipywidgets.Checkbox(
+            bool(oeb), description=f"bridge (OEB) in {_where(first.oeb_layers)}", indent=False
+        )
+        self.smi = ipywidgets.Checkbox(
+            bool(smi), description=f"momentum (SMI) in {_where(first.smi_layers)}", indent=False
+        )
+        self.oeb_layers = ipywidgets.IntRangeSlider(
+            value=(min(oeb, default=0), max(oeb, default=0)), min=0, max=last, disabled=_is_fixed(first.oeb_layers)
+        )
+        self.smi_layers = ipywidgets.IntRangeSlider(
+            value=(min(smi, default=last), max(smi, default=last)), min=0, max=last,
+            disabled=_is_fixed(first.smi_layers),
+        )  # fmt: skip
         for slider in (self.tau_max, self.alpha, self.oeb_layers, self.smi_layers):
             slider.layout = wide
         self.run_button = ipywidgets.Button(description="run", button_style="primary")
@@ -134,13 +150,17 @@ class StepFlowPanel(ipywidgets.VBox):
     def config(self) -> StepFlowConfig:
         """The settings of StepFlow that the controls are set to."""
 
-        def layers(used: ipywidgets.Checkbox, slider: ipywidgets.IntRangeSlider) -> tuple[int, ...]:
-            return tuple(range(slider.value[0], slider.value[1] + 1)) if used.value else ()
+        def layers(used: ipywidgets.Checkbox, slider: ipywidgets.IntRangeSlider, first: Layers | Heads) -> Any:
+            if not used.value:
+                return ()
+            return first if _is_fixed(first) else tuple(range(slider.value[0], slider.value[1] + 1))
 
-        return StepFlowConfig(
-            oeb_layers=layers(self.oeb, self.oeb_layers), smi_layers=layers(self.smi, self.smi_layers),
-            tau_max=self.tau_max.value, alpha=self.alpha.value,
-        )  # fmt: skip
+        return self._first_config.but(
+            oeb_layers=layers(self.oeb, self.oeb_layers, self._first_config.oeb_layers),
+            smi_layers=layers(self.smi, self.smi_layers, self._first_config.smi_layers),
+            tau_max=self.tau_max.value,
+            alpha=self.alpha.value,
+        )
 
     def start(self) -> None:
         """Run in the background; an error is shown in `status`."""
@@ -238,6 +258,21 @@ class StepFlowPanel(ipywidgets.VBox):
 
 def _say(label: ipywidgets.HTML, text: str) -> None:
     label.value = html.escape(text)
+
+
+def _is_fixed(chosen: Any) -> bool:
+    """Tell whether a choice is none that a slider can move: single heads, or layers with gaps between them."""
+    if isinstance(chosen, EditedHeads):
+        return True
+    is_indices = isinstance(chosen, tuple) and all(isinstance(layer, int) for layer in chosen)
+    return is_indices and len(chosen) > 0 and len(set(chosen)) <= max(chosen) - min(chosen)
+
+
+def _where(chosen: Any) -> str:
+    """Say what a part of StepFlow edits."""
+    if isinstance(chosen, EditedHeads):
+        return f"{chosen.n_heads} heads of layers {layer_ranges(sorted(chosen))}"
+    return f"layers {layer_ranges(sorted(chosen))}" if _is_fixed(chosen) else "layers"
 
 
 def first_difference(plain: Trace, edited: Trace) -> int | None:

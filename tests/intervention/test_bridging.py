@@ -1,4 +1,4 @@
-"""Groups and ceilings of one pass on a device, against the groups of the ledger."""
+"""Groups and shares of one pass on a device, against the groups of the ledger."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tiny_models import char_tokenizer
 
 from stepsal.intervention.bridging import Bridging, KeyGroups
 from stepsal.intervention.ledger import Ledger
-from stepsal.intervention.oeb import bridge_ceiling
+from stepsal.intervention.oeb import bridge_share
 from stepsal.trace import FORMATS, PromptFrame
 from stepsal.trace.tracking import SequenceTracker
 
@@ -30,7 +30,7 @@ def read(texts: list[str], cuts: list[int], select: list[int] | None = None) -> 
         rows = part if len(part) == ledger.n_rows else part[select]
         portions.append(ledger.advance(rows, np.ones(rows.shape, dtype=bool)))
         key_groups.update(ledger, portions[-1].changed)
-        bridgings.append(key_groups.lay_out(ledger, portions[-1], {None, 6}, tau_max=0.3))
+        bridgings.append(key_groups.lay_out(ledger, portions[-1], {None, 6}))
         if select is not None and ledger.n_rows == len(texts):
             ledger.select(select)
             key_groups.select(select)
@@ -55,13 +55,13 @@ def test_groups_are_those_of_the_ledger(text: str, cuts: list[int]) -> None:
             np.testing.assert_array_equal(mask.numpy() & causal, expected & causal)
 
 
-def test_ceilings_are_those_of_what_each_window_sees() -> None:
+def test_shares_are_those_of_what_each_window_sees() -> None:
     ledger, (portion,), (bridging,) = read([FIRST], [])
     for window in (None, 6):
         counts = [torch.from_numpy(ledger.count_visible(s, window)) for s in portion.groups[:2]]
-        assert torch.equal(bridging.ceilings[window], bridge_ceiling(*counts, 0.3))
-        assert torch.equal(bridging.eligible[window], (counts[0] > 0) & (counts[1] > 0))
-    assert bridging.eligible[6].sum() < bridging.eligible[None].sum()
+        assert torch.equal(bridging.shares[window][:, 0], bridge_share(*counts))
+        assert torch.equal(bridging.shares[window][:, 0] > 0, (counts[0] > 0) & (counts[1] > 0))
+    assert (bridging.shares[6] > 0).sum() < (bridging.shares[None] > 0).sum()
 
 
 def test_rows_that_stay() -> None:
@@ -71,15 +71,13 @@ def test_rows_that_stay() -> None:
     _, _, (_, stayed) = read(texts, [60], select=[2, 1])
     for name in ("groups", "of_rows"):
         assert torch.equal(getattr(stayed, name), getattr(together, name)[[2, 1]])
-    assert torch.equal(stayed.ceilings[6], together.ceilings[6][[2, 1]])
+    assert torch.equal(stayed.shares[6], together.shares[6][[2, 1]])
 
 
 def test_it_goes_where_the_layer_is() -> None:
-    bridging = Bridging(
-        torch.ones(1, 3, 4), torch.ones(1, 2, 2).long(), {None: torch.ones(1, 2)}, {None: torch.ones(1, 2) > 0}
-    )
+    bridging = Bridging(torch.ones(1, 3).int(), torch.ones(1, 2, 2).int(), {None: torch.ones(1, 1, 2)})
     assert bridging.on(CPU) is bridging
     other = bridging.on(torch.device("meta"))
     assert other is bridging.on(torch.device("meta"))
-    tensors = [other.groups, other.of_rows, other.ceilings[None], other.eligible[None]]
+    tensors = [other.groups, other.of_rows, other.shares[None]]
     assert {x.device.type for x in tensors} == {"meta"}

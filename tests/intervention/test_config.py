@@ -45,6 +45,58 @@ def test_layers(layers: object, expected: tuple[int, ...]) -> None:
     assert StepFlowConfig(smi_layers=layers).resolve(8)[1] == expected
 
 
+class TestHeads:
+    """Heads by layer, in place of layers."""
+
+    CONFIG = StepFlowConfig(oeb_layers={3: [2, 0], -1: {1: 0.3}}, smi_layers={"0": [1]}, tau_max=0.2)
+
+    def test_they_name_layers_and_strengths(self) -> None:
+        assert self.CONFIG.resolve(8) == ((3, 7), (0,))
+        oeb, smi = self.CONFIG.strengths(n_layers=8, n_heads=4)
+        assert oeb == {3: [0.2, 0.0, 0.2, 0.0], 7: [0.0, 0.3, 0.0, 0.0]}
+        assert smi == {0: [0.0, 0.06, 0.0, 0.0]}
+
+    def test_layers_are_all_of_their_heads(self) -> None:
+        assert StepFlowConfig().strengths(4, 2) == ({0: [0.15, 0.15]}, {3: [0.06, 0.06]})
+
+    def test_they_are_values(self, tmp_path: Path) -> None:
+        again = StepFlowConfig.from_dict(json.loads(json.dumps(self.CONFIG.to_dict())))
+        assert again == self.CONFIG == StepFlowConfig.load(self.CONFIG.save(tmp_path / "heads.json"))
+        assert hash(again) == hash(self.CONFIG)
+        assert again != self.CONFIG.but(oeb_layers={3: [0]})
+        assert self.CONFIG.oeb_layers == StepFlowConfig(oeb_layers={-1: {1: 0.3}, 3: (0, 2)}).oeb_layers
+        assert StepFlowConfig(oeb_layers={}) == StepFlowConfig(oeb_layers=())
+
+    @pytest.mark.parametrize(
+        ("layers", "message"),
+        [
+            ({3: []}, r"oeb_layers\[3\] has no head"),
+            ({"deep": [1]}, "oeb_layers names layer 'deep', which is no index"),
+            ({3: [0.5]}, r"oeb_layers\[3\] names head 0.5, which is no index"),
+            ({3: 1}, r"oeb_layers\[3\]=1 must be indices of heads"),
+            ({3: "12"}, r"oeb_layers\[3\]='12' must be indices of heads"),
+            ({3: {1: "0.2"}}, r"oeb_layers\[3\]\[1\]='0.2' must be a number"),
+            ({3: {1: 1.5}}, "tau_max=1.5 must lie in"),
+        ],
+    )
+    def test_what_is_no_head(self, layers: object, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            StepFlowConfig(oeb_layers=layers)
+
+    @pytest.mark.parametrize(
+        ("layers", "message"),
+        [
+            ({8: [0]}, r"names layer 8, but the model has 8: use 0\.\.7"),
+            ({3: [4]}, r"oeb_layers\[3\] names head 4, but layers of the model have 4 heads: use 0\.\.3"),
+            ({3: [-1]}, "names head -1"),
+            ({7: [0], -1: [1]}, "names layer 7 twice"),
+        ],
+    )
+    def test_what_the_model_lacks(self, layers: object, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            StepFlowConfig(oeb_layers=layers).strengths(8, 4)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

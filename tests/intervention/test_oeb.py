@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from stepsal.intervention.oeb import bridge_ceiling, odds_equal_bridge
+from stepsal.intervention.oeb import bridge_share, odds_equal_bridge
 
 B, S, O = 1, 2, 0  # noqa: E741 (the paper's letters)
 
@@ -28,10 +28,10 @@ def rows(draw: st.DrawFn, n_keys: int = 7) -> tuple[torch.Tensor, torch.Tensor, 
 
 def bridged(p: torch.Tensor, groups: torch.Tensor, tau_max: float) -> tuple[torch.Tensor, float]:
     """The new row, and the ceiling."""
-    ceiling = bridge_ceiling((groups == B).sum(), (groups == S).sum(), tau_max)
+    ceiling = bridge_share((groups == B).sum(), (groups == S).sum()).clamp(max=tau_max)
     shape = (1, 1, 1, -1)
     result = odds_equal_bridge(
-        p.view(shape), (groups == B).view(1, 1, -1), (groups == S).view(1, 1, -1), ceiling.view(1, 1)
+        p.view(shape), (groups == B).view(1, 1, -1), (groups == S).view(1, 1, -1), ceiling.view(1, 1, 1)
     )
     return result.pattern.flatten(), float(ceiling)
 
@@ -128,18 +128,17 @@ def test_oeb_where_the_paper_is_infeasible() -> None:
     torch.testing.assert_close(q, torch.tensor([0.05, 0.05, 0.9]))
 
 
-def test_the_ceiling_counts_keys() -> None:
+def test_the_share_counts_keys() -> None:
     n_bridge, n_segment = torch.tensor([1, 1, 0, 3]), torch.tensor([3, 999, 5, 0])
     expected = torch.tensor([0.5, math.sqrt(1 / 1000), 0.0, 0.0])
-    torch.testing.assert_close(bridge_ceiling(n_bridge, n_segment, 0.8), expected)
-    torch.testing.assert_close(bridge_ceiling(n_bridge, n_segment, 0.15)[0], torch.tensor(0.15))
+    torch.testing.assert_close(bridge_share(n_bridge, n_segment), expected)
 
 
 @pytest.mark.parametrize("mass", [1e-12, 1e-30, 1e-37, 1e-42])
 def test_a_tiny_bridge_gives_finite_values_and_gradients(mass: float) -> None:
     p = torch.tensor([[[[mass, 0.6, 0.4]]]], requires_grad=True)
     bridge, segment = torch.tensor([[[True, False, False]]]), torch.tensor([[[False, True, False]]])
-    result = odds_equal_bridge(p, bridge, segment, torch.tensor([[0.15]]))
+    result = odds_equal_bridge(p, bridge, segment, torch.tensor([[[0.15]]]))
     (gradient,) = torch.autograd.grad((result.pattern * torch.tensor([1.0, 2.0, 3.0])).sum(), p)
     assert result.pattern.isfinite().all()
     assert gradient.isfinite().all()

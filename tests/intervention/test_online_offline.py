@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from forward_passes import decoded, logits_of
-from strong_flow import RESPONSE, STRONG, THINK
+from strong_flow import HEADS, RESPONSE, STRONG, THINK
 from tiny_models import ARCHITECTURES, tiny_chat, tiny_hf_model
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -40,7 +40,11 @@ class TestEquivalence:
         assert (log.smi["injections"] == 4).all()
         assert (log_of_decoding.smi["injections"] == 4).all()
 
-    @pytest.mark.parametrize("changes", [{"window": 2}, {"bridge": "prompt"}, {"oeb_layers": ()}, {"smi_layers": ()}])
+    @pytest.mark.parametrize(
+        "changes",
+        [{"window": 2}, {"bridge": "prompt"}, {"oeb_layers": ()}, {"smi_layers": ()},
+         {"oeb_layers": HEADS.oeb_layers, "smi_layers": HEADS.smi_layers}],
+    )  # fmt: skip
     def test_with_other_settings(self, changes: dict) -> None:
         model, config = tiny_chat("Qwen2"), STRONG.but(**changes)
         trace = Trace.from_text("How many?", RESPONSE, model)

@@ -6,21 +6,38 @@ import brute_force
 import pytest
 import torch
 from forward_passes import logits_of
-from strong_flow import RESPONSE, STRONG, THINK
+from strong_flow import HEADS, RESPONSE, STRONG, THINK
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 import stepsal
+from stepsal import StepFlowConfig
 from stepsal.bridge.attention import sliding_window
 from stepsal.bridge.hooks import attention_hooks
 from stepsal.trace import Trace
 
 
+def strengths_of(model: TransformerBridge, config: StepFlowConfig) -> tuple[Tensor, Tensor]:
+    """Return tau_max and alpha of all heads, [layer, head], 0 where a head is not edited."""
+    of_edits = config.strengths(model.cfg.n_layers, model.cfg.n_heads)
+    tables = [torch.zeros(model.cfg.n_layers, model.cfg.n_heads) for _ in of_edits]
+    for table, of_layers in zip(tables, of_edits, strict=True):
+        for layer, strengths in of_layers.items():
+            table[layer] = torch.tensor(strengths)
+    return tables[0], tables[1]
+
+
 class TestAgainstRecomputation:
     """Edits recomputed from the definition: the trace's own steps, loops over rows, heads and tokens."""
 
+    @pytest.fixture(scope="class", params=[STRONG, HEADS], ids=["layers", "heads"])
+    def config(self, request: pytest.FixtureRequest) -> StepFlowConfig:
+        return request.param
+
     @pytest.fixture(scope="class")
-    def before_and_after(self, tiny_with_text: TransformerBridge) -> tuple[Trace, list, list, object]:
+    def before_and_after(
+        self, tiny_with_text: TransformerBridge, config: StepFlowConfig
+    ) -> tuple[Trace, list, list, object]:
         """Pattern, z and v of each layer as the model computes them and as the edits leave them."""
         model = tiny_with_text
         trace = Trace.from_text("How many of them are there?", RESPONSE, model)
@@ -43,14 +60,15 @@ class TestAgainstRecomputation:
 
         with (
             model.hooks(fwd_hooks=hooks(before)),
-            stepsal.stepflow(model, STRONG, segmentation=THINK) as log,
+            stepsal.stepflow(model, config, segmentation=THINK) as log,
             model.hooks(fwd_hooks=hooks(after)),
         ):
             logits_of(model, trace.tokens[None])
         return trace, before, after, log
 
-    def test_oeb(self, tiny_with_text: TransformerBridge, before_and_after: tuple) -> None:
+    def test_oeb(self, tiny_with_text: TransformerBridge, config: StepFlowConfig, before_and_after: tuple) -> None:
         trace, before, after, log = before_and_after
+        taus, _ = strengths_of(tiny_with_text, config)
         role = [None if i < 0 else trace.roles[i] for i in trace.step_ids.tolist()]
         bridge_role = {"thinking": "question", "summary": "thinking"}
         fired = torch.zeros(tiny_with_text.cfg.n_layers, tiny_with_text.cfg.n_heads, dtype=torch.long)
@@ -63,8 +81,9 @@ class TestAgainstRecomputation:
                 p = b["pattern"][:, t].double()  # [head, key_pos]
                 expected = p.clone()
                 if bridge and segment:
-                    ceiling = min((len(bridge) / (len(bridge) + len(segment))) ** 0.5, STRONG.tau_max)
+                    share = (len(bridge) / (len(bridge) + len(segment))) ** 0.5
                     for head in range(len(p)):
+                        ceiling = min(share, float(taus[layer, head]))
                         p_b, p_s = float(p[head, bridge].sum()), float(p[head, segment].sum())
                         tau = min(ceiling, (p_b + p_s) / 2)
                         if 0 < p_b < tau * (1 - 1e-6):
@@ -72,12 +91,14 @@ class TestAgainstRecomputation:
                             expected[head, segment] *= (p_b + p_s - tau) / p_s
                             fired[layer, head] += 1
                 torch.testing.assert_close(a["pattern"][:, t].double(), expected, atol=2e-6, rtol=1e-4)
-        logged = torch.tensor(log.oeb["fired"].to_numpy().reshape(fired.shape))
-        assert (logged - fired).abs().max() <= 1  # a row within rounding of its ceiling may go either way
-        assert fired.sum() > 100
+        assert [*zip(log.oeb["layer"], log.oeb["head"], strict=True)] == [tuple(x) for x in taus.nonzero().tolist()]
+        logged = torch.tensor(log.oeb["fired"].to_numpy())
+        assert (logged - fired[taus > 0]).abs().max() <= 1  # a row within rounding of its ceiling may go either way
+        assert fired.sum() > 100 * (taus > 0).float().mean()
 
-    def test_smi(self, before_and_after: tuple) -> None:
+    def test_smi(self, tiny_with_text: TransformerBridge, config: StepFlowConfig, before_and_after: tuple) -> None:
         trace, before, after, log = before_and_after
+        _, alphas = strengths_of(tiny_with_text, config)
         response = [i for i, step in enumerate(trace.steps) if step.role != "question"]
         norms = torch.zeros(len(before))
         n = 0
@@ -90,7 +111,7 @@ class TestAgainstRecomputation:
                 group = b["z"].shape[1] // b["v"].shape[1]
                 added = torch.zeros_like(b["z"][t])
                 for head in range(len(added)):
-                    added[head] = STRONG.alpha * sum(b["v"][k, head // group] for k in keys) / len(keys)
+                    added[head] = alphas[layer, head] * sum(b["v"][k, head // group] for k in keys) / len(keys)
                 torch.testing.assert_close(a["z"][t] - b["z"][t], added, atol=2e-6, rtol=1e-4)
                 norms[layer] += added.norm()
         assert n == 4
@@ -98,7 +119,8 @@ class TestAgainstRecomputation:
         others = [t for t in range(len(trace)) if t not in starts]
         for b, a in zip(before, after, strict=True):
             assert torch.equal(a["z"][others], b["z"][others])
-        torch.testing.assert_close(torch.tensor(log.smi["mean_norm"].to_numpy()).float(), norms / n, rtol=1e-4, atol=0)
+        logged = torch.tensor(log.smi["mean_norm"].to_numpy()).float()
+        torch.testing.assert_close(logged, norms[log.smi["layer"].tolist()] / n, rtol=1e-4, atol=0)
 
     def test_the_mean_bridge_mass(self, tiny_with_text: TransformerBridge, before_and_after: tuple) -> None:
         trace, before, after, log = before_and_after
@@ -111,6 +133,7 @@ class TestAgainstRecomputation:
                 bridge = [k for k in range(t) if role[k] == {"thinking": "question", "summary": "thinking"}[role[t]]]
                 mass += store[layer]["pattern"][:, t, bridge].sum(-1)
             logged = log.oeb[log.oeb["layer"] == layer]
+            mass = mass[logged["head"].tolist()]
             torch.testing.assert_close(
                 torch.tensor(logged[column].to_numpy()).float(), mass / len(rows), rtol=1e-4, atol=1e-6
             )
@@ -118,19 +141,21 @@ class TestAgainstRecomputation:
 
 
 @pytest.mark.parametrize("target", ["token", "sequence"])
-@pytest.mark.parametrize("nested", [False, True])
-def test_saliency_under_stepflow(tiny_with_text: TransformerBridge, target: str, nested: bool) -> None:
+@pytest.mark.parametrize(("nested", "config"), [(False, STRONG), (True, STRONG), (False, HEADS)])
+def test_saliency_under_stepflow(
+    tiny_with_text: TransformerBridge, target: str, nested: bool, config: StepFlowConfig
+) -> None:
     trace = Trace.from_text("How many?", RESPONSE[:70], tiny_with_text)
     if nested:
-        with stepsal.stepflow(tiny_with_text, STRONG, segmentation=THINK):
+        with stepsal.stepflow(tiny_with_text, config, segmentation=THINK):
             saliency = stepsal.step_saliency(tiny_with_text, trace, target=target, keep_tokens=True)
     else:
-        saliency = stepsal.step_saliency(tiny_with_text, trace, target=target, keep_tokens=True, stepflow=STRONG)
-    with stepsal.stepflow(tiny_with_text, STRONG, segmentation=THINK):
+        saliency = stepsal.step_saliency(tiny_with_text, trace, target=target, keep_tokens=True, stepflow=config)
+    with stepsal.stepflow(tiny_with_text, config, segmentation=THINK):
         expected = brute_force.token_saliency(tiny_with_text, trace.tokens, target)
     for got, wanted in zip(saliency.token_values, expected, strict=True):
         assert (got - wanted).norm() <= 1e-5 * wanted.norm()
     plain = stepsal.step_saliency(tiny_with_text, trace, target=target)
     assert not torch.allclose(saliency.values, plain.values, rtol=0.01)
-    assert saliency.metadata["stepflow"] == STRONG.to_dict()
+    assert saliency.metadata["stepflow"] == config.to_dict()
     assert "stepflow" not in plain.metadata

@@ -310,6 +310,23 @@ def test_the_panel_answers_twice_and_shows_where_the_answers_part(
     assert not any(point.fwd_hooks for point in mini.hook_dict.values())
 
 
+def test_the_panel_begins_with_the_settings_that_it_is_given(mini: TransformerBridge) -> None:
+    question, heads = chain.sample(3, length=3).question, {2: [0, 3], 5: {1: 0.3}}
+    settings = stepsal.StepFlowConfig(oeb_layers=heads, smi_layers=(1, 4), alpha=0.5, window=4)
+    panel = StepFlowPanel(mini, question, settings)
+    assert panel.config == settings
+    assert (panel.oeb.description, panel.oeb_layers.disabled) == ("bridge (OEB) in 3 heads of layers 2,5", True)
+    assert (panel.smi.description, panel.smi_layers.disabled) == ("momentum (SMI) in layers 1,4", True)
+    panel.oeb.value = False
+    assert panel.config == settings.but(oeb_layers=())
+    panel = StepFlowPanel(mini, question, stepsal.StepFlowConfig(oeb_layers="middle", smi_layers=()))
+    assert panel.config == stepsal.StepFlowConfig(oeb_layers=(2, 3, 4, 5), smi_layers=())
+    panel.oeb_layers.value = (3, 4)
+    assert panel.config.oeb_layers == (3, 4)
+    with pytest.raises(ValueError, match="names head 9"):
+        StepFlowPanel(mini, question, stepsal.StepFlowConfig(oeb_layers={2: [9]}))
+
+
 def test_a_run_can_be_stopped(mini: TransformerBridge, panel: StepFlowPanel) -> None:
     begun = threading.Event()
     handle = mini.original_model.register_forward_hook(lambda *_: begun.set())
