@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
+from stepsal.layers import layer_indices
+
 Heads = Mapping[int, Sequence[int] | Mapping[int, float]]
 """Heads by layer: their indices, or their strengths by index."""
 
@@ -91,10 +93,9 @@ class EditedHeads(Mapping[int, Mapping[int, float | None]]):
             >>> EditedHeads({0: [1], -1: {2: 0.3}}).resolve(n_layers=8, n_heads=4, default=0.15)
             {0: [0.0, 0.15, 0.0, 0.0], 7: [0.0, 0.0, 0.3, 0.0]}
         """
+        layer_indices(tuple(self), n_layers, name)  # refuses layers that the model lacks
         resolved: dict[int, list[float]] = {}
         for layer, heads in self._items:
-            if not -n_layers <= layer < n_layers:
-                raise ValueError(f"{name} names layer {layer}, but the model has {n_layers}: use 0..{n_layers - 1}")
             if layer % n_layers in resolved:
                 raise ValueError(f"{name} names layer {layer % n_layers} twice, once counted from the top")
             if outside := [head for head, _ in heads if not 0 <= head < n_heads]:

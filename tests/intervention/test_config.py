@@ -86,7 +86,7 @@ class TestHeads:
     @pytest.mark.parametrize(
         ("layers", "message"),
         [
-            ({8: [0]}, r"names layer 8, but the model has 8: use 0\.\.7"),
+            ({8: [0]}, "there is no layer 8 in a model of 8 layers"),
             ({3: [4]}, r"oeb_layers\[3\] names head 4, but layers of the model have 4 heads: use 0\.\.3"),
             ({3: [-1]}, "names head -1"),
             ({7: [0], -1: [1]}, "names layer 7 twice"),
