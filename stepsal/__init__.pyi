@@ -22,16 +22,21 @@ from .generation.answers import generate, generate_batch
 from .generation.decoding import Decoding
 from .intervention.config import StepFlowConfig
 from .intervention.effects import token_effects
+from .intervention.gain_table import EditGains
+from .intervention.gains import edit_gains
 from .intervention.hooks import stepflow
 from .maps.step_saliency import StepSaliency
 from .saliency.step_maps import step_attention, step_saliency
+from .trace.continuation import Continuation
 from .trace.segment import Segmentation
 from .trace.trace import Trace
 
 __version__: str
 
 __all__ = [
+    "Continuation",
     "Decoding",
+    "EditGains",
     "Segmentation",
     "StepFlowConfig",
     "StepSaliency",
@@ -40,6 +45,7 @@ __all__ = [
     "bridge",
     "calibrate",
     "collect",
+    "edit_gains",
     "evaluate",
     "experiments",
     "generate",

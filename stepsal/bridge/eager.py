@@ -74,6 +74,7 @@ def eager_attention(
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     elif attention_mask is not None:
         scores = scores + attention_mask
-    pattern = _points[module](torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype))
+    dtype = torch.promote_types(scores.dtype, torch.float32)  # as in transformers, but for float64 not rounded
+    pattern = _points[module](torch.softmax(scores, dim=-1, dtype=dtype).to(query.dtype))
     z = torch.matmul(pattern.reshape(batch, n_kv_heads, -1, n_keys), value)
     return z.view(batch, n_heads, n_queries, -1).transpose(1, 2).contiguous(), pattern

@@ -91,9 +91,31 @@ def odds_equal_bridge(
     """
     p = pattern.to(torch.promote_types(pattern.dtype, torch.float32))
     bridge, segment = bridge.unsqueeze(1), segment.unsqueeze(1)  # [batch, 1, query_pos, key_pos]
-    masses = torch.stack(
-        [(p * group).sum(-1) for group in (bridge, segment)]
-    )  # of B and S, [2, batch, head, query_pos]
+    masses = torch.stack([(p * group).sum(-1) for group in (bridge, segment)])
+    (scale_bridge, scale_segment), after = bridge_scales(masses, ceiling)
+    scale = torch.where(bridge, scale_bridge[..., None], torch.where(segment, scale_segment[..., None], 1.0))
+    return Bridged((p * scale).to(pattern.dtype), masses[0], after)
+
+
+def bridge_scales(
+    masses: Float[Tensor, "2 batch head query_pos"], ceiling: Float[Tensor, "batch head_or_1 query_pos"]
+) -> tuple[Float[Tensor, "2 batch head query_pos"], Float[Tensor, "batch head query_pos"]]:
+    """Return by what the entries of B and of S are multiplied, and p(B) after it (Eq. 6-8).
+
+    Args:
+        masses: p(B) and p(S), in float32 or float64.
+        ceiling: as for `odds_equal_bridge`.
+
+    Returns:
+        The factors tau_g / p(g) of B and of S, exactly 1 in rows that stay as they are; and p(B) after the edit.
+
+    Example:
+        >>> import torch
+        >>> from stepsal.intervention.oeb import bridge_scales
+        >>> scales, after = bridge_scales(torch.tensor([0.05, 0.70]).view(2, 1, 1, 1), torch.tensor([[[0.15]]]))
+        >>> scales.flatten()
+        tensor([3.0000, 0.8571])
+    """
     p_bridge, both = masses[0], masses.sum(0)
     tau = torch.minimum(ceiling, both / 2)
     # p(B) < tau implies p(S) > p(B), so that neither quotient below can divide by nothing
@@ -101,6 +123,4 @@ def odds_equal_bridge(
     # lambda_g = log(tau_g) - log(p(g)) (Eq. 8): exactly 0 in rows that stay; and where p(g) is tiny its gradient is
     # still finite, unlike that of the quotient, which goes through 1 / p(g)^2
     log_targets, log_masses = (torch.where(fires, x, 1.0).log() for x in (torch.stack((tau, both - tau)), masses))
-    scale_bridge, scale_segment = (log_targets - log_masses).exp().unsqueeze(-1)
-    scale = torch.where(bridge, scale_bridge, torch.where(segment, scale_segment, 1.0))
-    return Bridged((p * scale).to(pattern.dtype), p_bridge, torch.where(fires, tau, p_bridge))
+    return (log_targets - log_masses).exp(), torch.where(fires, tau, p_bridge)
