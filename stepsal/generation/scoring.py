@@ -1,16 +1,28 @@
-"""Score the tokens of a trace by their log-probabilities under a model."""
+"""Score the tokens of a trace, and right and wrong continuations, by their log-probabilities under a model."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from stepsal.bridge.native import native
-from stepsal.intervention import agreed_segmentation
+from stepsal.intervention import StepFlowConfig, agreed_segmentation
+from stepsal.intervention import stepflow as open_stepflow
+from stepsal.intervention.gains import Objective, Row, padded, rows_of, target_log_probs
+from stepsal.trace.continuation import Continuation
+from stepsal.trace.segment import Segmentation
 from stepsal.trace.trace import Trace
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _CHUNK = 1024  # positions whose logits are copied to float32 at a time
 
@@ -49,3 +61,71 @@ def log_probabilities(model: TransformerBridge, trace: Trace) -> Float[Tensor, "
         for i in range(0, len(targets), _CHUNK)
     ]
     return -torch.cat(losses)
+
+
+def continuation_scores(
+    model: TransformerBridge,
+    texts: Sequence[Continuation],
+    stepflow: StepFlowConfig | None = None,
+    *,
+    segmentation: Segmentation | None = None,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Return how likely a model thinks the right and the wrong continuation of texts, without any decoding.
+
+    Args:
+        model: from `stepsal.load`, with a tokenizer.
+        texts: the continuations.
+        stepflow: read under StepFlow with these settings; None without.
+        segmentation: the way to find sections and steps; None is `Segmentation()`.
+        batch_size: number of rows that are read together.
+        progress: show a bar over rows.
+
+    Returns:
+        A row for each text: text; right and wrong, the log-probability of either continuation in nats (NaN where there
+        is no wrong one); greedy, True where greedy decoding would write the right one; and the labels of the text.
+
+    Raises:
+        ValueError: no texts, or an open StepFlow context beside `stepflow`.
+
+    Example:
+        >>> from stepsal.generation.scoring import continuation_scores
+        >>> question = "Hugo is 4 plus 3. What is Hugo?"
+        >>> text = stepsal.Continuation(question, " Hugo is", right=" 4 plus 3", wrong=" 3 plus 9")
+        >>> scores = continuation_scores(stepsal.load("mini"), [text])
+        >>> bool(scores["greedy"][0]), bool(scores["right"][0] > scores["wrong"][0])
+        (True, True)
+    """
+    import pandas as pd
+
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    rows = [row for text in range(len(texts)) for row in _rows_of_text(model, texts, text, segmentation)]
+    if not rows:
+        raise ValueError("there are no texts: give continuations")
+    table = pd.DataFrame({"text": range(len(texts)), "right": float("nan"), "wrong": float("nan"), "greedy": False})
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].trace))
+    context = nullcontext() if stepflow is None else open_stepflow(model, stepflow, segmentation=segmentation)
+    device = next(model.parameters()).device
+    with context, native(model), torch.no_grad(), tqdm(total=len(rows), disable=not progress) as bar:
+        for start in range(0, len(order), batch_size):
+            batch = [rows[i] for i in order[start : start + batch_size]]
+            tokens, mask = padded(batch, device)
+            logits = model(tokens, attention_mask=mask, return_type="logits")
+            for row, log_p, likeliest in zip(batch, *target_log_probs(logits, tokens, batch), strict=True):
+                table.loc[row.text, "right" if row.sign > 0 else "wrong"] = float(log_p.sum())
+                if row.sign > 0:
+                    table.loc[row.text, "greedy"] = bool(likeliest.all())
+            bar.update(len(batch))
+    about = pd.DataFrame([dict(text.about) for text in texts])
+    return pd.concat([table, about], axis=1)
+
+
+def _rows_of_text(
+    model: TransformerBridge, texts: Sequence[Continuation], number: int, segmentation: Segmentation | None
+) -> list[Row]:
+    """Return the rows of a text: its right continuation, and its wrong one where there is one."""
+    objective: Objective = "right" if texts[number].wrong is None else "contrast"
+    rows = rows_of(model, [texts[number]], objective, segmentation)
+    return [row._replace(text=number) for row in rows]

@@ -32,7 +32,7 @@ class Continuation:
         >>> text = Continuation("The red box holds 7. And the blue one?", "The red box holds", right=" 7", wrong=" 9")
         >>> trace, n_new = text.trace(stepsal.load("mini"))
         >>> trace.step_text(1), n_new
-        ('The red box holds 7', 2)
+        ('The red box holds 7', 1)
     """
 
     question: str
