@@ -143,7 +143,7 @@ class Calibration:
             "search": {"n_problems": int(best["n_problems"]), "difference": float(best["difference"])},
             "held_out": {k: None if v != v else v for k, v in asdict(self.difference).items()},  # NaN is no JSON
         }  # fmt: skip
-        return self.stepflow.save(path, calibration=about)
+        return self.stepflow.but(made_for=self.model_name).save(path, calibration=about)
 
     def to_request(self) -> dict[str, Any]:
         """Return what `load` needs to know, JSON-ready; settings of rounds are numbers in the list of all settings."""

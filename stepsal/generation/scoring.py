@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
@@ -99,27 +99,57 @@ def continuation_scores(
     """
     import pandas as pd
 
+    rows = [row for text in range(len(texts)) for row in _rows_of_text(model, texts, text, segmentation)]
+    table = pd.DataFrame({"text": range(len(texts)), "right": float("nan"), "wrong": float("nan"), "greedy": False})
+    for row, (log_probs, likeliest) in zip(
+        rows, read_rows(model, rows, stepflow, segmentation, batch_size, progress), strict=True
+    ):
+        table.loc[row.text, "right" if row.sign > 0 else "wrong"] = float(log_probs.sum())
+        if row.sign > 0:
+            table.loc[row.text, "greedy"] = bool(likeliest.all())
+    about = pd.DataFrame([dict(text.about) for text in texts])
+    return pd.concat([table, about], axis=1)
+
+
+def read_rows(
+    model: TransformerBridge,
+    rows: Sequence[Row],
+    stepflow: StepFlowConfig | None = None,
+    segmentation: Segmentation | None = None,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> list[tuple[Float[Tensor, " target"], Bool[Tensor, " target"]]]:
+    """Return for each row the log-probabilities of the tokens that count, and whether each is the likeliest.
+
+    Args:
+        model: from `stepsal.load`, with a tokenizer.
+        rows: from `stepsal.intervention.gains.rows_of`.
+        stepflow: read under StepFlow with these settings; None without.
+        segmentation: the way to find sections and steps; None is `Segmentation()`.
+        batch_size: number of rows that are read together.
+        progress: show a bar over rows.
+
+    Raises:
+        ValueError: no rows, or an open StepFlow context beside `stepflow`.
+    """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
-    rows = [row for text in range(len(texts)) for row in _rows_of_text(model, texts, text, segmentation)]
     if not rows:
-        raise ValueError("there are no texts: give continuations")
-    table = pd.DataFrame({"text": range(len(texts)), "right": float("nan"), "wrong": float("nan"), "greedy": False})
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].trace))
+        raise ValueError("there are no texts: give continuations or traces")
+    scores: dict[int, tuple[Tensor, Tensor]] = {}
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].trace))  # rows of one length share a batch
     context = nullcontext() if stepflow is None else open_stepflow(model, stepflow, segmentation=segmentation)
     device = next(model.parameters()).device
     with context, native(model), torch.no_grad(), tqdm(total=len(rows), disable=not progress) as bar:
         for start in range(0, len(order), batch_size):
-            batch = [rows[i] for i in order[start : start + batch_size]]
+            numbers = order[start : start + batch_size]
+            batch = [rows[i] for i in numbers]
             tokens, mask = padded(batch, device)
             logits = model(tokens, attention_mask=mask, return_type="logits")
-            for row, log_p, likeliest in zip(batch, *target_log_probs(logits, tokens, batch), strict=True):
-                table.loc[row.text, "right" if row.sign > 0 else "wrong"] = float(log_p.sum())
-                if row.sign > 0:
-                    table.loc[row.text, "greedy"] = bool(likeliest.all())
+            log_probs, likeliest = target_log_probs(logits, tokens, batch)
+            scores |= {i: (p.cpu(), x.cpu()) for i, p, x in zip(numbers, log_probs, likeliest, strict=True)}
             bar.update(len(batch))
-    about = pd.DataFrame([dict(text.about) for text in texts])
-    return pd.concat([table, about], axis=1)
+    return [scores[i] for i in range(len(rows))]
 
 
 def _rows_of_text(

@@ -27,6 +27,7 @@ class StepFlowChanges(TypedDict, total=False):
     window: int | None
     bridge: Literal["question", "prompt"]
     into_summary: bool
+    made_for: str | None
 
 
 PUBLISHED: dict[str, StepFlowChanges] = {"paper": {}, "authors-code": {"window": 4, "bridge": "prompt"}}
@@ -49,6 +50,7 @@ class StepFlowConfig:
         bridge: text that the thinking is bridged to. "question" is the user's words; "prompt" is everything before the
             thinking, system prompt and BOS included, as in the authors' code.
         into_summary: also inject at the first token of the summary.
+        made_for: name of the model that the settings were chosen for, which other models then refuse; None is any.
 
     Raises:
         ValueError: a value is out of range; the message names it.
@@ -68,6 +70,7 @@ class StepFlowConfig:
     window: int | None = None
     bridge: Literal["question", "prompt"] = "question"
     into_summary: bool = False
+    made_for: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("oeb_layers", "smi_layers"):
@@ -91,6 +94,8 @@ class StepFlowConfig:
             raise ValueError(f"bridge={self.bridge!r} is unknown; use 'question' or 'prompt'")
         if not isinstance(self.into_summary, bool):
             raise ValueError(f"into_summary={self.into_summary!r} must be True or False")
+        if self.made_for is not None and not isinstance(self.made_for, str):
+            raise ValueError(f"made_for={self.made_for!r} must be the name of a model, or None for any")
 
     @classmethod
     def preset(cls, name: str, **changes: Unpack[StepFlowChanges]) -> StepFlowConfig:

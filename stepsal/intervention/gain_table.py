@@ -144,11 +144,33 @@ class EditGains:
         if k < 1:
             raise ValueError(f"k={k} must be at least 1")
         table = self.summary(edit, tau_max)
-        best = table[table["gain"] > 0].head(k).sort_values(["layer", "head"])
-        heads: dict[int, list[int]] = {}
-        for layer, head in zip(best["layer"].tolist(), best["head"].tolist(), strict=True):
-            heads.setdefault(layer, []).append(head)
-        return heads
+        return _by_layer(table[table["gain"] > 0].head(k).sort_values(["layer", "head"]))
+
+    def sure_heads(self, edit: Edit = "bridge", tau_max: float | None = None, fdr: float = 0.1) -> dict[int, list[int]]:
+        """Return the heads whose gain is told from none, by layer, as `StepFlowConfig` takes them.
+
+        Each head is tested over texts (one-sided t-test that its mean gain is above 0), and the false discovery rate
+        over all heads is held (Benjamini and Hochberg). So few texts buy few heads.
+
+        Args:
+            edit: "bridge" or "momentum".
+            tau_max: strength of the bridge; None is the only one there is.
+            fdr: expected share of heads without a gain among those that are returned, in (0, 1).
+
+        Raises:
+            ValueError: `fdr` is out of range, there are fewer than three texts, or gains were not computed at this
+                tau_max.
+        """
+        from scipy.stats import false_discovery_control
+        from scipy.stats import t as student
+
+        if not 0 < fdr < 1:
+            raise ValueError(f"fdr={fdr} must lie in (0, 1)")
+        if self.n_texts < 3:
+            raise ValueError(f"gains of {self.n_texts} texts can't be tested: give at least 3, better 40")
+        table = self.summary(edit, tau_max).sort_values(["layer", "head"])
+        p = student.sf(table["t"].fillna(0.0).to_numpy(), self.n_texts - 1)
+        return _by_layer(table[false_discovery_control(p) <= fdr])
 
     def to_dataframe(self, edit: Edit = "bridge", by_step: bool = False) -> pd.DataFrame:
         """Return a row for each gain, in nats: text, (step, role,) (tau_max,) layer, head, gain.
@@ -219,3 +241,11 @@ class EditGains:
             f"EditGains({self.metadata.get('model_name')}, {self.n_texts} text{'s' * (self.n_texts != 1)}, "
             f"{n_layers} layers x {n_heads} heads, tau_max {taus})"
         )
+
+
+def _by_layer(table: pd.DataFrame) -> dict[int, list[int]]:
+    """Return the heads of a table by layer."""
+    heads: dict[int, list[int]] = {}
+    for layer, head in zip(table["layer"].tolist(), table["head"].tolist(), strict=True):
+        heads.setdefault(layer, []).append(head)
+    return heads

@@ -173,6 +173,11 @@ class StepFlow:
                 "needs: pass one to stepsal.load(..., tokenizer=...)"
             )
         self.model, self.config = model, config
+        if config.made_for not in (None, model.cfg.model_name):
+            raise ValueError(
+                f"these settings were chosen for {config.made_for!r}, not for {model.cfg.model_name!r}, whose heads do "
+                "other things: calibrate it, or say config.but(made_for=None) to try them nevertheless"
+            )
         self._taus, self._alphas = config.strengths(model.cfg.n_layers, model.cfg.n_heads)
         self.oeb_layers, self.smi_layers = tuple(self._taus), tuple(self._alphas)
         check_model(model)
