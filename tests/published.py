@@ -239,17 +239,47 @@ def n_traces() -> Numbers:
     return [sum(len(answers(f"population_{model}", ("correct",))) for model in ("mini", "smollm2"))]
 
 
-def added_milliseconds() -> Numbers:
-    """Return what StepFlow adds to the time of a token at batch 1, and that time."""
-    table = benchmark("decode_overhead")
-    plain, edited = (pick(table, "ms_per_token", batch=1, variant=name)[0] for name in ("baseline", "StepFlow"))
-    return [edited - plain, plain]
+def refilled_plain() -> Numbers:
+    """Return the mean length of answers of very different lengths, and how much faster they come than in batches."""
+    return pick(benchmark("decode_refill"), "mean_length speed", variant="plain")
 
 
-def growth() -> Numbers:
-    """Return the ratio of StepFlow's time to the baseline's, by length."""
-    table = benchmark("decode_growth")
-    return table[table["variant"] == "StepFlow"].sort_values("tokens_before")["ratio"].tolist()
+def refilled_under_stepflow() -> Numbers:
+    """Return how much faster they come under StepFlow."""
+    return pick(benchmark("decode_refill"), "speed", variant="StepFlow")
+
+
+def long_prompt() -> Numbers:
+    """Return the tokens of the longest prompt, and its seconds and gigabytes, plain and under StepFlow."""
+    table = benchmark("decode_prompt")
+    longest = table["tokens"].max()
+    seconds_and_bytes = [pick(table, "seconds added_bytes", tokens=longest, variant=v) for v in ("plain", "StepFlow")]
+    return [longest, *(x for seconds, n_bytes in seconds_and_bytes for x in (seconds, n_bytes / 1e9))]
+
+
+def milliseconds_of_python() -> Numbers:
+    """Return the milliseconds of a token where matrices cost nothing: all, ours of these, and what StepFlow adds."""
+    table = benchmark("decode_python")
+    theirs, plain, edited = (
+        1000 / pick(table, "tokens_per_second", variant=name)[0] for name in ("transformers", "plain", "StepFlow")
+    )
+    return [plain, plain - theirs, edited - plain]
+
+
+def maps_on_a_gpu() -> Numbers:
+    """Return the seconds of maps of three lengths on a GPU, and the most gigabytes beside the weights."""
+    table = benchmark("saliency_7b")
+    seconds = [pick(table, "seconds", tokens=n)[0] for n in (2048, 8192, 32768)]
+    return [*seconds, float((table["peak_bytes"] - table["model_bytes"]).max() / 1e9)]
+
+
+def maps_of_floor_on_a_gpu() -> Numbers:
+    """Return the time of maps relative to the fused pass on a GPU, at three lengths."""
+    table = benchmark("saliency_7b")
+    return [
+        seconds / floor
+        for seconds, floor in (pick(table, "seconds floor_seconds", tokens=n) for n in (2048, 4096, 8192))
+    ]
 
 
 def exponents() -> Numbers:

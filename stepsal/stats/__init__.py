@@ -1,5 +1,6 @@
 """Statistics with the trace, or the problem, as the unit."""
 
+from stepsal.stats.changes import MeanChange, mean_change
 from stepsal.stats.groups import compare_groups, mean_profile, strata_of
 from stepsal.stats.paired import PairedDifference, Share, accuracy, paired_difference, pass_at_k
 from stepsal.stats.prediction import auroc, tell_apart
@@ -8,11 +9,13 @@ from stepsal.stats.resampling import FEWEST
 
 __all__ = [
     "FEWEST",
+    "MeanChange",
     "PairedDifference",
     "Share",
     "accuracy",
     "auroc",
     "compare_groups",
+    "mean_change",
     "mean_profile",
     "paired_difference",
     "pass_at_k",

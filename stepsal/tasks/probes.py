@@ -28,7 +28,7 @@ Kind = Literal["premise_recall", "hand_over", "summary_recall"]
 
 
 @dataclass(frozen=True)
-class _Words:
+class Words:
     """The sentences of a wording, with places for a name, a number or two, and a unit."""
 
     names: tuple[str, ...]
@@ -41,8 +41,8 @@ class _Words:
     fillers: tuple[str, ...]
 
 
-_WORDS: dict[Wording, _Words] = {
-    "boxes": _Words(
+_WORDS: dict[Wording, Words] = {
+    "boxes": Words(
         names=("red", "blue", "green", "yellow", "white", "black", "brown", "purple", "orange", "grey"),
         fact="The {name} box holds {n} coins.",
         ask="How many coins do the {name} box and the {other} box hold together?",
@@ -67,7 +67,7 @@ _WORDS: dict[Wording, _Words] = {
             "It is easy to mix things up here.",
         ),
     ),
-    "villages": _Words(
+    "villages": Words(
         names=("Aldby", "Borrow", "Cutnall", "Denholm", "Elsford", "Farley", "Gorsby", "Hatwell", "Iveston", "Kirkby"),
         fact="In the village of {name} there are {n} lamps.",
         ask="What is the total number of lamps in {name} and {other}?",
@@ -95,6 +95,20 @@ _WORDS: dict[Wording, _Words] = {
 }
 WORDINGS: tuple[Wording, ...] = get_args(Wording)
 N_FACTS = 6
+
+
+def words_of(wording: Wording) -> Words:
+    """Return the sentences of a wording.
+
+    Args:
+        wording: the words.
+
+    Raises:
+        ValueError: there is no such wording.
+    """
+    if wording not in _WORDS:
+        raise ValueError(f"wording={wording!r} is unknown; use {' or '.join(map(repr, WORDINGS))}")
+    return _WORDS[wording]
 
 
 def premise_recall(seed: int, k: int = 10, wording: Wording = "boxes") -> Continuation:
@@ -180,11 +194,9 @@ class _Draw:
     def __init__(self, seed: int, k: int, wording: Wording) -> None:
         if k < 0:
             raise ValueError(f"k={k} must be a number of filler sentences >= 0")
-        if wording not in _WORDS:
-            raise ValueError(f"wording={wording!r} is unknown; use {' or '.join(map(repr, WORDINGS))}")
+        self.words = words_of(wording)
         self._seed, self._k, self._wording = seed, k, wording
         self._random = random.Random(f"{wording} {seed}")
-        self.words = _WORDS[wording]
         self.names = self._random.sample(self.words.names, N_FACTS)
         self.numbers = self._random.sample(range(11, 60), N_FACTS)
 

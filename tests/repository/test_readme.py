@@ -96,12 +96,26 @@ def test_times_of_the_explorer() -> None:
     assert table[table["shown"] == "one trace"]["max"].max() <= 50  # as it says
 
 
-def test_cost_of_stepflow() -> None:
-    table = pd.read_csv(ROOT / "benchmarks" / "results" / "decode_overhead.csv").set_index(["batch", "variant"])
-    for variant, *cells in rows_below("| | batch 1 | batch 16 |"):
-        for batch, cell in zip((1, 16), cells, strict=True):
-            ratio, low, high = table.loc[(batch, variant), ["ratio", "ratio_min", "ratio_max"]]
-            assert cell == f"{ratio:.3f} ({low:.3f} to {high:.3f})"
+def test_cost_of_decoding() -> None:
+    tables = {
+        threads: pd.read_csv(ROOT / "benchmarks" / "results" / f"decode_speed_{threads}.csv").set_index(
+            ["batch", "variant"]
+        )
+        for threads in (1, 2)
+    }
+    rows = rows_below("| | batch 1 | batch 16 | batch 1, two cores | batch 16, two cores |")
+    assert [row[0] for row in rows] == ["plain", "StepFlow", "hooked"]
+    for variant, *cells in rows:
+        for (threads, batch), cell in zip([(1, 1), (1, 16), (2, 1), (2, 16)], cells, strict=True):
+            ratio, low, high = tables[threads].loc[(batch, variant), ["ratio", "lowest", "highest"]]
+            assert cell == f"{ratio:.2f} ({low:.2f} to {high:.2f})"
+
+
+def test_decoding_on_a_gpu() -> None:
+    table = pd.read_csv(ROOT / "benchmarks" / "results" / "decode_7b.csv").set_index(["batch", "variant"])
+    for variant, *cells in rows_below("| tokens a second | batch 1 | batch 16 | batch 64 |"):
+        assert cells == [f"{table.loc[(batch, variant), 'tokens_per_second']:.0f}" for batch in (1, 16, 64)]
+    assert table["of_bandwidth"].between(1 / 7, 1 / 5).all()  # as it says
 
 
 def test_memory_of_saliency() -> None:

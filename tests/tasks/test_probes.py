@@ -58,7 +58,7 @@ def test_there_are_k_fillers(seed: int, k: int, wording: Wording, kind: Kind) ->
 
 
 def test_wordings_share_no_sentence_and_no_name() -> None:
-    first, second = (probes._WORDS[wording] for wording in WORDINGS)
+    first, second = (probes.words_of(wording) for wording in WORDINGS)
     assert not set(first.names) & set(second.names)
     assert not set(first.fillers) & set(second.fillers)
     assert not re.search(r"\d", "".join([*first.fillers, *second.fillers]))

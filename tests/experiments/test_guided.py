@@ -1,0 +1,180 @@
+"""Heads chosen by likelihood: a planted fault is found and repaired, nothing is found where there is nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+import stepsal
+from stepsal import StepFlowConfig, Trace
+from stepsal.experiments import Guidance, guide
+from stepsal.experiments.guided import divided
+from stepsal.generation.scoring import read_rows
+from stepsal.intervention.gains import rows_of
+from stepsal.stats import mean_change
+from stepsal.tasks import chain
+
+pytestmark = pytest.mark.slow
+
+
+def solutions(model: TransformerBridge, n: int, length: int = 3) -> list[Trace]:
+    problems = [chain.sample(500 + i, length=length) for i in range(n)]
+    return [Trace.from_text(p.question, p.solution(), model) for p in problems]
+
+
+@contextmanager
+def blinded(model: TransformerBridge, layer: int, head: int) -> Iterator[None]:
+    """Leave one head a thousandth of its attention to the question, and give the rest to what it sees besides."""
+    prompt = len(model.tokenizer("<|endoftext|><|user|>")["input_ids"])
+
+    def blind(pattern: Tensor, hook: object) -> Tensor:
+        pattern = pattern.clone()
+        row = pattern[:, head]
+        ends = [int((ids == answer).nonzero()[0]) for ids in tokens[0]]
+        for i, end in enumerate(ends):
+            scale = torch.ones(pattern.shape[-1])
+            first = int((tokens[0][i] == user).nonzero()[0]) + 1
+            scale[first:end] = 1e-3
+            after = row[i, end + 1 :] * scale
+            row[i, end + 1 :] = after / after.sum(-1, keepdim=True)
+        return pattern
+
+    def read(ids: Tensor, hook: object) -> None:
+        tokens[0] = ids
+
+    tokens: list[Tensor] = [torch.zeros(0)]
+    answer = model.tokenizer("<|assistant|>")["input_ids"][0]
+    user = model.tokenizer("<|user|>")["input_ids"][0]
+    assert prompt == 2
+    hooks = [("embed.hook_in", read), (f"blocks.{layer}.attn.hook_pattern", blind)]
+    with model.hooks(fwd_hooks=hooks):
+        yield
+
+
+def values(model: TransformerBridge, traces: list[Trace], config: StepFlowConfig | None = None) -> np.ndarray:
+    scores = read_rows(model, rows_of(model, traces, "answer", None), config)
+    return np.array([float(log_probs.sum()) for log_probs, _ in scores])
+
+
+def test_a_blinded_head_is_found_and_repaired(mini: TransformerBridge, tmp_path: Path) -> None:
+    traces = solutions(mini, 60)
+    some = traces[:6]
+    intact = values(mini, some).mean()
+    losses = {}
+    for layer in range(mini.cfg.n_layers):
+        for head in range(mini.cfg.n_heads):
+            with blinded(mini, layer, head):
+                losses[layer, head] = intact - values(mini, some).mean()
+    layer, head = max(losses, key=lambda place: losses[place])
+    assert losses[layer, head] > 1  # a nat, at the head that matters most
+    with blinded(mini, layer, head):
+        guidance = guide(
+            mini, traces, folder=tmp_path / "g", objective="answer", taus=(0.5,), alphas=(), progress=False
+        )
+        assert next(iter(guidance.gains.top(1).items())) == (layer, [head])
+        assert guidance.beats_baseline
+        assert head in guidance.chosen.oeb_layers[layer]
+        assert guidance.difference.mean > 0.2 * losses[layer, head]
+        n_read = []
+        handle = mini.original_model.register_forward_hook(lambda *_: n_read.append(1))
+        again = guide(mini, traces, folder=tmp_path / "g", objective="answer", taus=(0.5,), alphas=(), progress=False)
+        handle.remove()
+    assert not n_read  # all was kept
+    assert again.judged.equals(guidance.judged)
+    path = guidance.save_preset(tmp_path / "preset.json")
+    assert StepFlowConfig.load(path) == guidance.chosen
+    about = json.loads(path.read_text())["calibration"]
+    assert about["shape"] == {"n_layers": 8, "n_heads": 4}
+    assert about["held_out"]["n"] == len(guidance.judged) == 24
+
+
+def test_settings_of_another_model_are_refused(mini: TransformerBridge) -> None:
+    settings = StepFlowConfig(oeb_layers={0: [1]}, made_for="another")
+    with pytest.raises(ValueError, match=r"chosen for 'another', not for 'mini'.*but\(made_for=None\)"), \
+            stepsal.stepflow(mini, settings):  # fmt: skip
+        pass
+    with stepsal.stepflow(mini, settings.but(made_for=None)):
+        pass
+
+
+def test_without_a_gain_nothing_is_edited(mini: TransformerBridge, tmp_path: Path) -> None:
+    """Where the gains of a text are those of another head at random, in most draws no head is sure to gain."""
+    guidance = guide(
+        mini, solutions(mini, 40), folder=tmp_path, objective="answer", taus=(0.15,), alphas=(), progress=False
+    )
+    rng, n_found = np.random.default_rng(0), 0
+    gains = guidance.gains
+    for _ in range(100):
+        signs = rng.choice([-1.0, 1.0], size=(gains.n_texts, 1, 1, 1, 1))
+        flipped = stepsal.EditGains(
+            gains.bridge * signs, gains.momentum, gains.objective, gains.roles, gains.about, gains.metadata
+        )
+        n_found += bool(flipped.sure_heads("bridge", 0.15, fdr=0.05))
+    assert n_found <= 10
+
+
+def test_where_nothing_helps_the_preset_edits_nothing(tmp_path: Path) -> None:
+    gains = stepsal.EditGains.of(
+        np.zeros((8, 1, 1, 2, 2)), np.zeros((8, 1, 2, 2)), np.zeros(8), [0.15], roles=[("question",)] * 8,
+        about=[{}] * 8, metadata={},
+    )  # fmt: skip
+    import pandas as pd
+
+    config = StepFlowConfig(oeb_layers={0: [1]}, smi_layers=(), made_for="mine")
+    tried = pd.DataFrame({"setting": ["one"], "edit": ["bridge"], "heads": [1], "gain": [0.1], "stderr": [0.2]})
+    judged = pd.DataFrame({"text": range(6), "baseline": 0.0, "edited": [0.1, -0.1, 0.2, -0.2, 0.1, -0.1]})
+    guidance = Guidance("mine", "right", gains, tried, config, judged, tmp_path)
+    assert not guidance.beats_baseline
+    assert guidance.stepflow == StepFlowConfig(oeb_layers=(), smi_layers=(), made_for="mine")
+    assert "Nothing beats the baseline" in str(guidance.summary())
+    assert max(map(len, str(guidance.summary()).splitlines())) <= 100
+    nothing = Guidance("mine", "right", gains, tried[:0], None, judged[:0], tmp_path)
+    assert not nothing.beats_baseline
+    assert "No head was sure to gain on 8 texts" in str(nothing.summary())
+
+
+def test_parts_share_no_text() -> None:
+    parts = divided(101, seed=3)
+    assert sorted(i for part in parts.values() for i in part) == list(range(101))
+    assert divided(101, seed=4) != parts == divided(101, seed=3)
+
+
+@pytest.mark.parametrize(
+    ("n", "options", "message"),
+    [(4, {}, "4 texts are too few"), (15, {"taus": (), "alphas": ()}, "both empty"),
+     (15, {"objective": "right"}, "one of Continuations")],
+)  # fmt: skip
+def test_errors(mini: TransformerBridge, tmp_path: Path, n: int, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        guide(mini, solutions(mini, n, length=1), **{"folder": tmp_path, "objective": "answer", **options})
+
+
+class TestMeanChange:
+    """The mean of changes with its interval."""
+
+    def test_the_interval_holds_the_true_mean(self) -> None:
+        rng = np.random.default_rng(0)
+        held = [
+            change.low <= 0.3 <= change.high
+            for change in (mean_change(rng.normal(0.3, 1, 20), n_resamples=1) for _ in range(400))
+        ]
+        assert 0.92 <= np.mean(held) <= 0.98
+
+    def test_the_detectable_change_is_found_in_four_of_five(self) -> None:
+        rng = np.random.default_rng(1)
+        effect = np.mean([mean_change(rng.normal(0, 1, 30), n_resamples=1).detectable for _ in range(200)])
+        found = [mean_change(rng.normal(effect, 1, 30), n_resamples=1).low > 0 for _ in range(400)]
+        assert 0.74 <= np.mean(found) <= 0.86
+
+    @pytest.mark.parametrize(("changes", "message"), [([1.0], "no spread"), ([1.0, float("nan")], "change 1 is nan")])
+    def test_errors(self, changes: list, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            mean_change(changes)
