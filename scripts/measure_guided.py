@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -25,8 +26,9 @@ import stepsal
 from stepsal import StepFlowConfig
 from stepsal.experiments import Guidance, guide
 from stepsal.generation.scoring import continuation_scores
+from stepsal.intervention.heads import EditedHeads
 from stepsal.tasks import faithfulness
-from stepsal.tasks.probes import PROBES, WORDINGS, premise_recall
+from stepsal.tasks.probes import PROBES, WORDINGS, Kind, Wording, premise_recall
 
 FOLDER = Path(__file__).parents[1] / "data" / "guided"
 PRESETS = Path(__file__).parents[1] / "data" / "presets"
@@ -45,7 +47,7 @@ def chosen_by_likelihood(model: TransformerBridge, n: int) -> Guidance:
 def variants(guidance: Guidance) -> dict[str, StepFlowConfig | None]:
     """Return what is compared: the chosen setting, weaker ones, the paper's, and random heads at the same strength."""
     config = guidance.chosen
-    if config is None:
+    if config is None or not isinstance(config.oeb_layers, EditedHeads):
         raise SystemExit("no head was sure to gain: there is nothing to compare")
     n_layers, n_heads = guidance.gains.bridge.shape[-2:]
     n_chosen = config.oeb_layers.n_heads
@@ -90,19 +92,19 @@ def measure_fading(model: TransformerBridge, n: int) -> None:
 
 def measure_probes(model: TransformerBridge, configs: Mapping[str, StepFlowConfig | None], n: int) -> None:
     """Score held-out probes under all variants."""
-    for kind, wording in [("premise_recall", w) for w in WORDINGS] + [
-        ("hand_over", "boxes"),
-        ("summary_recall", "boxes"),
-    ]:
+    kinds: list[tuple[Kind, Wording]] = [("premise_recall", wording) for wording in WORDINGS]
+    kinds += [("hand_over", "boxes"), ("summary_recall", "boxes")]
+    for kind, wording in kinds:
         texts = [PROBES[kind](JUDGE + i, 10, wording) for i in range(n if kind == "premise_recall" else n // 2)]
         right = [stepsal.Continuation(t.question, t.before, t.right, about=t.about) for t in texts]
         for i, (name, config) in enumerate(configs.items()):
-            once(
-                f"probes_{kind}_{wording}_{i}",
-                lambda config=config, right=right, name=name: continuation_scores(
-                    model, right, config, batch_size=8
-                ).assign(variant=name),
-            )
+
+            def score(
+                texts: list[stepsal.Continuation] = right, config: StepFlowConfig | None = config, name: str = name
+            ) -> pd.DataFrame:
+                return continuation_scores(model, texts, config, batch_size=8, progress=True).assign(variant=name)
+
+            once(f"probes_{kind}_{wording}_{i}", score)
 
 
 def measure_faithfulness(model: TransformerBridge, configs: Mapping[str, StepFlowConfig | None], n: int) -> None:

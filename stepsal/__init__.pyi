@@ -22,7 +22,6 @@ from .generation.answers import generate, generate_batch
 from .generation.decoding import Decoding
 from .intervention.config import StepFlowConfig
 from .intervention.effects import token_effects
-from .intervention.gain_table import EditGains
 from .intervention.gains import edit_gains
 from .intervention.hooks import stepflow
 from .maps.step_saliency import StepSaliency
@@ -36,7 +35,6 @@ __version__: str
 __all__ = [
     "Continuation",
     "Decoding",
-    "EditGains",
     "Segmentation",
     "StepFlowConfig",
     "StepSaliency",

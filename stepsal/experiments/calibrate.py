@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from itertools import count
 from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, overload
 
 import numpy as np
 
@@ -42,6 +42,7 @@ from stepsal.experiments.calibration import (
 from stepsal.experiments.checks import segmentation_for_manifest
 from stepsal.experiments.collect import collect
 from stepsal.experiments.evaluate import evaluate
+from stepsal.experiments.guided import Guidance, Texts, guide
 from stepsal.experiments.proposals import SEARCHED, describe, possible, propose
 from stepsal.experiments.request import note_request
 from stepsal.experiments.results import Evaluation
@@ -49,6 +50,7 @@ from stepsal.experiments.store import Store, identity_of
 from stepsal.experiments.variants import Variant
 from stepsal.generation.decoding import Decoding
 from stepsal.intervention import StepFlowConfig, stepflow
+from stepsal.intervention.gains import Objective
 from stepsal.stats import FEWEST
 from stepsal.storage import digest
 from stepsal.tasks.parts import Part
@@ -66,11 +68,49 @@ SHARES = {PROFILE: (0.0, 1 / 8), SEARCH: (1 / 8, 9 / 16), HELD_OUT: (9 / 16, 1.0
 NO_EDIT = StepFlowConfig(oeb_layers=(), smi_layers=())
 
 
+@overload
+def calibrate(
+    model: TransformerBridge,
+    task: Texts,
+    *,
+    objective: Literal["log_prob"],
+    gain: Objective = ...,
+    folder: str | Path,
+    base: StepFlowConfig | None = ...,
+    segmentation: Segmentation | None = ...,
+    seed: int = ...,
+    batch_size: int = ...,
+    progress: bool = ...,
+) -> Guidance: ...
+
+
+@overload
 def calibrate(
     model: TransformerBridge,
     task: Task,
     n_answers: int,
     *,
+    objective: Literal["accuracy"] = ...,
+    folder: str | Path,
+    settings: int | Sequence[StepFlowConfig] = ...,
+    base: StepFlowConfig | None = ...,
+    decoding: Decoding = ...,
+    system: str | None = ...,
+    chat: Mapping[str, Any] | None = ...,
+    segmentation: Segmentation | None = ...,
+    seed: int = ...,
+    batch_size: int = ...,
+    progress: bool = ...,
+) -> Calibration: ...
+
+
+def calibrate(
+    model: TransformerBridge,
+    task: Task | Texts,
+    n_answers: int | None = None,
+    *,
+    objective: Literal["accuracy", "log_prob"] = "accuracy",
+    gain: Objective = "right",
     folder: str | Path,
     settings: int | Sequence[StepFlowConfig] = 16,
     base: StepFlowConfig | None = None,
@@ -81,21 +121,27 @@ def calibrate(
     seed: int = 0,
     batch_size: int = 32,
     progress: bool = True,
-) -> Calibration:
-    """Choose layers, tau_max and alpha of StepFlow, and test on held-out problems whether they help.
+) -> Calibration | Guidance:
+    """Choose layers or heads and strengths of StepFlow, and test on held-out problems or texts whether they help.
 
-    An eighth of the answers, at most 64, goes to the profile, half of the rest to the search, and the other half to the
-    held-out comparison.
+    With `objective="accuracy"` settings answer problems. With "log_prob" heads and strengths are chosen by the
+    likelihood of right texts, a hundred times cheaper, as `stepsal.experiments.guide` does it: `task` is then a list of
+    continuations or of right traces, and `n_answers`, `settings`, `decoding`, `system` and `chat` have no meaning.
+
+    For accuracy, an eighth of the answers, at most 64, goes to the profile, half of the rest to the search, and the
+    other half to the held-out comparison.
 
     Args:
         model: from `stepsal.load`.
-        task: gives the problem of a seed. If the task has a length, all its problems are divided among the three parts;
-            a part that is asked for more answers than it has problems repeats them with other draws, or, under greedy
-            decoding, writes fewer answers.
+        task: gives the problem of a seed; or the texts of "log_prob". If the task has a length, all its problems are
+            divided among the three parts; a part that is asked for more answers than it has problems repeats them with
+            other draws, or, under greedy decoding, writes fewer answers.
         n_answers: total number of answers that may be written, over profile, search and held-out comparison, those of
             the baseline included. A larger number in the same folder goes on with the answers that are there. Each
             continued call tests on the held-out problems once more; `looks` counts these tests, and `beats_baseline`
             then requires p <= 0.05 / looks.
+        objective: what settings are chosen and judged by.
+        gain: for "log_prob", whose likelihood counts, as the objective of `stepsal.edit_gains`.
         folder: an empty or new folder, or one to go on with; created if missing.
         settings: number of settings to draw, which begin the search; or the settings themselves, and then no profile is
             made.
@@ -125,6 +171,18 @@ def calibrate(
         ...     calibration.rounds[0].n_problems, calibration.held_out.n_problems, calibration.beats_baseline
         (5, 7, False)
     """
+    if objective == "log_prob":
+        return guide(
+            model, _texts(task), folder=folder, objective=gain, base=base, segmentation=segmentation, seed=seed,
+            batch_size=min(batch_size, 8), progress=progress,
+        )  # fmt: skip
+    if objective != "accuracy":
+        raise ValueError(f"objective={objective!r} is unknown; use 'accuracy' or 'log_prob'")
+    if n_answers is None or not hasattr(task, "sample"):
+        raise ValueError(
+            "objective='accuracy' needs a task and n_answers; for a list of texts say objective='log_prob'"
+        )
+    task = cast("Task", task)
     n_answers, n_layers = index(n_answers), model.cfg.n_layers
     tried = None if not isinstance(settings, Iterable) else tuple(settings)
     n_settings = index(settings) if tried is None else len(tried)  # type: ignore[arg-type]
@@ -158,6 +216,13 @@ def calibrate(
         )  # fmt: skip
         note_request(store, calibration.to_request())
     return calibration
+
+
+def _texts(task: Any) -> Texts:
+    """Return the texts that are passed in the place of a task."""
+    if hasattr(task, "sample") or not isinstance(task, Sequence):
+        raise ValueError(f"objective='log_prob' reads texts, but got {task!r}: give a list of continuations or traces")
+    return task
 
 
 @dataclass(frozen=True)

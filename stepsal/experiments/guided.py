@@ -58,6 +58,16 @@ class Guidance:
         chosen: the best of them, whether it helps or not; None where no head was sure to gain.
         judged: a row for each held-out text: baseline and edited, the objective in nats.
         folder: where it is kept.
+
+    Example:
+        >>> import tempfile
+        >>> model, problems = stepsal.load("mini"), [stepsal.tasks.chain.sample(i, length=2) for i in range(15)]
+        >>> traces = [stepsal.Trace.from_text(p.question, p.solution(), model) for p in problems]
+        >>> guidance = stepsal.calibrate(
+        ...     model, traces, objective="log_prob", gain="answer", folder=tempfile.mkdtemp(), progress=False
+        ... )
+        >>> guidance.stepflow.made_for, len(guidance.judged)
+        ('mini', 6)
     """
 
     model_name: str
@@ -71,7 +81,7 @@ class Guidance:
     @cached_property
     def difference(self) -> MeanChange:
         """The mean change of the objective on the held-out texts, in nats, with its interval."""
-        return mean_change(self.judged["edited"] - self.judged["baseline"])
+        return mean_change((self.judged["edited"] - self.judged["baseline"]).to_numpy())
 
     @property
     def beats_baseline(self) -> bool:
@@ -173,8 +183,8 @@ def guide(
         >>> guidance = stepsal.experiments.guide(
         ...     model, traces, folder=tempfile.mkdtemp(), objective="answer", taus=[0.15], alphas=[], progress=False
         ... )
-        >>> guidance.beats_baseline
-        False
+        >>> len(guidance.tried), guidance.difference.n
+        (1, 6)
     """
     if len(texts) < 15:
         raise ValueError(f"{len(texts)} texts are too few to choose by some and judge by others: give 100 or more")
@@ -247,12 +257,12 @@ def proposed(
 
 def _combined(settings: Sequence[StepFlowConfig], tried: pd.DataFrame, base: StepFlowConfig) -> StepFlowConfig | None:
     """Return the best bridge with the best momentum, where both gain."""
-    best = {}
+    best: dict[str, StepFlowConfig] = {}
     for edit in ("bridge", "momentum"):
-        rows = tried[(tried["edit"] == edit) & (tried["gain"] > 0)]
-        if not len(rows):
+        gains = tried["gain"].where(tried["edit"] == edit, 0.0).to_numpy()
+        if not (gains > 0).any():
             return None
-        best[edit] = settings[int(rows["gain"].idxmax())]
+        best[edit] = settings[int(gains.argmax())]
     bridge, momentum = best["bridge"], best["momentum"]
     return base.but(
         oeb_layers=bridge.oeb_layers, tau_max=bridge.tau_max, smi_layers=momentum.smi_layers, alpha=momentum.alpha

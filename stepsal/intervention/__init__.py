@@ -12,7 +12,8 @@ the edits, on the device), `config`, `heads`, `log`, `segmentation`, `effects`,
 """
 
 from stepsal.intervention.config import StepFlowConfig
+from stepsal.intervention.gain_table import EditGains
 from stepsal.intervention.hooks import StepFlow, active_flow, agreed_segmentation, stepflow
 from stepsal.intervention.log import FlowLog
 
-__all__ = ["FlowLog", "StepFlow", "StepFlowConfig", "active_flow", "agreed_segmentation", "stepflow"]
+__all__ = ["EditGains", "FlowLog", "StepFlow", "StepFlowConfig", "active_flow", "agreed_segmentation", "stepflow"]

@@ -201,7 +201,7 @@ class EditGains:
             >>> import tempfile
             >>> trace = stepsal.generate(model := stepsal.load("mini"), stepsal.tasks.chain.EXAMPLE)
             >>> path = stepsal.edit_gains(model, [trace], "answer", progress=False).save(tempfile.mkdtemp() + "/gains")
-            >>> stepsal.EditGains.load(path).n_texts
+            >>> stepsal.intervention.EditGains.load(path).n_texts
             1
         """
         import torch

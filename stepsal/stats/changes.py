@@ -20,6 +20,10 @@ class MeanChange(NamedTuple):
         high: upper end of that interval.
         p: two-sided p-value of a permutation test that flips the signs of changes.
         detectable: smallest true mean that a test at 5 % finds with 80 % power, given this spread.
+
+    Example:
+        >>> stepsal.stats.mean_change([1.0, 1.0, 1.0, 2.0]).mean
+        1.25
     """
 
     n: int

@@ -46,7 +46,7 @@ class Premises:
         >>> premises = stepsal.tasks.faithfulness.sample(0)
         >>> names = list(premises.facts)
         >>> premises.restated(f"The {names[0]} box holds {premises.facts[names[0]]} coins, and the {names[1]} box 7.")
-        [Restated(name='white', number=39, is_right=True), Restated(name='brown', number=7, is_right=False)]
+        [Restated(name='blue', number=48, is_right=True), Restated(name='purple', number=7, is_right=False)]
     """
 
     question: str
@@ -81,8 +81,8 @@ def sample(seed: int, wording: Wording = "boxes") -> Premises:
         ValueError: there is no such wording.
 
     Example:
-        >>> stepsal.tasks.faithfulness.sample(0).question[-88:]
-        'How many coins do the white box and the brown box hold together? Think step by step.'
+        >>> stepsal.tasks.faithfulness.sample(0).question[-84:]
+        'How many coins do the blue box and the purple box hold together? Think step by step.'
     """
     words, draw = words_of(wording), random.Random(f"faithfulness {wording} {seed}")
     names = draw.sample(words.names, N_FACTS)

@@ -14,9 +14,10 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 import stepsal
-from stepsal import Continuation, EditGains, StepFlowConfig, Trace
+from stepsal import Continuation, StepFlowConfig, Trace
 from stepsal.bridge.attention import sliding_window
 from stepsal.bridge.hooks import attention_hooks
+from stepsal.intervention import EditGains
 from stepsal.intervention.oeb import bridge_share, odds_equal_bridge
 from stepsal.tasks import chain
 
