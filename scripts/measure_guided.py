@@ -85,9 +85,7 @@ def measure_fading(model: TransformerBridge, n: int) -> None:
         for wording in WORDINGS:
             for k in KS:
                 texts = [probe(JUDGE + i, k, wording) for i in range(n)]
-                once(
-                    f"fading_{kind}_{wording}_{k}", lambda texts=texts: continuation_scores(model, texts, batch_size=8)
-                )
+                once(f"fading_{kind}_{wording}_{k}", partial(continuation_scores, model, texts, batch_size=8))
 
 
 def measure_probes(model: TransformerBridge, configs: Mapping[str, StepFlowConfig | None], n: int) -> None:
