@@ -170,8 +170,7 @@ def describe(config: StepFlowConfig) -> str:
     parts = [("OEB", config.oeb_layers, config.tau_max), ("SMI", config.smi_layers, config.alpha)]
     words = [f"{name} {layer_words(x)} at {_strength_words(x, strength)}" for name, x, strength in parts if x != ()]
     usual, settings = StepFlowConfig().to_dict(), config.to_dict()
-    told = (*SEARCHED, "made_for")
-    rest = [f"{name}={settings[name]}" for name in usual if name not in told and settings[name] != usual[name]]
+    rest = [f"{name}={settings[name]}" for name in usual if name not in SEARCHED and settings[name] != usual[name]]
     return ", ".join([*words, *rest] if words else ["no edit"])
 
 

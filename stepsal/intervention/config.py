@@ -140,7 +140,10 @@ class StepFlowConfig:
             >>> stepsal.StepFlowConfig(oeb_layers=[0, 1]).to_dict()["oeb_layers"]
             [0, 1]
         """
-        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+        settings = {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+        if self.made_for is None:  # so that settings for any model are told by the same words as ever
+            del settings["made_for"]
+        return settings
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> StepFlowConfig:

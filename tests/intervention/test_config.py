@@ -45,6 +45,15 @@ def test_layers(layers: object, expected: tuple[int, ...]) -> None:
     assert StepFlowConfig(smi_layers=layers).resolve(8)[1] == expected
 
 
+def test_settings_for_any_model_are_written_as_ever() -> None:
+    """Answers in evaluations are kept under these words."""
+    assert list(StepFlowConfig().to_dict()) == [
+        "oeb_layers", "smi_layers", "tau_max", "alpha", "window", "bridge", "into_summary"
+    ]  # fmt: skip
+    assert StepFlowConfig(made_for="mine").to_dict()["made_for"] == "mine"
+    assert StepFlowConfig.from_dict({"made_for": "mine"}).made_for == "mine"
+
+
 class TestHeads:
     """Heads by layer, in place of layers."""
 
