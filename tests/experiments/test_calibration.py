@@ -132,7 +132,7 @@ class TestCalibrate:
         assert "no setting beats the baseline" in str(null)
         assert "winner's curse" in str(null)
         preset = StepFlowConfig.load(null.save_preset(tmp_path / "null.json"))
-        assert preset == null.stepflow
+        assert preset == null.stepflow.but(made_for="mini")
         assert preset.resolve(mini.cfg.n_layers) == ((), ())
         assert read_stepflow({"preset": str(tmp_path / "null.json")}) == preset  # what -M preset= does
         question = CHAIN.sample(0).question
@@ -217,8 +217,8 @@ class TestCalibrate:
 
     def test_the_preset_says_where_it_comes_from(self, planted: Calibration, tmp_path: Path) -> None:
         path = planted.save_preset(tmp_path / "preset.json")
-        assert StepFlowConfig.load(path) == PLANTED
-        assert read_stepflow({"preset": str(path)}) == PLANTED
+        assert StepFlowConfig.load(path) == PLANTED.but(made_for="mini")
+        assert read_stepflow({"preset": str(path)}) == PLANTED.but(made_for="mini")
         about = json.loads(path.read_text())["calibration"]
         assert about["beats_baseline"] is True
         assert about["model_name"] == "mini"
