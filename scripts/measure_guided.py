@@ -44,6 +44,14 @@ def chosen_by_likelihood(model: TransformerBridge, n: int) -> Guidance:
     return guide(model, texts, folder=FOLDER / "guidance", alphas=())
 
 
+def tables_of(guidance: Guidance) -> dict[str, pd.DataFrame]:
+    """Return what there is to see of a guidance: gains of heads, settings that were tried, and the judgement."""
+    gains, taus = guidance.gains, guidance.gains.bridge["tau_max"].values.tolist()
+    bridge = [gains.summary("bridge", tau).assign(edit="bridge", strength=tau) for tau in taus]
+    momentum = gains.summary("momentum").assign(edit="momentum", strength=1.0)
+    return {"gains": pd.concat([*bridge, momentum]), "tried": guidance.tried, "judged": guidance.judged}
+
+
 def variants(guidance: Guidance) -> dict[str, StepFlowConfig | None]:
     """Return what is compared: the chosen setting, weaker ones, the paper's, and random heads at the same strength."""
     config = guidance.chosen
@@ -143,6 +151,8 @@ def main() -> None:
     if set(options.parts) - {"fading"}:
         guidance = chosen_by_likelihood(model, N_CHOOSE)
         print(guidance.summary())
+        for name, table in tables_of(guidance).items():
+            once(name, partial(pd.DataFrame, table))
         guidance.save_preset(PRESETS / "guided-smollm2.json")
         configs = variants(guidance)
         if "probes" in options.parts:

@@ -25,6 +25,7 @@ from stepsal.plots.estimates import (
     layer_profile,
     profile_view,
 )
+from stepsal.plots.heads import head_map
 from stepsal.plots.maps import step_map, token_map
 from stepsal.plots.panels import note, panel_grid, share_legend, state_finding, stretch
 from stepsal.plots.save import save_figure
@@ -73,6 +74,7 @@ __all__ = [
     "flow_view",
     "forest",
     "forest_view",
+    "head_map",
     "hue_colors",
     "hue_markers",
     "layer_profile",

@@ -42,7 +42,9 @@ def test_the_readme_says_where_each_figure_of_the_paper_is() -> None:
             assert found, f"there is no figure {pattern}"
             named |= found
     assert len(rows) == 10  # the items of the paper that are recreated
-    assert {name for name in figures - named if not name.startswith(("quickstart", "explorer", "calibration"))} == set()
+    assert {
+        name for name in figures - named if not name.startswith(("quickstart", "explorer", "calibration", "guided"))
+    } == set()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
