@@ -61,13 +61,11 @@ def head_map(
     colors = {"cmap": "RdBu_r", "center": 0.0, "vmin": -limit, "vmax": limit}
     bar = {"label": label or value.replace("_", " "), "extend": "both"}
     heatmap(table, ax=ax, cbar_kws=bar, xticklabels="auto", yticklabels="auto", **colors)
-    places = [(layer, head) for layer, heads in (chosen or {}).items() for head in heads]
+    rows, columns = table.index.to_list(), sorted(set(data["head"]))
+    places = [(rows.index(layer), columns.index(head)) for layer, heads in (chosen or {}).items() for head in heads]
     if places:
-        rows, columns = (
-            table.index.get_indexer([x for x, _ in places]),
-            table.columns.get_indexer([x for _, x in places]),
-        )
-        ax.scatter(columns + 0.5, rows + 0.5, s=6, color=INK, linewidths=0)
+        y, x = np.transpose(places) + 0.5
+        ax.scatter(x, y, s=6, color=INK, linewidths=0)
     ax.set(xlabel="head", ylabel="layer")
     ax.tick_params(axis="y", rotation=0)
     return ax

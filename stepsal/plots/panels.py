@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -116,6 +117,7 @@ def state_finding(ax: Axes, title: str, finding: str) -> None:
         >>> plt.close(figure)
     """
     heading = ax.set_title(f"{title}\n ", loc="left")  # the second line is the finding's
+    finding = re.sub(r"-(?=\d)", "−", finding)  # a minus, as on the axes
     ax.annotate(finding, (0, 0), xycoords=heading, va="bottom", fontsize=font_points("xtick.labelsize"))
 
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from stepsal.tasks import chain
 
 if TYPE_CHECKING:
-    from stepsal.tasks import answers, gym, hub, jsonl, parts
+    from stepsal.tasks import answers, faithfulness, gym, hub, jsonl, parts, probes
     from stepsal.trace import Trace
 
-__all__ = ["Problem", "Task", "Verdict", "answers", "chain", "gym", "hub", "jsonl", "parts"]
+__all__ = ["Problem", "Task", "Verdict", "answers", "chain", "faithfulness", "gym", "hub", "jsonl", "parts", "probes"]
 
 
 class Verdict(Protocol):
@@ -73,6 +73,14 @@ class Task(Protocol):
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("answers", "gym", "hub", "jsonl", "parts"):  # on first use: what they need is optional
+    if name in (
+        "answers",
+        "faithfulness",
+        "gym",
+        "hub",
+        "jsonl",
+        "parts",
+        "probes",
+    ):  # on first use: what they need is optional
         return import_module(f"stepsal.tasks.{name}")
     raise AttributeError(f"module 'stepsal.tasks' has no attribute {name!r}")
