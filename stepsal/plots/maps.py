@@ -132,7 +132,7 @@ def _quantity(saliency: StepSaliency | ArrayLike, colorbar: bool | str) -> str |
     if not colorbar or not isinstance(saliency, StepSaliency):
         return "saliency" if colorbar else None
     if saliency.metadata.get("row_normalised"):
-        return "share of the row"
+        return "share of its row"
     quantity = "attention" if saliency.target == "attention" else "saliency"
     return quantity if saliency.reduce == "density" else f"{quantity}, summed"
 

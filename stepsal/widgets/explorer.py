@@ -163,7 +163,7 @@ class Explorer(ipywidgets.VBox):
             fig, axes = plt.subplots(1, len(labels), figsize=size, layout="constrained", squeeze=False)
             for ax, label in zip(axes[0], labels, strict=True):
                 values, metric = self.scene.shown(label, state), self.scene.metric(label, state)
-                roles = self.scene.maps[label].roles
+                roles, reduce = self.scene.maps[label].roles, self.scene.maps[label].reduce
                 low, high = self.scene.color_range(label, state)
                 norm = LogNorm(low, high) if low > 0 else Normalize(low, high)
                 if state["view"] == "arcs":
@@ -171,10 +171,16 @@ class Explorer(ipywidgets.VBox):
                     plots.flow_arcs(arcs, roles=roles, ax=ax, top_k=max(1, state["top_k"]))
                 else:
                     cmap = "RdBu_r" if metric == "difference" else "magma_r"
-                    plots.step_map(values, roles=roles, ax=ax, norm=norm, cmap=cmap, colorbar=METRICS[metric])
+                    plots.step_map(
+                        values, roles=roles, ax=ax, norm=norm, cmap=cmap, colorbar=f"{METRICS[metric]}, by {reduce}"
+                    )
                     if metric == "share":  # all of its row by definition: left out, as in the browser
                         corner = min(ax.get_xlim()), min(ax.get_ylim())
                         ax.add_patch(Rectangle(corner, 1, 1, color=plots.EMPTY, linewidth=0))
+                        beside = (1.4 / len(values), 1 - 0.5 / len(values))
+                        ax.text(
+                            *beside, "itself alone", transform=ax.transAxes, va="center", size="x-small", color="0.4"
+                        )
                 ax.set_title("\n(".join(self.scene.title(label, state).split(" (")), fontsize="medium")
         return fig
 

@@ -258,9 +258,9 @@ def test_the_colour_bar_says_what_is_shown(ax):
     for saliency, title in (
         (make(), "saliency"),
         (replace(make(), reduce="mass"), "saliency, summed"),
-        (make().row_normalised(), "share of the row"),
+        (make().row_normalised(), "share of its row"),
         (attention, "attention"),
-        (attention.row_normalised(), "share of the row"),
+        (attention.row_normalised(), "share of its row"),
     ):
         ax.clear()
         plots.step_map(saliency, 0, ax=ax)

@@ -73,7 +73,10 @@ FLOW: Statements = [
         "Of {} traces {*} are correct and {*} wrong; {} of the wrong ones have the regular number of steps",
         lambda: [p.provenance("fig2_flow_mean")["sampling_seeds"][1] + 1, p.provenance("fig2_flow_mean")["n"]["wrong"]],
     ),
-    ("*lock-in* is {} in correct and {} in wrong traces, a difference of {}", lambda: p.both_outcomes("shallow")),
+    (
+        "own and the previous step is {} in correct and {} in wrong traces, a difference of {}",
+        lambda: p.both_outcomes("shallow"),
+    ),
     (
         "the summary's share on the thinking is {} in correct and {} in wrong traces, {} (",
         lambda: p.both_outcomes("deep"),
