@@ -8,6 +8,7 @@ It drives the exported page of notebook 09's two traces in a headless Chromium, 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from datetime import date
 from io import BytesIO
@@ -18,21 +19,29 @@ from chromium import chromium
 from PIL import Image, ImageDraw
 from playwright.sync_api import Browser, Page
 
-from stepsal.experiments import Population
+import stepsal
+from stepsal.tasks import chain
 from stepsal.widgets import Explorer
 
 ROOT = Path(__file__).parents[1]
-WIDTH, HEIGHT = 960, 960
+WIDTH, HEIGHT = 960, 924
 DAY = date(2026, 11, 26)  # the date on the page, so that pictures stay the same from day to day
 
 
 def explorer_of_notebook_09() -> Explorer:
-    """Make the notebook's first explorer: the first wrong and the first correct trace with 18 steps."""
-    population = Population.load(ROOT / "data" / "population_mini")
-    answers = population.answers
-    alike = answers[(answers["n_steps"] == 18) & ~answers["truncated"]]
-    chosen = {"wrong": alike[~alike["correct"]].iloc[0], "correct": alike[alike["correct"]].iloc[0]}
-    return Explorer({name: population.saliency(int(row["trace"])) for name, row in chosen.items()})
+    """Make the notebook's first explorer anew, from what its figure says of the two traces."""
+    said = json.loads((ROOT / "figures" / "data" / "explorer_figure.json").read_text())["provenance"]
+    model = stepsal.load("mini")
+    problem = chain.sample(said["problem_seed"], length=said["length"])
+    answers = stepsal.generate_batch(
+        model,
+        [problem.question] * 8,
+        temperature=said["temperature"],
+        seed=said["sampling_seeds"][0],
+        max_new_tokens=said["max_new_tokens"],
+    )
+    shown = said["sample_shown"]
+    return Explorer({name: stepsal.step_saliency(model, answers[shown[name]]) for name in ("wrong", "correct")})
 
 
 class Film:
