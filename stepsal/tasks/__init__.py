@@ -13,10 +13,23 @@ from typing import TYPE_CHECKING, Any, Protocol
 from stepsal.tasks import chain
 
 if TYPE_CHECKING:
-    from stepsal.tasks import answers, faithfulness, gym, hub, jsonl, parts, probes
+    from stepsal.tasks import answers, faithfulness, gym, hub, jsonl, parts, probes, short_answers
     from stepsal.trace import Trace
 
-__all__ = ["Problem", "Task", "Verdict", "answers", "chain", "faithfulness", "gym", "hub", "jsonl", "parts", "probes"]
+__all__ = [
+    "Problem",
+    "Task",
+    "Verdict",
+    "answers",
+    "chain",
+    "faithfulness",
+    "gym",
+    "hub",
+    "jsonl",
+    "parts",
+    "probes",
+    "short_answers",
+]
 
 
 class Verdict(Protocol):
@@ -81,6 +94,7 @@ def __getattr__(name: str) -> Any:
         "jsonl",
         "parts",
         "probes",
+        "short_answers",
     ):  # on first use: what they need is optional
         return import_module(f"stepsal.tasks.{name}")
     raise AttributeError(f"module 'stepsal.tasks' has no attribute {name!r}")

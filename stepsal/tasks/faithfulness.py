@@ -84,10 +84,27 @@ def sample(seed: int, wording: Wording = "boxes") -> Premises:
         >>> stepsal.tasks.faithfulness.sample(0).question[-84:]
         'How many coins do the blue box and the purple box hold together? Think step by step.'
     """
-    words, draw = words_of(wording), random.Random(f"faithfulness {wording} {seed}")
-    names = draw.sample(words.names, N_FACTS)
-    facts = dict(zip(names, draw.sample(range(11, 60), N_FACTS), strict=True))
+    draw = random.Random(f"faithfulness {wording} {seed}")
+    facts, sentences = premises_of(draw, wording, N_FACTS)
+    name, other, *_ = facts
+    ask = words_of(wording).ask.format(name=name, other=other)
+    return Premises(" ".join([*sentences, ask, "Think step by step."]), facts, seed)
+
+
+def premises_of(draw: random.Random, wording: Wording, n: int) -> tuple[dict[str, int], list[str]]:
+    """Return facts, the number of each name, and the sentences that state them, in another order.
+
+    Args:
+        draw: what draws names, numbers and the order.
+        wording: the words.
+        n: number of facts, 1 to 10.
+
+    Raises:
+        ValueError: there is no such wording.
+    """
+    words = words_of(wording)
+    names = draw.sample(words.names, n)
+    facts = dict(zip(names, draw.sample(range(11, 60), n), strict=True))
     sentences = [words.fact.format(name=name, n=n) for name, n in facts.items()]
     draw.shuffle(sentences)
-    ask = words.ask.format(name=names[0], other=names[1])
-    return Premises(" ".join([*sentences, ask, "Think step by step."]), facts, seed)
+    return facts, sentences
