@@ -108,9 +108,13 @@ class EditGains:
         return self.bridge.sum("step").sel(tau_max=chosen).values
 
     def summary(self, edit: Edit = "bridge", tau_max: float | None = None) -> pd.DataFrame:
-        """Return a row for each head with its mean gain, largest first: layer, head, gain, stderr, t.
+        """Return a row for each head with its mean gain: layer, head, gain, stderr, t, shrunken; largest `shrunken` first.
 
-        The standard error is over texts; `t` is their quotient, NaN where there is one text.
+        The standard error is over texts; `t` is their quotient, NaN where there is one text. `shrunken` is the mean gain
+        drawn towards 0, the more the less it is known: it is multiplied by v / (v + stderr**2), where v is the variance
+        of true gains over heads, estimated as the mean square of the gains minus that of their standard errors
+        (empirical Bayes, normal prior around 0). So a head that gains much on one text alone does not come first. With one
+        text, nothing is known of the error and nothing is shrunken.
 
         Args:
             edit: "bridge" or "momentum".
@@ -128,10 +132,11 @@ class EditGains:
         stderr = gains.std(0, ddof=1).ravel() / n**0.5 if n > 1 else np.full(mean.shape, np.nan)
         t = np.divide(mean, stderr, out=np.full(mean.shape, np.nan), where=stderr > 0)
         table = pd.DataFrame({"layer": layer, "head": head, "gain": mean, "stderr": stderr, "t": t})
-        return table.sort_values("gain", ascending=False, kind="stable", ignore_index=True)
+        table["shrunken"] = shrunken(mean, stderr) if n > 1 else mean
+        return table.sort_values("shrunken", ascending=False, kind="stable", ignore_index=True)
 
     def top(self, k: int, edit: Edit = "bridge", tau_max: float | None = None) -> dict[int, list[int]]:
-        """Return the k heads of the largest mean gain, by layer, as `StepFlowConfig` takes them.
+        """Return the k heads of the largest shrunken gain, by layer, as `StepFlowConfig` takes them.
 
         Args:
             k: number of heads; fewer are returned where fewer gain.
@@ -144,13 +149,14 @@ class EditGains:
         if k < 1:
             raise ValueError(f"k={k} must be at least 1")
         table = self.summary(edit, tau_max)
-        return _by_layer(table[table["gain"] > 0].head(k).sort_values(["layer", "head"]))
+        return _by_layer(table[table["shrunken"] > 0].head(k).sort_values(["layer", "head"]))
 
     def sure_heads(self, edit: Edit = "bridge", tau_max: float | None = None, fdr: float = 0.1) -> dict[int, list[int]]:
         """Return the heads whose gain is told from none, by layer, as `StepFlowConfig` takes them.
 
         Each head is tested over texts (one-sided t-test that its mean gain is above 0), and the false discovery rate
-        over all heads is held (Benjamini and Hochberg). So few texts buy few heads.
+        over all heads is held (Benjamini and Hochberg); none is returned where the gains of all heads vary no more than
+        their errors, so that nothing is left of them when they are shrunken. So few texts buy few heads.
 
         Args:
             edit: "bridge" or "momentum".
@@ -170,7 +176,7 @@ class EditGains:
             raise ValueError(f"gains of {self.n_texts} texts can't be tested: give at least 3, better 40")
         table = self.summary(edit, tau_max).sort_values(["layer", "head"])
         p = student.sf(table["t"].fillna(0.0).to_numpy(), self.n_texts - 1)
-        return _by_layer(table[false_discovery_control(p) <= fdr])
+        return _by_layer(table[(false_discovery_control(p) <= fdr) & (table["shrunken"] > 0)])
 
     def to_dataframe(self, edit: Edit = "bridge", by_step: bool = False) -> pd.DataFrame:
         """Return a row for each gain, in nats: text, (step, role,) (tau_max,) layer, head, gain.
@@ -241,6 +247,24 @@ class EditGains:
             f"EditGains({self.metadata.get('model_name')}, {self.n_texts} text{'s' * (self.n_texts != 1)}, "
             f"{n_layers} layers x {n_heads} heads, tau_max {taus})"
         )
+
+
+def shrunken(mean: Float[np.ndarray, " head"], stderr: Float[np.ndarray, " head"]) -> Float[np.ndarray, " head"]:
+    """Return mean gains drawn towards 0 by what is not known of them, see `EditGains.summary`.
+
+    Args:
+        mean: mean gain of each head.
+        stderr: its standard error.
+
+    Example:
+        >>> import numpy as np
+        >>> from stepsal.intervention.gain_table import shrunken
+        >>> shrunken(np.array([1.0, 1.0, 0.0]), np.array([0.1, 1.0, 0.1])).round(2).tolist()
+        [0.97, 0.25, 0.0]
+    """
+    variance = max(0.0, float((mean**2 - stderr**2).mean()))
+    total = variance + stderr**2
+    return np.divide(variance * mean, total, out=np.zeros_like(mean), where=total > 0)
 
 
 def _by_layer(table: pd.DataFrame) -> dict[int, list[int]]:

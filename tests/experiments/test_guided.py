@@ -110,6 +110,27 @@ def test_without_a_gain_nothing_is_edited(mini: TransformerBridge, tmp_path: Pat
     assert n_found <= 10
 
 
+@pytest.mark.nightly
+def test_shuffled_labels_beat_nothing(mini: TransformerBridge, tmp_path: Path) -> None:
+    """Where right and wrong are drawn at random, whatever is chosen helps on the held-out texts by chance alone."""
+    n_draws, n_chosen, n_beaten = 60, 0, 0
+    for draw in range(n_draws):
+        rng, texts = np.random.default_rng(draw), []
+        for seed in range(30):
+            problem = chain.sample(30_000 + 30 * draw + seed, length=3)
+            before, right = problem.solution().rsplit(" ", 1)
+            pair = [f" {right}", f" {int(right[:-1]) + 1}."]
+            if rng.random() < 0.5:
+                pair.reverse()
+            texts.append(stepsal.Continuation(problem.question, before, *pair))
+        guidance = guide(mini, texts, folder=tmp_path / str(draw), objective="contrast", fdr=0.5, progress=False)
+        n_chosen += guidance.chosen is not None
+        n_beaten += guidance.beats_baseline
+    print(n_chosen, n_beaten)
+    assert n_chosen > 10  # there is something to be wrong about
+    assert n_beaten <= 3  # 5 %
+
+
 def test_where_nothing_helps_the_preset_edits_nothing(tmp_path: Path) -> None:
     gains = stepsal.intervention.EditGains.of(
         np.zeros((8, 1, 1, 2, 2)), np.zeros((8, 1, 2, 2)), np.zeros(8), [0.15], roles=[("question",)] * 8,

@@ -180,6 +180,15 @@ def test_the_model_is_as_before(mini: TransformerBridge, monkeypatch: pytest.Mon
     assert [p.requires_grad for p in mini.parameters()] == grads
 
 
+def table_of(gains: np.ndarray) -> EditGains:
+    """Return gains of the bridge at one strength, [text, layer, head], as labelled ones."""
+    n = len(gains)
+    return EditGains.of(
+        gains[:, None, None], 0 * gains[:, None], np.zeros(n), [0.15], roles=[("question",)] * n, about=[{}] * n,
+        metadata={},
+    )  # fmt: skip
+
+
 class TestTheValue:
     """The labelled gains: tables, the best heads, files."""
 
@@ -198,6 +207,25 @@ class TestTheValue:
         assert (first["layer"], first["head"], first["gain"]) == (1, 0, 2.0)
         assert first["stderr"] == pytest.approx(1.0)  # of 3 and 1
         assert first["t"] == pytest.approx(2.0)
+
+    def test_a_gain_on_one_text_alone_does_not_come_first(self) -> None:
+        of_texts = np.full((20, 2, 3), 0.1) + 0.01 * np.random.default_rng(0).standard_normal((20, 2, 3))
+        of_texts[0, 1, 2] += 10
+        gains = table_of(of_texts)
+        assert gains.summary().sort_values("gain").iloc[-1]["head"] == 2  # the largest mean
+        assert gains.top(5) == {0: [0, 1, 2], 1: [0, 1]}
+
+    def test_few_texts_buy_few_heads(self) -> None:
+        rng = np.random.default_rng(0)
+        true = np.zeros((10, 10))
+        true[0] = 0.3
+        numbers = []
+        for n in (3, 10, 40, 160):
+            found = [table_of(true + rng.standard_normal((n, 10, 10))).sure_heads() for _ in range(20)]
+            numbers.append(sum(len(heads.get(0, [])) for heads in found) / 20)
+        assert numbers == sorted(numbers)
+        assert numbers[0] < 0.5
+        assert numbers[-1] > 8
 
     def test_it_is_read_as_it_was_saved(self, tmp_path: Path) -> None:
         again = EditGains.load(self.GAINS.save(tmp_path / "gains"))
