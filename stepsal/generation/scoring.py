@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from stepsal.bridge.native import native
+from stepsal.bridge.unembedding import LateLogits
 from stepsal.intervention import StepFlowConfig, agreed_segmentation
 from stepsal.intervention import stepflow as open_stepflow
 from stepsal.intervention.gains import Objective, Row, padded, rows_of, target_log_probs
@@ -23,8 +24,6 @@ from stepsal.trace.trace import Trace
 
 if TYPE_CHECKING:
     import pandas as pd
-
-_CHUNK = 1024  # positions whose logits are copied to float32 at a time
 
 
 @torch.no_grad()
@@ -52,14 +51,11 @@ def log_probabilities(model: TransformerBridge, trace: Trace) -> Float[Tensor, "
         True
     """
     agreed_segmentation(model, trace.segmentation)
-    tokens = trace.tokens.to(next(model.parameters()).device)
-    with native(model):
-        logits = model(tokens[None], attention_mask=torch.ones_like(tokens)[None])[0, :-1]  # [pos, d_vocab]
-    targets = tokens[1:].to(logits.device)
-    losses = [
-        cross_entropy(logits[i : i + _CHUNK].float(), targets[i : i + _CHUNK], reduction="none").cpu()
-        for i in range(0, len(targets), _CHUNK)
-    ]
+    late, losses, first = LateLogits(model, trace.tokens, 0, len(trace) - 1), [], 1
+    for logits in late.portions():
+        targets = trace.tokens[first : first + len(logits)].to(logits.device)
+        losses.append(cross_entropy(logits, targets, reduction="none").cpu())
+        first += len(logits)
     return -torch.cat(losses)
 
 

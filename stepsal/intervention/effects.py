@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stepsal.bridge.native import native
+from stepsal.bridge.unembedding import LateLogits
 from stepsal.intervention.config import StepFlowConfig
 from stepsal.intervention.hooks import active_flow
 from stepsal.intervention.hooks import stepflow as open_stepflow
@@ -77,12 +77,12 @@ def token_effects(
     if not isinstance(stepflow, StepFlowConfig) and not stepflow:
         raise ValueError("stepflow={} holds no settings: pass a StepFlowConfig, or several by name")
     tokens = _answer_tokens(trace)
-    before = _next_token_logits(model, trace)
+    before = _next_tokens(model, trace)
 
     def effects_of(config: StepFlowConfig) -> pd.DataFrame:
         with open_stepflow(model, config, segmentation=trace.segmentation):
-            after = _next_token_logits(model, trace)
-        pairs = zip(before.split(CHUNK), after.split(CHUNK), strict=True)
+            after = _next_tokens(model, trace)
+        pairs = zip(before.portions(CHUNK), after.portions(CHUNK), strict=True)
         return pd.concat([tokens, pd.concat([_compare(*pair) for pair in pairs], ignore_index=True)], axis=1)
 
     if isinstance(stepflow, StepFlowConfig):
@@ -102,24 +102,21 @@ def _answer_tokens(trace: Trace) -> pd.DataFrame:
     return pd.DataFrame({"position": positions, "step": step_ids, "role": roles, "in_step": in_step})
 
 
-def _next_token_logits(model: TransformerBridge, trace: Trace) -> Float[Tensor, "answer_token d_vocab"]:
-    """Return the logits from which each token of the answer comes, on the CPU."""
-    tokens = trace.tokens.to(next(model.parameters()).device)
-    with native(model):
-        logits = model(tokens[None], attention_mask=torch.ones_like(tokens)[None])[0]
-    return logits[trace.n_prompt - 1 : -1].float().cpu()
+def _next_tokens(model: TransformerBridge, trace: Trace) -> LateLogits:
+    """Return the logits from which each token of the answer comes."""
+    return LateLogits(model, trace.tokens, trace.n_prompt - 1, len(trace) - 1)
 
 
 def _compare(before: Float[Tensor, "token d_vocab"], after: Float[Tensor, "token d_vocab"]) -> pd.DataFrame:
     """Compare rows of logits, in double precision, as a small divergence is a difference of large terms."""
     import pandas as pd
 
-    log_p, log_q = before.double().log_softmax(-1), after.double().log_softmax(-1)
+    log_p, log_q = before.cpu().double().log_softmax(-1), after.cpu().double().log_softmax(-1)
     p = log_p.exp()
     return pd.DataFrame(
         {
             "entropy": -torch.where(p > 0, p * log_p, 0.0).sum(-1).numpy(),
             "kl": torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).numpy(),
-            "switched": (before.argmax(-1) != after.argmax(-1)).numpy(),
+            "switched": (log_p.argmax(-1) != log_q.argmax(-1)).numpy(),
         }
     )

@@ -108,13 +108,13 @@ class EditGains:
         return self.bridge.sum("step").sel(tau_max=chosen).values
 
     def summary(self, edit: Edit = "bridge", tau_max: float | None = None) -> pd.DataFrame:
-        """Return a row for each head with its mean gain: layer, head, gain, stderr, t, shrunken; largest `shrunken` first.
+        """Return a row for each head: layer, head, gain (the mean), stderr, t, shrunken; largest `shrunken` first.
 
-        The standard error is over texts; `t` is their quotient, NaN where there is one text. `shrunken` is the mean gain
-        drawn towards 0, the more the less it is known: it is multiplied by v / (v + stderr**2), where v is the variance
-        of true gains over heads, estimated as the mean square of the gains minus that of their standard errors
-        (empirical Bayes, normal prior around 0). So a head that gains much on one text alone does not come first. With one
-        text, nothing is known of the error and nothing is shrunken.
+        The standard error is over texts; `t` is their quotient, NaN where there is one text. `shrunken` is the mean
+        gain drawn towards 0, the more the less it is known: it is multiplied by v / (v + stderr**2), where v is the
+        variance of true gains over heads, estimated as the mean square of the gains minus that of their standard errors
+        (empirical Bayes, normal prior around 0). So a head that gains much on one text alone does not come first. With
+        one text, nothing is known of the error and nothing is shrunken.
 
         Args:
             edit: "bridge" or "momentum".

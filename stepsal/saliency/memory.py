@@ -17,7 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from stepsal.bridge.attention import attention_of
 from stepsal.bridge.devices import devices_of, free_bytes
-from stepsal.saliency.streamed import MAX_LOGITS
+from stepsal.bridge.unembedding import MAX_LOGITS
 
 FLOAT32 = 4
 """Bytes of a float32 number, in which softmaxes, losses and maps are computed whatever the dtype of the model."""

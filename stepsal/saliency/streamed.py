@@ -53,11 +53,11 @@ from stepsal.bridge.check import bias_of_scores
 from stepsal.bridge.devices import freed_at_once
 from stepsal.bridge.gradients import differentiable
 from stepsal.bridge.hooks import Hook, attention_hooks, first_hooks_on
+from stepsal.bridge.unembedding import MAX_LOGITS, last_residual
 from stepsal.maps.pooling import StepSums
 from stepsal.saliency.blocks import Block, Visit, Workspace, attend, attend_backward, wide
 from stepsal.saliency.request import MapRequest, PooledMaps, check_finite, explained
 
-MAX_LOGITS = 2**23
 """Elements of the largest [chunk, d_vocab] tensor: 32 MB in float32."""
 
 
@@ -168,27 +168,21 @@ class StreamedPass:
 
     def forward(self, tokens: Int[Tensor, " pos"]) -> Float[Tensor, "pos d_model"]:
         """Return the residual stream before the unembedding."""
-        final: list[Tensor] = []
-
-        def take(x: Tensor, hook: HookPoint) -> Tensor:  # [batch=1, pos, d_model]
-            final.append(x)
-            return x[:, -1:]
-
-        with self.model.hooks(fwd_hooks=[("unembed.hook_in", take)]):
-            logits = self.model(
+        final, agrees = last_residual(
+            self.model,
+            lambda: self.model(
                 tokens[None],
                 attention_mask=torch.ones(1, 1, len(tokens), 1, dtype=torch.bool, device=tokens.device),
                 past_key_values=_KeysAndValues(self._kv),
                 return_type="logits",
+            ),
+        )
+        if not agrees:
+            raise ValueError(
+                f"the logits of {self.model.cfg.model_name!r} are not its unembedding of the last residual stream: "
+                'use engine="pattern"'
             )
-        with torch.no_grad():
-            expected = unembed(self.model, final[0][:, -1:])
-            if not torch.allclose(expected, logits.to(expected.device), rtol=1e-3, atol=1e-4, equal_nan=True):
-                raise ValueError(
-                    f"the logits of {self.model.cfg.model_name!r} are not its unembedding of the last residual stream: "
-                    'use engine="pattern"'
-                )
-        return final[0][0]
+        return final[0]
 
     def backward(self, tokens: Int[Tensor, " pos"], final: Float[Tensor, "pos d_model"]) -> None:
         """Differentiate the summed loss; every requested layer is pooled on the way."""

@@ -340,6 +340,7 @@ def test_damaged_foreign_and_busy_results_are_refused(tmp_path: Path) -> None:
 
 
 def kinds_in(data: Path) -> set[tuple[str, int]]:
-    """Return kind and version of all committed results."""
-    folders = {manifest.parent for manifest in data.rglob("manifest.json")}
+    """Return kind and version of all committed results but guidances, which are younger than any migration."""
+    manifests = [path for path in data.rglob("manifest.json") if "stepsal.Guidance" not in path.read_text()]
+    folders = {manifest.parent for manifest in manifests}
     return {migrate.kind_of(folder) for folder in folders}
