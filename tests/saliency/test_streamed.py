@@ -446,7 +446,7 @@ class TestRefusals:
         model = tiny_chat("Gemma2")  # caps its logits
         trace = Trace.from_text("How many?", RESPONSE, model)
         assert unembed(model, torch.full((1, 32), 99.0)).abs().max() <= 30
-        monkeypatch.setattr("stepsal.saliency.streamed.unembed", lambda m, x: m.unembed.original_component(2 * x))
+        monkeypatch.setattr("stepsal.bridge.unembedding.unembed", lambda m, x: m.unembed.original_component(2 * x))
         with pytest.raises(ValueError, match="are not its unembedding of the last residual stream"):
             stepsal.step_saliency(model, trace, engine="streamed")
 
