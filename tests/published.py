@@ -239,6 +239,39 @@ def n_traces() -> Numbers:
     return [sum(len(answers(f"population_{model}", ("correct",))) for model in ("mini", "smollm2"))]
 
 
+def guided(name: str, n_random: int = 3, **where: object) -> Numbers:
+    """Return n, the changes under four variants of notebook 12 with their intervals, and those under random heads."""
+    variants = ("guided", "guided, τ .15", "guided by contrast", "paper's band")
+    numbers = pick(figure(f"guided_{name}"), "n", variant="guided", **where)
+    for variant in variants:
+        numbers = [*numbers, *pick(figure(f"guided_{name}"), "mean low high", variant=variant, **where)]
+    for i in range(n_random):
+        numbers = [*numbers, *pick(figure(f"guided_{name}"), "mean", variant=f"random heads {i + 1}", **where)]
+    return numbers
+
+
+def on_hand_over(task: str, wording: str = "both") -> Numbers:
+    """Return the change in answers under the heads that were chosen on hand-over, in points, with its interval."""
+    variant = "guided on hand-over"
+    return pick(figure("guided_answers"), "mean low high", variant=variant, task=task, wording=wording)
+
+
+def guided_as_readme() -> Numbers:
+    """Return what README.md says of guided StepFlow: two probes, recall (with random heads), stories and facts."""
+    probes, answers = figure("guided_probes"), figure("guided_answers")
+    interval, guided_alone = "mean low high", {"variant": "guided"}
+    recall = {"probe": "premise_recall"}
+    return [
+        *pick(probes, "n", **guided_alone, **recall, wording="boxes"),
+        *pick(probes, interval, **guided_alone, **recall, wording="boxes"),
+        *pick(probes, interval, **guided_alone, **recall, wording="villages"),
+        *pick(answers, f"{interval} n", **guided_alone, task="recall"),
+        *pick(answers, "mean", variant="random heads 1", task="recall"),
+        *pick(answers, interval, **guided_alone, task="stories"),
+        *(pick(answers, "mean", **guided_alone, task="facts", wording=w)[0] for w in ("boxes", "villages")),
+    ]
+
+
 def refilled_plain() -> Numbers:
     """Return the mean length of answers of very different lengths, and how much faster they come than in batches."""
     return pick(benchmark("decode_refill"), "mean_length speed", variant="plain")
