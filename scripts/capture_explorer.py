@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw
 from playwright.sync_api import Browser, Page
 
 import stepsal
+from stepsal import StepSaliency
 from stepsal.tasks import chain
 from stepsal.widgets import Explorer
 
@@ -28,8 +29,8 @@ WIDTH, HEIGHT = 960, 924
 DAY = date(2026, 11, 26)  # the date on the page, so that pictures stay the same from day to day
 
 
-def explorer_of_notebook_09() -> Explorer:
-    """Make the notebook's first explorer anew, from what its figure says of the two traces."""
+def maps_of_notebook_09() -> dict[str, StepSaliency]:
+    """Make the maps of the notebook's first explorer anew, from what its figure says of the two traces."""
     said = json.loads((ROOT / "figures" / "data" / "explorer_figure.json").read_text())["provenance"]
     model = stepsal.load("mini")
     problem = chain.sample(said["problem_seed"], length=said["length"])
@@ -41,7 +42,7 @@ def explorer_of_notebook_09() -> Explorer:
         max_new_tokens=said["max_new_tokens"],
     )
     shown = said["sample_shown"]
-    return Explorer({name: stepsal.step_saliency(model, answers[shown[name]]) for name in ("wrong", "correct")})
+    return {name: stepsal.step_saliency(model, answers[shown[name]]) for name in ("wrong", "correct")}
 
 
 class Film:
@@ -96,7 +97,7 @@ class Film:
 
 def capture(browser: Browser, folder: Path) -> None:
     """Write the picture and the animation into a folder."""
-    explorer = explorer_of_notebook_09()
+    explorer = Explorer(maps_of_notebook_09())
     explorer.state = {"compare": "correct", "metric": "share", "layer": 0, "top_k": 1}
     with tempfile.TemporaryDirectory() as temporary, mock.patch("stepsal.widgets.export.date") as calendar:
         calendar.today.return_value = DAY

@@ -17,11 +17,11 @@ from typing import Any
 import nbformat
 import pytest
 from browsing import ROOT, hover, panel, picture, point, settle, watched_page
+from capture_explorer import maps_of_notebook_09
 from made_up import saliency
 from nbformat.sign import NotebookNotary
 from playwright.sync_api import Browser, Locator, Page, expect
 
-from stepsal.experiments import Population
 from stepsal.widgets import Explorer
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("jupyterlab")]  # one server for all of them
@@ -217,10 +217,7 @@ def test_python_and_the_reader_may_both_choose(notebook: Page, request: pytest.F
 
 
 def test_steps_are_marked_and_pins_reach_python(notebook: Page, first: Locator) -> None:
-    population = Population.load(ROOT / "data" / "population_mini")
-    answers = population.answers
-    wrong = answers[(answers.n_steps == 18) & ~answers.truncated & ~answers.correct]
-    maps = population.saliency(int(wrong.trace.iloc[0]))
+    maps = maps_of_notebook_09()["wrong"]
     where = panel(first)
     first.locator(".widget-dropdown select").first.select_option("saliency")
     first.get_by_role("button", name="one layer").click()
