@@ -108,8 +108,10 @@ def random_heads(seed: int, n: int, n_layers: int, n_heads: int) -> dict[int, li
     return heads
 
 
-def variants(model: TransformerBridge, guidance: Guidance, contrast: Guidance) -> dict[str, StepFlowConfig | None]:
-    """Return what is compared: the chosen setting, weaker ones, the paper's, and other heads at the same strength."""
+def variants(
+    model: TransformerBridge, guidance: Guidance, contrast: Guidance, hand_over: Guidance
+) -> dict[str, StepFlowConfig | None]:
+    """Return what is compared: chosen settings, a weaker one, the paper's, and other heads at the same strength."""
     config = guidance.chosen
     if config is None or not isinstance(config.oeb_layers, EditedHeads):
         raise SystemExit("no head was sure to gain: there is nothing to compare")
@@ -122,12 +124,14 @@ def variants(model: TransformerBridge, guidance: Guidance, contrast: Guidance) -
     }
     named["paper's band"] = StepFlowConfig(smi_layers=())
     named["paper's band, same τ"] = StepFlowConfig(smi_layers=(), tau_max=config.tau_max)
+    named["paper's StepFlow"] = StepFlowConfig()
     for i in range(3):
         heads = random_heads(i, n_chosen, n_layers, n_heads)
         named[f"random heads {i + 1}"] = config.but(oeb_layers=heads)
     texts = [premise_recall(seed, k=10).trace(model)[0] for seed in range(N_CHOOSE)]
     named["heads by attention"] = config.but(oeb_layers=heads_by_attention(model, texts, n_chosen))
     named["guided by contrast"] = contrast.chosen
+    named["guided on hand-over"] = hand_over.chosen
     return named
 
 
@@ -196,7 +200,7 @@ def measure_probes(model: TransformerBridge, configs: Mapping[str, StepFlowConfi
 
 def measure_faithfulness(model: TransformerBridge, configs: Mapping[str, StepFlowConfig | None], n: int) -> None:
     """Write answers under all variants, and count the facts that they restate."""
-    answered = {name: Variant(config) for name, config in configs.items() if name != "heads by attention"}
+    answered = {name: Variant(config) for name, config in configs.items()} | {"question twice": Variant(twice=True)}
     for wording in reversed(WORDINGS):  # first the one that nothing was chosen on
         premises = [faithfulness.sample(QUESTIONS + i, wording) for i in range(n)]
         for name, variant in answered.items():
@@ -248,15 +252,12 @@ def graded(
 
 def measure_answers(model: TransformerBridge, configs: Mapping[str, StepFlowConfig | None], n: int) -> None:
     """Answer questions whose answers can be graded, under all variants."""
-    not_asked = ("paper's band, same τ", "random heads 2", "random heads 3")
-    answered = {name: Variant(config) for name, config in configs.items() if name not in not_asked}
+    answered = {name: Variant(config) for name, config in configs.items()}
     answered |= {"question twice": Variant(twice=True), f"vote of {VOTES}": Variant(votes=VOTES)}
     for kind in SHORT_ANSWERS:
         problems = [ShortTask(kind, wording).sample(ANSWERS + i) for wording in WORDINGS for i in range(n)]
         words = [wording for wording in WORDINGS for _ in range(n)]
         for name, variant in answered.items():
-            if kind == "stories" and variant.votes > 1:
-                continue  # a vote costs several answers; that it helps or not is told by the other questions
 
             def make(
                 variant: Variant = variant,
@@ -296,7 +297,7 @@ def measure_transfer(model: TransformerBridge, n: int) -> None:
 
     for kind in kinds:
         read(kind, "none", None)
-    for source in ("premise_recall", "hand_over", "recall"):
+    for source in kinds:
         if source == "premise_recall":
             guidance = chosen_by_likelihood(model, N_CHOOSE)
         else:
@@ -382,16 +383,16 @@ def main() -> None:
             model, probes("hand_over", 0, N_CHOOSE, "boxes"), folder=FOLDER / "guidance_hand_over", alphas=()
         )
         hand_over.save_preset(PRESETS / "guided-smollm2-hand-over.json")
-        configs = variants(model, guidance, contrast)
+        configs = variants(model, guidance, contrast, hand_over)
         if "predicted" in options.parts:
             measure_predicted(model, guidance, n_heads=25, n_texts=20)
         if "probes" in options.parts:
             measure_probes(model, configs, N_JUDGE)
         if "faithfulness" in options.parts:
-            measure_faithfulness(model, {**configs, "guided on hand-over": hand_over.chosen}, N_QUESTIONS)
+            measure_faithfulness(model, configs, N_QUESTIONS)
         if "answers" in options.parts:
             as_trained = stepsal.load("smollm2", dtype=torch.bfloat16)
-            measure_answers(as_trained, {**configs, "guided on hand-over": hand_over.chosen}, N_ANSWERS)
+            measure_answers(as_trained, configs, N_ANSWERS)
         if "transfer" in options.parts:
             measure_transfer(model, N_TRANSFER)
 
