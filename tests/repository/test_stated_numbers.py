@@ -104,9 +104,9 @@ PROFILES: Statements = [
     ("| fading with depth | in its maps |" + FOUR_INTERVALS, lambda: p.scalars("deep_fade")),
     ("| n correct, wrong (lock-in; decay) | |" + " {}, {}; {}, {} |" * 4, p.counts),
     ("whatever the outcome ({} and {})", p.local_share),
-    ("The difference of {}, with p = {},", lambda: p.scalar("mini", "shallow_lock_in", columns="difference p")),
+    ("The difference of {}, with p ≤ {},", lambda: p.scalar("mini", "shallow_lock_in", columns="difference p")),
     (
-        "less of itself (p = {}; {} of similar length",
+        "less of itself (p ≤ {}; {} of similar length",
         lambda: [p.scalar("mini", "deep_decay", f"all wrong{rest}", "p")[0] for rest in ("", ", similar length")],
     ),
     (
