@@ -266,9 +266,20 @@ def guided_as_readme() -> Numbers:
         *pick(probes, interval, **guided_alone, **recall, wording="boxes"),
         *pick(probes, interval, **guided_alone, **recall, wording="villages"),
         *pick(answers, f"{interval} n", **guided_alone, task="recall"),
-        *pick(answers, "mean", variant="random heads 1", task="recall"),
+        *(pick(answers, "mean", variant=f"random heads {i + 1}", task="recall")[0] for i in range(3)),
         *pick(answers, interval, **guided_alone, task="stories"),
         *(pick(answers, "mean", **guided_alone, task="facts", wording=w)[0] for w in ("boxes", "villages")),
+    ]
+
+
+def question_twice() -> Numbers:
+    """Return what writing the question twice changes in facts of both wordings, in recall and in stories."""
+    changes = figure("guided_answers").query("variant == 'question twice'").set_index(["task", "wording"])["mean"]
+    return [
+        changes["facts", "boxes"],
+        changes["facts", "villages"],
+        changes["recall", "both"],
+        changes["stories", "both"],
     ]
 
 

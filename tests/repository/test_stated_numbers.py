@@ -29,15 +29,19 @@ README: Statements = [
     (
         "On {} other problems they make the right number likelier by {} nats ({} to {}), in words that nothing was "
         "chosen on by {} ({} to {}); the paper's band does nothing, random heads harm. But that strength, τ_max 0.5, "
-        "loses results of the thinking, and free answers gain little: short recall {} points ({} to {}, n = {}; one "
-        "set of random heads {}), stories {} ({} to {}), restated facts {} in one wording (of fewer facts) and {} in "
-        "the other.",
+        "loses results of the thinking, and free answers gain little: short recall {} points ({} to {}, n = {}; three "
+        "sets of random heads {}, {} and {}), stories {} ({} to {}), restated facts {} in one wording (of fewer "
+        "facts) and {} in the other.",
         p.guided_as_readme,
     ),
     (
         "in answers by {} points in recall ({} to {}) and {} in facts of one wording ({} to {}), not in stories ({}, "
         "{} to {})",
         lambda: [*p.on_hand_over("recall"), *p.on_hand_over("facts", "villages"), *p.on_hand_over("stories")],
+    ),
+    (
+        "the question twice where facts are restated ({} and {}), which changes recall by {} and stories by {}.",
+        p.question_twice,
     ),
     ("StepFlow makes mini worse ({} to {} points on four sets of problems", p.range_on_mini),
     ("in smollm2 no difference is seen ({}, {} to {})", lambda: p.change("smollm2: sums")),
