@@ -25,7 +25,7 @@ from stepsal.tasks import chain
 from stepsal.widgets import Explorer
 
 ROOT = Path(__file__).parents[1]
-WIDTH, HEIGHT = 960, 924
+WIDTH, HEIGHT = 960, 1000
 DAY = date(2026, 11, 26)  # the date on the page, so that pictures stay the same from day to day
 
 
@@ -34,11 +34,12 @@ def maps_of_notebook_09() -> dict[str, StepSaliency]:
     said = json.loads((ROOT / "figures" / "data" / "explorer_figure.json").read_text())["provenance"]
     model = stepsal.load("mini")
     problem = chain.sample(said["problem_seed"], length=said["length"])
+    first, last = said["sampling_seeds"]
     answers = stepsal.generate_batch(
         model,
-        [problem.question] * 8,
+        [problem.question] * (last - first + 1),
         temperature=said["temperature"],
-        seed=said["sampling_seeds"][0],
+        seed=first,
         max_new_tokens=said["max_new_tokens"],
     )
     shown = said["sample_shown"]
@@ -90,7 +91,9 @@ class Film:
         strip = Image.new("RGB", (WIDTH, HEIGHT * len(self.frames)))
         for i, frame in enumerate(self.frames):
             strip.paste(frame, (0, HEIGHT * i))
-        colors = strip.quantize(255, dither=Image.Dither.NONE)  # one palette, so that only changes are stored
+        colors = strip.quantize(
+            255, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
+        )  # one palette, so that only changes are stored
         frames = [frame.quantize(palette=colors, dither=Image.Dither.NONE) for frame in self.frames]
         frames[0].save(path, save_all=True, append_images=frames[1:], duration=self.times, loop=0, optimize=True)
 

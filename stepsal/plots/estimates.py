@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 SHADED: tuple[Band, ...] = ("shallow", "deep")
 MOST_MARKED = 16  # points of a line that have markers
+NOT_MEASURED = "n/a"  # stands where an estimate of a forest is missing
 CATEGORY_HEIGHT = 0.7  # share of a row of a forest over which its estimates are spread
 
 
@@ -243,7 +244,7 @@ def forest(
         ax: where to draw; None draws on the current Axes.
 
     Returns:
-        The Axes.
+        The Axes. Where an estimate is missing, "n/a" stands at the left of its row.
 
     Raises:
         ValueError: a column is missing, there are no rows, or a category (and hue) has several rows.
@@ -281,6 +282,9 @@ def forest(
         ax.legend()
     if n is not None:
         _write_counts(ax, view, data[n], _words(n))
+    for at in view.table.loc[view.table["value"].isna(), "at"]:  # at the left, where it can't be read as a value
+        place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center"}
+        ax.annotate(NOT_MEASURED, (0, at), xytext=(3, 0), color="0.5", fontsize=font_points("ytick.labelsize"), **place)
     n_rows = len(view.categories)
     ax.xaxis.set_major_locator(MaxNLocator("auto", steps=ROUND_STEPS))  # 0.125 is longer than its interval
     ax.set_yticks(range(n_rows), view.categories)

@@ -18,7 +18,6 @@ from stepsal.experiments import Guidance, guide
 from stepsal.experiments.guided import divided
 from stepsal.generation.scoring import read_rows
 from stepsal.intervention.gains import rows_of
-from stepsal.stats import mean_change
 from stepsal.tasks import chain
 
 pytestmark = pytest.mark.slow
@@ -178,26 +177,3 @@ def test_parts_share_no_text() -> None:
 def test_errors(mini: TransformerBridge, tmp_path: Path, n: int, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         guide(mini, solutions(mini, n, length=1), **{"folder": tmp_path, "objective": "answer", **options})
-
-
-class TestMeanChange:
-    """The mean of changes with its interval."""
-
-    def test_the_interval_holds_the_true_mean(self) -> None:
-        rng = np.random.default_rng(0)
-        held = [
-            change.low <= 0.3 <= change.high
-            for change in (mean_change(rng.normal(0.3, 1, 20), n_resamples=1) for _ in range(400))
-        ]
-        assert 0.92 <= np.mean(held) <= 0.98
-
-    def test_the_detectable_change_is_found_in_four_of_five(self) -> None:
-        rng = np.random.default_rng(1)
-        effect = np.mean([mean_change(rng.normal(0, 1, 30), n_resamples=1).detectable for _ in range(200)])
-        found = [mean_change(rng.normal(effect, 1, 30), n_resamples=1).low > 0 for _ in range(400)]
-        assert 0.74 <= np.mean(found) <= 0.86
-
-    @pytest.mark.parametrize(("changes", "message"), [([1.0], "no spread"), ([1.0, float("nan")], "change 1 is nan")])
-    def test_errors(self, changes: list, message: str) -> None:
-        with pytest.raises(ValueError, match=message):
-            mean_change(changes)

@@ -489,7 +489,14 @@ def test_forest_writes_what_stands_behind_each_estimate(ax):
     data = estimates(n=[1234.0, np.nan, 7], value=[1, np.nan, 3])
     plots.forest(data, "value", y="task", low="low", high="high", hue="variant", n="n", ax=ax)
     written = {text.get_text(): text.xy[1] for text in ax.texts if text.get_text()}
-    assert written == {"n": 1, "1,234": pytest.approx(-0.175), "7": 1}
+    assert written == {"n": 1, "1,234": pytest.approx(-0.175), "7": 1, "n/a": pytest.approx(0.175)}
+
+
+def test_forest_says_at_the_left_where_an_estimate_is_missing(ax):
+    data = estimates(value=[1, 2, np.nan]).iloc[[0, 2]]
+    plots.forest(data, "value", y="task", low="low", high="high", reference=0, ax=ax)
+    (missing,) = ax.texts
+    assert (missing.get_text(), missing.xy, missing.xycoords) == ("n/a", (0, 1), ("axes fraction", "data"))
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,12 @@ class Chart {
   }
 
   buildFoot(foot) {
-    const colorbar = node(foot, "div", "colorbar");
-    this.low = node(colorbar, "span", "low");
-    this.bar = node(colorbar, "canvas", "bar");
-    this.high = node(colorbar, "span", "high");
-    this.quantity = node(colorbar, "span", "quantity");
-    node(foot, "div", "axes", "rows: step being written (query) · columns: step it draws on (key)");
+    this.colorbar = node(foot, "div", "colorbar");
+    this.low = node(this.colorbar, "span", "low");
+    this.bar = node(this.colorbar, "canvas", "bar");
+    this.high = node(this.colorbar, "span", "high");
+    this.quantity = node(this.colorbar, "span", "quantity");
+    this.axes = node(foot, "div", "axes");
     const tools = node(foot, "div", "zoom-tools");
     tools.hidden = this.most === 1;
     for (const [text, title, change] of [
@@ -166,6 +166,18 @@ class Chart {
     this.low.textContent = number(low);
     this.high.textContent = number(high);
     this.quantity.textContent = `${scene.names[metric]}${state.scale === 0 && metric !== DIFFERENCE ? ", log" : ""}`;
+    this.explain(state);
+  }
+
+  /** Say below the picture what its places and lines mean. */
+  explain({ view, top_k }) {
+    const arcs = view === 1, few = top_k === 1 ? "the other step" : `the ${top_k} other steps`;
+    this.colorbar.hidden = arcs;
+    this.axes.classList.toggle("stepsal-of-arcs", arcs);
+    const frames = top_k === 0 ? "" : ` · frames: ${few} that a row draws on most`;
+    this.axes.textContent = arcs
+      ? `arcs: from each step to ${few} that it draws on most, in the colour of the step drawn on (pink: those of the marked step); the wider the larger the share of its row, full width from 50 % on`
+      : `rows: step being written (query) · columns: step it draws on (key)${frames}`;
   }
 
   /** The part of the map that is seen, with the roles and numbers of its steps. */
@@ -298,35 +310,28 @@ class Chart {
 
   markCells(context, cell, step) {
     const { state, style } = this.panel.explorer, size = this.cell, pinned = this.panel.pinned();
-    const box = ([query, key], width) => {
-      const [y, height] = this.row(query);
-      context.lineWidth = width;
-      context.strokeRect(this.x(key), y, size, height);
+    const box = ([query, key], color, width) => {
+      const [y, height] = this.row(query), edge = width / 2; // inside its cell
+      framed(context, [this.x(key) + edge, y + edge, size - width, height - width], color, width);
     };
-    context.strokeStyle = context.fillStyle = style.accent;
-    context.globalAlpha = 0.55;
+    context.fillStyle = style.accent;
     for (let i = 1; state.top_k > 0 && i < this.n; i++) {
       for (const [j] of this.panel.strongest(i, state.top_k)) {
-        if (size > 4) box([i, j], 1);
+        if (size > 6) box([i, j], "#222", 1);
         else context.fillRect(this.x(j) - 0.5, this.y(i) - 0.5, size + 1, size + 1); // too small for a frame
       }
     }
     this.markBands(context, step ?? cell?.[0], step ?? cell?.[1]);
-    if (pinned) box(pinned, 2.5);
-    if (this.panel.hover) box(this.panel.hover, 1.2);
+    if (pinned) box(pinned, style.accent, 2.5);
+    if (this.panel.hover) box(this.panel.hover, style.accent, 1.5);
   }
 
   /** A row and a column that the reader looks at. */
   markBands(context, row, column) {
     if (row === undefined) return;
-    const [y, height] = this.row(row), size = this.cell;
-    context.lineWidth = 1;
-    for (const band of [[this.x(0), y, (row + 1) * size, height], [this.x(column), this.y(column), size, (this.n - column) * size]]) {
-      context.globalAlpha = 0.18;
-      context.fillRect(...band);
-      context.globalAlpha = 1;
-      context.strokeRect(...band);
-    }
+    const [y, height] = this.row(row), size = this.cell, { accent } = this.panel.explorer.style;
+    const bands = [[this.x(0), y, (row + 1) * size, height], [this.x(column), this.y(column), size, (this.n - column) * size]];
+    for (const band of bands) framed(context, band, accent, 1); // no tint, which would change what the colours say
   }
 
   /** Say beside the cell what is in it, and the texts of both of its steps. */

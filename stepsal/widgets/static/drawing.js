@@ -65,3 +65,12 @@ function sized(canvas, width, height) {
   context.imageSmoothingEnabled = false;
   return context;
 }
+
+/** A frame that is seen on light and on dark cells: its colour on a wider white one. */
+function framed(context, box, color, width) {
+  for (const [stroke, wide] of [["rgba(255,255,255,.85)", width + 1.6], [color, width]]) {
+    context.strokeStyle = stroke;
+    context.lineWidth = wide;
+    context.strokeRect(...box);
+  }
+}

@@ -101,7 +101,7 @@ class Explorer {
     const ink = (style.color.match(/[\d.]+/g) ?? []).slice(0, 3); // none before the page around has its place
     const light = ink.reduce((sum, x) => sum + Number(x), 0) > 384; // on dark paper
     this.style = {
-      ink: style.color, accent: style.getPropertyValue("--stepsal-accent").trim() || "#029e73",
+      ink: style.color, accent: style.getPropertyValue("--stepsal-accent").trim() || "#c2187f",
       empty: light ? "rgba(150,150,150,.4)" : "rgba(128,128,128,.1)",
     };
     if (String(traces) !== this.shown) {
