@@ -1,9 +1,8 @@
 """Lay out the input of the Odds-Equal Bridge for one pass on the model's device: which keys are in B and in S.
 
 Each key is in one group, its section in its turn, and each query row names two groups as its B and its S, so that both
-together take a number for each key and two for each query. `KeyGroups` holds the groups of the keys where the model
-runs, so that only what is new is copied there. Masks, with an entry for each query and key, are made for those who hold
-patterns, which are larger still.
+together take a number for each key and two for each query, never a table of queries by keys. `KeyGroups` holds the
+groups of the keys where the model runs, so that only what is new is copied there.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
 from stepsal.intervention.ledger import NOWHERE, Ledger, Portion
-from stepsal.intervention.oeb import bridge_share
+from stepsal.intervention.oeb import RowGroups, bridge_share
 from stepsal.trace.tracking import Section
 
 _CAPACITY = 256  # key positions for which there is room at first
@@ -34,18 +33,29 @@ class Bridging:
         of_rows: groups that are B and S of each query row; -1, which no key is in, in rows that are not edited.
         shares: share of B of each query row by its number of keys, which tau_B is at most, by sliding window of a layer
             (None: full attention); 0 for rows that do not see keys of both.
+        n_groups: number of groups.
+        first: first query row that is edited in any row of the batch.
     """
 
     groups: Int[Tensor, "batch key_pos"]
     of_rows: Int[Tensor, "batch query_pos 2"]
     shares: dict[int | None, Float[Tensor, "batch 1 query_pos"]]
+    n_groups: int
+    first: int = 0
     _copies: dict[torch.device, Bridging] = field(default_factory=dict, init=False)  # for layers on other devices
 
     @cached_property
-    def masks(self) -> tuple[Bool[Tensor, "batch query_pos key_pos"], Bool[Tensor, "batch query_pos key_pos"]]:
-        """True for keys in B, and in S, of each query row; keys that the row can't see may be among them."""
-        bridge, segment = (self.groups[:, None] == of_rows[..., None] for of_rows in self.of_rows.unbind(-1))
-        return bridge, segment
+    def members(self) -> Float[Tensor, "batch key_pos group"]:
+        """1 where a key is in a group, else 0."""
+        return torch.nn.functional.one_hot(self.groups.long(), self.n_groups).float()
+
+    def row_groups(self, n_keys: int) -> RowGroups:
+        """Return the groups of the last keys, with which of them are B and S of each query row.
+
+        Args:
+            n_keys: number of keys that a layer sees; those of a sliding window are fewer than all.
+        """
+        return RowGroups(self.members[:, self.groups.shape[1] - n_keys :], self.of_rows)
 
     def on(self, device: torch.device) -> Bridging:
         """Return the input on the device of a layer, to which it is copied once.
@@ -57,7 +67,9 @@ class Bridging:
             return self
         if device not in self._copies:
             shares = {window: share.to(device) for window, share in self.shares.items()}
-            self._copies[device] = Bridging(self.groups.to(device), self.of_rows.to(device), shares)
+            self._copies[device] = Bridging(
+                self.groups.to(device), self.of_rows.to(device), shares, self.n_groups, self.first
+            )
         return self._copies[device]
 
 
@@ -70,7 +82,7 @@ class KeyGroups:
     """
 
     def __init__(self, batch: int, device: torch.device) -> None:
-        self._has_turns = False
+        self._has_turns, self._n_groups = False, len(Section)
         self._groups = torch.zeros((batch, _CAPACITY), dtype=torch.int32, device=device)
 
     def update(self, ledger: Ledger, first: int) -> None:
@@ -85,7 +97,9 @@ class KeyGroups:
             self._has_turns, first = True, 0
         if stop > capacity:
             self._groups = torch.nn.functional.pad(self._groups, (0, max(stop - capacity, capacity)))
-        self._groups[:, first:stop] = self._to_device(_groups(ledger.sections, ledger, first))
+        groups = _groups(ledger.sections, ledger, first)
+        self._n_groups = max(self._n_groups, int(groups.max(initial=0)) + 1)
+        self._groups[:, first:stop] = self._to_device(groups)
 
     def lay_out(self, ledger: Ledger, portion: Portion, windows: Iterable[int | None]) -> Bridging | None:
         """Return the input of OEB for a pass, or None where no row of the pass can be edited.
@@ -106,7 +120,13 @@ class KeyGroups:
             share = bridge_share(n_bridge, n_segment).unsqueeze(1)
             shares[window] = share.to(self._groups.device, non_blocking=True)
         of_rows = np.stack([_groups(sections, ledger, portion.first) for sections in (bridge, segment)], axis=-1)
-        return Bridging(self._groups[:, : portion.stop], self._to_device(of_rows), shares)
+        return Bridging(
+            self._groups[:, : portion.stop],
+            self._to_device(of_rows.astype(np.int64)),  # they are indices
+            shares,
+            self._n_groups,
+            first=int((bridge != NOWHERE).any(0).argmax()),
+        )
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep only these rows of the batch, in this order.
@@ -116,7 +136,7 @@ class KeyGroups:
         """
         self._groups = self._groups[torch.tensor(rows).to(self._groups.device)]
 
-    def _to_device(self, array: NDArray[np.int32]) -> Tensor:
+    def _to_device(self, array: NDArray[np.int32] | NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(array).to(self._groups.device, non_blocking=True)
 
 

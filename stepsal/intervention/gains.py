@@ -30,7 +30,7 @@ from stepsal.bridge.native import native
 from stepsal.intervention.config import StepFlowConfig
 from stepsal.intervention.gain_table import EditGains
 from stepsal.intervention.hooks import StepFlow, active_flow
-from stepsal.intervention.oeb import bridge_scales
+from stepsal.intervention.oeb import bridge_scales, of_bridge_and_segment
 from stepsal.intervention.smi import momentum, previous_step_means
 from stepsal.trace.continuation import Continuation
 from stepsal.trace.segment import Segmentation
@@ -288,13 +288,15 @@ class _Gradients(StepFlow):
                 pattern = pattern.detach().requires_grad_()
             if self._bridging is not None:
                 bridging, n_keys = self._bridging.on(pattern.device), pattern.shape[-1]
-                groups = [mask[:, None, :, -n_keys:] for mask in bridging.masks]
+                members, of_rows = bridging.row_groups(n_keys)
                 share, a = bridging.shares[window], exact(pattern.detach())
 
+                def of_groups(x: Float[Tensor, "row head query_pos key_pos"]) -> Float[Tensor, "2 row head query_pos"]:
+                    return of_bridge_and_segment(x @ members[:, None].to(x), of_rows)
+
                 def take(gradient: Float[Tensor, "row head query_pos key_pos"]) -> None:
-                    product = exact(gradient) * a
-                    masses = torch.stack([(a * group).sum(-1) for group in groups])  # of B and S
-                    slopes = torch.stack([(product * group).sum(-1) for group in groups])  # of J, likewise
+                    masses = of_groups(a)
+                    slopes = of_groups(exact(gradient) * a)  # of J
                     for i, tau in enumerate(self._sums.taus):
                         scales, _ = bridge_scales(masses, share.clamp(max=tau))
                         gains = ((scales - 1) * slopes).sum(0)  # [row, head, query_pos]

@@ -339,10 +339,8 @@ class StepFlow:
             bridging, n_keys = self._bridging.on(pattern.device), pattern.shape[-1]
             if n_keys > bridging.groups.shape[1]:
                 raise ValueError(f"a cache of fixed size ({n_keys} keys) is not supported: use a DynamicCache")
-            # a sliding window's cache keeps only the last keys
-            bridge, segment = (mask[..., -n_keys:] for mask in bridging.masks)
             ceiling = torch.minimum(bridging.shares[window], tau_of.on(pattern.device))  # [batch, head, query_pos]
-            bridged = odds_equal_bridge(pattern, bridge, segment, ceiling)
+            bridged = odds_equal_bridge(pattern, bridging.row_groups(n_keys), ceiling)
             self.log.add_bridged(layer, bridged.before, bridged.after, ceiling > 0)
             return bridged.pattern
 

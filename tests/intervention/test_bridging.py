@@ -47,7 +47,8 @@ def test_groups_are_those_of_the_ledger(text: str, cuts: list[int]) -> None:
             assert (portion.groups.bridge == -1).all()
             continue
         keys = np.arange(portion.stop)
-        for mask, sections in zip(bridging.masks, portion.groups[:2], strict=True):
+        for of_rows, sections in zip(bridging.of_rows.unbind(-1), portion.groups[:2], strict=True):
+            mask = bridging.groups[:, None] == of_rows[..., None]
             expected = (ledger.sections[:, None, : portion.stop] == sections[:, :, None]) & (
                 keys >= portion.groups.since[:, :, None]
             )
@@ -74,8 +75,21 @@ def test_rows_that_stay() -> None:
     assert torch.equal(stayed.shares[6], together.shares[6][[2, 1]])
 
 
+@pytest.mark.parametrize("text", [FIRST, FIRST + SECOND])
+def test_members_are_groups_one_by_one(text: str) -> None:
+    _, _, (bridging,) = read([text, text], [])
+    members, of_rows = bridging.row_groups(n_keys=20)  # as many as a window sees
+    assert members.shape == (2, 20, bridging.n_groups)
+    assert torch.equal(members.argmax(-1), bridging.groups[:, -20:].long())
+    assert torch.equal(members.sum(-1), torch.ones(2, 20))
+    assert int(bridging.of_rows.max()) < bridging.n_groups
+    edited = (of_rows >= 0).all(-1)
+    assert not edited[:, : bridging.first].any()
+    assert edited[:, bridging.first].all()
+
+
 def test_it_goes_where_the_layer_is() -> None:
-    bridging = Bridging(torch.ones(1, 3).int(), torch.ones(1, 2, 2).int(), {None: torch.ones(1, 1, 2)})
+    bridging = Bridging(torch.ones(1, 3).int(), torch.ones(1, 2, 2).long(), {None: torch.ones(1, 1, 2)}, n_groups=4)
     assert bridging.on(CPU) is bridging
     other = bridging.on(torch.device("meta"))
     assert other is bridging.on(torch.device("meta"))

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bridged_by_masks import bridged_by_masks
 from strong_flow import RESPONSE, THINK
 from tiny_models import ARCHITECTURES, tiny_chat
 from torch import Tensor
@@ -18,7 +19,7 @@ from stepsal import Continuation, StepFlowConfig, Trace
 from stepsal.bridge.attention import sliding_window
 from stepsal.bridge.hooks import attention_hooks
 from stepsal.intervention import EditGains
-from stepsal.intervention.oeb import bridge_share, odds_equal_bridge
+from stepsal.intervention.oeb import bridge_share
 from stepsal.tasks import chain
 
 QUESTION, TAU = "How many of them are there?", 0.4
@@ -55,7 +56,7 @@ def bridged_a_little(model: TransformerBridge, trace: Trace, layer: int, head: i
     bridge, segment, share = groups(trace, sliding_window(model, layer))
 
     def hook(pattern: Tensor, hook: object) -> Tensor:
-        edited = odds_equal_bridge(pattern, bridge[None], segment[None], share.clamp(max=TAU).view(1, 1, -1)).pattern
+        edited = bridged_by_masks(pattern, bridge[None], segment[None], share.clamp(max=TAU).view(1, 1, -1))
         moved = pattern.clone()
         moved[:, head] += size * (edited - pattern)[:, head]
         return moved

@@ -7,11 +7,20 @@ import math
 import numpy as np
 import pytest
 import torch
+from bridged_by_masks import bridged_by_masks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
+from torch.nn.functional import one_hot
 
-from stepsal.intervention.oeb import bridge_share, odds_equal_bridge
+from stepsal.intervention.oeb import (
+    RowGroups,
+    bridge_scales,
+    bridge_share,
+    odds_equal_bridge,
+    of_bridge_and_segment,
+    row_means,
+)
 
 B, S, O = 1, 2, 0  # noqa: E741 (the paper's letters)
 
@@ -29,10 +38,8 @@ def rows(draw: st.DrawFn, n_keys: int = 7) -> tuple[torch.Tensor, torch.Tensor, 
 def bridged(p: torch.Tensor, groups: torch.Tensor, tau_max: float) -> tuple[torch.Tensor, float]:
     """The new row, and the ceiling."""
     ceiling = bridge_share((groups == B).sum(), (groups == S).sum()).clamp(max=tau_max)
-    shape = (1, 1, 1, -1)
-    result = odds_equal_bridge(
-        p.view(shape), (groups == B).view(1, 1, -1), (groups == S).view(1, 1, -1), ceiling.view(1, 1, 1)
-    )
+    row_groups = RowGroups(one_hot(groups, 3)[None], torch.tensor([[[B, S]]]))
+    result = odds_equal_bridge(p.view(1, 1, 1, -1), row_groups, ceiling.view(1, 1, 1))
     return result.pattern.flatten(), float(ceiling)
 
 
@@ -137,11 +144,60 @@ def test_the_share_counts_keys() -> None:
 @pytest.mark.parametrize("mass", [1e-12, 1e-30, 1e-37, 1e-42])
 def test_a_tiny_bridge_gives_finite_values_and_gradients(mass: float) -> None:
     p = torch.tensor([[[[mass, 0.6, 0.4]]]], requires_grad=True)
-    bridge, segment = torch.tensor([[[True, False, False]]]), torch.tensor([[[False, True, False]]])
-    result = odds_equal_bridge(p, bridge, segment, torch.tensor([[[0.15]]]))
+    groups = RowGroups(torch.eye(3)[None], torch.tensor([[[0, 1]]]))
+    result = odds_equal_bridge(p, groups, torch.tensor([[[0.15]]]))
     (gradient,) = torch.autograd.grad((result.pattern * torch.tensor([1.0, 2.0, 3.0])).sum(), p)
     assert result.pattern.isfinite().all()
     assert gradient.isfinite().all()
     assert float(result.pattern.detach().sum()) == pytest.approx(1.0)
     raised = bool(result.after > result.before)
     assert raised == (mass > torch.finfo(torch.float32).tiny)  # 1e-42 counts as no mass at all
+
+
+@st.composite
+def blocks(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, RowGroups, torch.Tensor]:
+    """Scores of some heads and rows, the score of a sink, groups (of rows without an edit, too), and ceilings."""
+    rng = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    n_heads, n_rows, n_keys, n_groups = (draw(st.integers(1, 3)), draw(st.integers(1, 4)), 9, draw(st.integers(2, 6)))
+    scores = 4 * torch.randn(2, n_heads, n_rows, n_keys, generator=rng, dtype=torch.float64)
+    scores.masked_fill_(torch.rand(scores.shape, generator=rng) < draw(st.sampled_from([0, 0.3])), -torch.inf)
+    sinks = torch.full((n_heads,), draw(st.sampled_from([-torch.inf, 0.0, 9.0])), dtype=torch.float64)
+    members = one_hot(torch.randint(0, n_groups, (2, n_keys), generator=rng), n_groups).double()
+    of_rows = torch.stack([torch.randperm(n_groups, generator=rng)[:2] for _ in range(2 * n_rows)]).view(2, n_rows, 2)
+    ceiling = draw(st.sampled_from([0.05, 0.5, 1.0])) * torch.rand(2, n_heads, n_rows, generator=rng).double()
+    unedited = torch.rand(2, n_rows, generator=rng) < 0.3
+    of_rows[unedited] = -1
+    return scores, sinks, RowGroups(members, of_rows), ceiling * ~unedited[:, None]
+
+
+def attended(scores: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+    """Softmax over the keys and the sink of each head, without the sink's column; rows without any key are zero."""
+    column = sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+    return torch.cat((scores, column), -1).softmax(-1)[..., :-1].nan_to_num()
+
+
+@given(blocks())
+def test_groups_say_what_masks_say(drawn: tuple) -> None:
+    scores, sinks, groups, ceiling = drawn
+    pattern = attended(scores, sinks)
+    of_keys = groups.members.argmax(-1)[:, None]  # [batch, 1, key]
+    bridge, segment = (of_keys == of_rows[..., None] for of_rows in groups.of_rows.unbind(-1))
+    expected = bridged_by_masks(pattern, bridge, segment, ceiling)
+    result = odds_equal_bridge(pattern, groups, ceiling)
+    torch.testing.assert_close(result.pattern, expected, rtol=1e-9, atol=1e-15)
+
+
+@given(blocks())
+def test_the_gradient_in_closed_form_is_that_of_autograd(drawn: tuple) -> None:
+    scores, sinks, groups, ceiling = drawn
+    scores = scores.masked_fill(scores == -torch.inf, -1e9).requires_grad_()
+    result = odds_equal_bridge(attended(scores, sinks), groups, ceiling)
+    gradient = torch.randn(scores.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (expected,) = torch.autograd.grad((result.pattern * gradient).sum(), scores)
+
+    members = groups.members[:, None]  # [batch, 1, key, group]
+    product = result.pattern.detach() * gradient
+    masses = of_bridge_and_segment(attended(scores.detach(), sinks) @ members, groups.of_rows)
+    scales, _ = bridge_scales(masses, ceiling)
+    means = row_means(masses, scales, ceiling, product @ members, groups.of_rows)
+    torch.testing.assert_close(product - result.pattern * (means @ members.mT), expected, rtol=1e-7, atol=1e-14)
