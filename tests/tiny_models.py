@@ -138,7 +138,7 @@ def char_tokenizer(markers: tuple[str, str] = ("<think>", "</think>")) -> transf
 
 def tiny_chat(architecture: str, **overrides: object) -> TransformerBridge:
     """A random model with a tokenizer."""
-    hf_model = tiny_hf_model(architecture, **with_room(architecture), **overrides)
+    hf_model = tiny_hf_model(architecture, **{**with_room(architecture), **overrides})
     return stepsal.load(f"tiny-{architecture}", hf_model=hf_model, tokenizer=char_tokenizer())
 
 

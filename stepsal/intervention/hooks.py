@@ -36,10 +36,11 @@ from stepsal.intervention.bridging import Bridging
 from stepsal.intervention.config import StepFlowConfig
 from stepsal.intervention.ledger import Ledger, Portion
 from stepsal.intervention.log import FlowLog
-from stepsal.intervention.oeb import odds_equal_bridge
+from stepsal.intervention.oeb import LayerBridge, RowGroups, odds_equal_bridge
 from stepsal.intervention.reading import Reading
 from stepsal.intervention.segmentation import agreement, format_of, resolved_segmentation
 from stepsal.intervention.smi import Injections, inject, momentum, previous_step_means
+from stepsal.intervention.values import KeptValues
 from stepsal.trace.frame import PromptFrame
 from stepsal.trace.segment import Segmentation
 from stepsal.trace.tracking import SequenceTracker
@@ -165,6 +166,7 @@ class StepFlow:
     _portion: Portion
     _bridging: Bridging | None
     _injections: Injections | None
+    _streaming: _Streaming | None = None
 
     def __init__(self, model: TransformerBridge, config: StepFlowConfig, segmentation: Segmentation) -> None:
         if getattr(model.tokenizer, "backend_tokenizer", None) is None:
@@ -268,6 +270,57 @@ class StepFlow:
         self._reading = aside.reading
         self._reading.follow(cache)
 
+    @contextmanager
+    def streaming(self, *, constant_values: bool) -> Iterator[None]:
+        """Leave the bridge to an engine that never holds a whole pattern, and let it compute layers twice.
+
+        Each pass inside the context reads one whole text. Its engine asks for the bridge of a layer (`layer_bridge`),
+        edits the pattern block by block, and says what it did (`log_bridge`). Momentum is injected as ever.
+
+        Args:
+            constant_values: no gradient flows from momentum to the values that it is the mean of.
+        """
+        self._streaming = _Streaming(constant_values)
+        try:
+            yield
+        finally:
+            self._streaming = None
+
+    def layer_bridge(self, layer: int, like: Tensor) -> LayerBridge | None:
+        """Return the bridge of a layer in the present pass, for `streaming`; None where nothing is edited.
+
+        Args:
+            layer: index of the layer.
+            like: a tensor with the device of the layer and the dtype to compute in.
+        """
+        if self._bridging is None or layer not in self._taus:
+            return None
+        bridging, taus = self._bridging.on(like.device), self._taus[layer]
+        members, of_rows = (x[0] for x in bridging.row_groups(bridging.groups.shape[1]))
+        ceiling = torch.minimum(bridging.shares[self._windows[layer]][0], _OfHeads(taus).on(like.device))
+        masses = like.new_zeros(2, *ceiling.shape)
+        return LayerBridge(
+            RowGroups(members.to(like), of_rows), ceiling.to(like), tuple(map(bool, taus)), bridging.first, masses
+        )
+
+    def log_bridge(self, layer: int, bridge: LayerBridge) -> None:
+        """Enter in the log what an engine did with the bridge of a layer.
+
+        Args:
+            layer: index of the layer.
+            bridge: from `layer_bridge`, with its masses filled in.
+        """
+        before, after = bridge.masses[:, None]
+        self.log.add_bridged(layer, before, after, bridge.ceiling[None] > 0)
+
+    def owns(self, handle: LensHandle) -> bool:
+        """Tell whether a hook is one of StepFlow's own edits.
+
+        Args:
+            handle: handle of the hook.
+        """
+        return any(handle is own for _, own in self._editors)
+
     def _begin(self, batch: int) -> None:
         """Begin new sequences."""
         self.log.begin(batch)
@@ -334,7 +387,7 @@ class StepFlow:
         window, tau_of = self._windows[layer], _OfHeads(self._taus[layer])
 
         def hook(pattern: Float[Tensor, "batch head query_pos key_pos"], hook: HookPoint) -> Tensor | None:
-            if self._bridging is None:
+            if self._bridging is None or self._streaming is not None:
                 return None
             bridging, n_keys = self._bridging.on(pattern.device), pattern.shape[-1]
             if n_keys > bridging.groups.shape[1]:
@@ -356,20 +409,46 @@ class StepFlow:
         alpha_of = _OfHeads(self._alphas[layer])
 
         def hook(z: Float[Tensor, "batch query_pos head d_head"], hook: HookPoint) -> Tensor | None:
-            kept, edited = self._reading.kept[layer], None
-            kept.push(self._portion.first, self._new_values.pop(layer))
+            new, streaming, edited = self._new_values.pop(layer), self._streaming, None
+            kept = (
+                self._reading.kept[layer] if streaming is None else KeptValues()
+            )  # of earlier passes, too, or of none
+            kept.push(self._portion.first, new.detach() if streaming and streaming.constant_values else new)
             if self._injections is not None:
                 values = kept.joined()  # [batch, kept_pos, kv_head, d_head]
                 injections = self._injections.on(values.device).counted_from(kept.first)
                 means = previous_step_means(values, injections)  # [injection, kv_head, d_head]
                 added = momentum(means, alpha_of.on(values.device))  # [injection, head, d_head]
                 edited = inject(z, added, injections)
-                norms = added.flatten(1).norm(dim=1)
-                self.log.add_injected(layer, norms, [row for row, _ in self._portion.places])
+                if streaming is None or streaming.is_first(layer):
+                    norms = added.detach().flatten(1).norm(dim=1)
+                    self.log.add_injected(layer, norms, [row for row, _ in self._portion.places])
             kept.forget(self._portion.oldest_needed)
             return edited
 
         return hook
+
+
+class _Streaming:
+    """What StepFlow has to know of an engine that holds no patterns and computes layers twice.
+
+    Args:
+        constant_values: no gradient flows from momentum to the values that it is the mean of.
+    """
+
+    def __init__(self, constant_values: bool) -> None:
+        self.constant_values = constant_values
+        self._layers: set[int] = set()
+
+    def is_first(self, layer: int) -> bool:
+        """Tell whether a layer is computed for the first time in this context.
+
+        Args:
+            layer: index of the layer.
+        """
+        is_first = layer not in self._layers
+        self._layers.add(layer)
+        return is_first
 
 
 class _OfHeads:

@@ -36,6 +36,7 @@ tau_B is the ceiling, are taken as constants, as autograd takes them.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -44,6 +45,25 @@ from torch import Tensor
 
 # Below the smallest normal number the quotient tau / p would overflow: such a mass counts as none.
 _NO_MASS = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True, eq=False)
+class LayerBridge:
+    """OEB in one layer of one text, for those who hold the pattern of a few heads and rows at a time.
+
+    Attributes:
+        groups: groups of the keys and rows of the text.
+        ceiling: ceiling of tau_B of each head and row; 0 where nothing is edited.
+        heads: True for heads that are edited.
+        first: first row that is edited.
+        masses: p(B) before and after the edit, which whoever edits fills in.
+    """
+
+    groups: RowGroups
+    ceiling: Float[Tensor, "head query_pos"]
+    heads: tuple[bool, ...]
+    first: int
+    masses: Float[Tensor, "2 head query_pos"]
 
 
 class Bridged(NamedTuple):

@@ -44,6 +44,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from stepsal.bridge.attention import Attention
+from stepsal.intervention.oeb import (
+    LayerBridge,
+    RowGroups,
+    bridge_scales,
+    of_bridge_and_segment,
+    row_means,
+    with_bridge_and_segment,
+)
 
 
 class Block(NamedTuple):
@@ -91,6 +99,71 @@ The tensor is overwritten after the call.
 """
 
 
+class BlockEdit(NamedTuple):
+    """The edit of one block by StepFlow, for its gradient.
+
+    Attributes:
+        groups: groups of the keys and rows of the block.
+        ceiling: ceiling of tau_B of each head and row.
+        masses: p(B) and p(S) before the edit.
+        scales: factors of B and of S.
+    """
+
+    groups: RowGroups
+    ceiling: Float[Tensor, "group row"]
+    masses: Float[Tensor, "2 group row"]
+    scales: Float[Tensor, "2 group row"]
+
+    def delta(self, product: Float[Tensor, "group row key"], workspace: Workspace) -> Float[Tensor, "group row key"]:
+        """Return what dL/dA is reduced by at each key to become dL/ds over A: in B, S and O each their own number.
+
+        Args:
+            product: A * dL/dA, of A after the edit.
+            workspace: buffers; the result is valid until the next block.
+        """
+        members, of_rows = self.groups
+        means = row_means(self.masses, self.scales, self.ceiling, product @ members, of_rows)
+        return _by_key(means, members, workspace)
+
+
+def edit_block(
+    pattern: Float[Tensor, "group row key"], bridge: LayerBridge, heads: slice, block: Block, workspace: Workspace
+) -> BlockEdit | None:
+    """Edit rows of A in place, as StepFlow does with whole patterns.
+
+    Args:
+        pattern: rows of A.
+        bridge: the edit of the layer, whose masses are filled in.
+        heads: heads of the rows.
+        block: rows and keys.
+        workspace: buffers.
+
+    Returns:
+        The edit, for its gradient; None where nothing is edited.
+    """
+    if block.stop <= bridge.first or not any(bridge.heads[heads]):
+        return None
+    rows = slice(block.first, block.stop)
+    groups = RowGroups(bridge.groups.members[block.first_key : block.stop], bridge.groups.of_rows[rows])
+    ceiling = bridge.ceiling[heads, rows]
+    by_group = pattern @ groups.members  # [group of heads, row, group of keys]
+    masses = of_bridge_and_segment(by_group, groups.of_rows)
+    scales, after = bridge_scales(masses, ceiling)
+    factors = with_bridge_and_segment(torch.ones_like(by_group), groups.of_rows, scales)
+    pattern.mul_(_by_key(factors, groups.members, workspace))
+    bridge.masses[:, heads, rows] = torch.stack((masses[0], after))
+    return BlockEdit(groups, ceiling, masses, scales)
+
+
+def _by_key(
+    by_group: Float[Tensor, "group row key_group"], members: Float[Tensor, "key key_group"], workspace: Workspace
+) -> Float[Tensor, "group row key"]:
+    """Return for each key the number of its group; valid until the next call with the same workspace."""
+    by_key = workspace.take("by key", by_group, *by_group.shape[:2], len(members))
+    torch.mm(by_group.flatten(0, 1), members.T, out=by_key.flatten(0, 1))
+    return by_key
+
+
 def row_blocks(n_pos: int, n_rows: int, window: int | None = None) -> Iterator[Block]:
     """Yield blocks of query rows, from the last block to the first; the first may be shorter.
 
@@ -118,6 +191,7 @@ def attend(
     n_rows: int,
     workspace: Workspace,
     visit: Visit | None = None,
+    bridge: LayerBridge | None = None,
 ) -> Float[Tensor, "head pos d_head"]:
     """Return z, the attention output of each head, in the dtype of q.
 
@@ -131,7 +205,8 @@ def attend(
         attention: scale, window, soft-cap and sinks of the layer.
         n_rows: query rows per block.
         workspace: buffers.
-        visit: called with A of each block.
+        visit: called with A of each block, as it is after `bridge`.
+        bridge: edit of the pattern by StepFlow; its masses are filled in.
 
     Example:
         >>> import torch
@@ -143,13 +218,20 @@ def attend(
                  [1., 1.],
                  [2., 1.]]])
     """
-    if visit is None and (z := _fused(q, k, v, attention)) is not None:
+    if visit is None and bridge is None and (z := _fused(q, k, v, attention)) is not None:
         return z
     z = torch.empty_like(q, memory_format=torch.contiguous_format)
     for heads, kv_head in _groups(q, k):
+        if visit is None and (bridge is None or not any(bridge.heads[heads])):
+            own = slice(kv_head, kv_head + 1)
+            if (of_heads := _fused(q[heads], k[own], v[own], attention)) is not None:
+                z[heads] = of_heads
+                continue
         keys, values = wide(k[kv_head]), wide(v[kv_head])
         for block in row_blocks(q.shape[1], n_rows, attention.window):
             pattern, _ = _pattern(q[heads], keys, attention, heads, block, workspace)
+            if bridge is not None:
+                edit_block(pattern, bridge, heads, block, workspace)
             z[heads, block.first : block.stop] = (pattern @ values[block.first_key : block.stop]).to(z.dtype)
             if visit is not None:
                 visit(pattern, block, heads)
@@ -169,6 +251,7 @@ def attend_backward(
     own_position: bool,
     differentiate: bool = True,
     visit: Visit | None = None,
+    bridge: LayerBridge | None = None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Return the gradients of q, k and v, and hand out A * dL/dA block by block.
 
@@ -182,7 +265,8 @@ def attend_backward(
         workspace: buffers.
         own_position: keep, for keys and values, only the gradient from the query at their own position.
         differentiate: False leaves the gradients out, where A * dL/dA is all that is needed.
-        visit: called with A * dL/dA of each block.
+        visit: called with A * dL/dA of each block, of A as it is after `bridge`.
+        bridge: edit of the pattern by StepFlow.
 
     Returns:
         (dq, dk, dv) in the dtype and shape of q, k and v; None without `differentiate`.
@@ -194,6 +278,7 @@ def attend_backward(
         for block in row_blocks(q.shape[1], n_rows, attention.window):
             rows, seen = slice(block.first, block.stop), slice(block.first_key, block.stop)
             pattern, slope = _pattern(q[heads], keys, attention, heads, block, workspace)  # [group, row, key]
+            edit = None if bridge is None else edit_block(pattern, bridge, heads, block, workspace)
             dz_rows = wide(dz[heads, rows])  # [group, row, d_head]
             shape = pattern.shape
             product = workspace.take("scores", like, *shape)  # the scores have become the pattern
@@ -203,7 +288,8 @@ def attend_backward(
                 visit(product, block, heads)
             if not differentiate:
                 continue
-            ds = product.addcmul_(pattern, product.sum(-1, keepdim=True), value=-1)
+            delta = product.sum(-1, keepdim=True) if edit is None else edit.delta(product, workspace)
+            ds = product.addcmul_(pattern, delta, value=-1)
             if slope is not None:
                 ds.mul_(slope)
             dq[heads, rows] = attention.scale * (ds.flatten(0, 1) @ keys[seen]).view(dz_rows.shape)

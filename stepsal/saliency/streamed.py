@@ -14,6 +14,9 @@ lets go of keys and values. Hooks that would not see what they were made for are
 patterns and logits, and backward hooks where tensors leave the bridge's own graph. All others take part; those inside a
 block run a second time when its layer is computed again, and have to give the same then.
 
+Under StepFlow the pattern is edited in the same blocks, by groups of keys, and its gradient goes through the edit in
+closed form (`stepsal.intervention.oeb`); momentum is injected by StepFlow's own hook, behind z.
+
 In the backward pass of a layer, A, dA and |A * dA| are recomputed block by block and pooled at once
 (`blocks.attend_backward`). Layers are checkpointed: their input and z are kept, and the rest is computed again when
 its turn comes, without the attention, which is the part that grows with the square. As many layers as memory allows are
@@ -54,11 +57,11 @@ from stepsal.bridge.devices import freed_at_once
 from stepsal.bridge.gradients import differentiable
 from stepsal.bridge.hooks import Hook, attention_hooks, first_hooks_on
 from stepsal.bridge.unembedding import MAX_LOGITS, last_residual
+from stepsal.intervention.hooks import active_flow
+from stepsal.intervention.oeb import LayerBridge
 from stepsal.maps.pooling import StepSums
 from stepsal.saliency.blocks import Block, Visit, Workspace, attend, attend_backward, wide
 from stepsal.saliency.request import MapRequest, PooledMaps, check_finite, explained
-
-"""Elements of the largest [chunk, d_vocab] tensor: 32 MB in float32."""
 
 
 def streamed_maps(
@@ -120,8 +123,10 @@ def why_not(model: TransformerBridge) -> str | None:
         return f"{bias}, which can't be streamed"
     names, points = [attention_hooks(model, layer) for layer in range(model.cfg.n_layers)], model.hook_dict
     unseen = [hooks[kind] for hooks in names for kind in ("scores", "pattern")] + ["unembed.hook_out"]
+    flow = active_flow(model)
     for name in unseen:
-        if points[name].fwd_hooks or points[name].bwd_hooks:
+        others = [hook for hook in points[name].fwd_hooks if flow is None or not flow.owns(hook)]
+        if others or points[name].bwd_hooks:
             return f"there is a hook on {name}, which a streamed pass would not call with the whole of it"
     for name in [hooks[kind] for hooks in names for kind in ("q", "z")] + ["unembed.hook_in"]:
         if points[name].bwd_hooks:
@@ -163,6 +168,8 @@ class StreamedPass:
         self._q: dict[int, Tensor] = {}
         self._kv: dict[int, tuple[Tensor, Tensor]] = {}
         self._z: dict[int, Tensor] = {}  # of checkpointed layers, for the second time
+        self._flow = active_flow(model)
+        self._bridges: dict[int, LayerBridge | None] = {}
 
     # ------------------------------------------------------------------------------------------- the two passes
 
@@ -213,6 +220,8 @@ class StreamedPass:
             takes.append((names["scores"], self._checking(layer, "scores")))
             takes.append((names["pattern"], self._checking(layer, "pattern")))
         with ExitStack() as stack:
+            if self._flow is not None:
+                stack.enter_context(self._flow.streaming(constant_values=self.request.target == "token"))
             stack.enter_context(differentiable(self.model))
             stack.enter_context(freed_at_once(next(self.model.parameters()).device))
             stack.enter_context(self.model.hooks(fwd_hooks=takes))  # after other hooks: what the attention gets
@@ -266,11 +275,16 @@ class StreamedPass:
         """Return z of a layer; where the layer is computed again, z of the first time."""
         if layer in self._z:
             return self._z.pop(layer)
-        attention = self.attentions[layer]
+        attention, flow = self.attentions[layer], self._flow
+        bridge = None if flow is None else flow.layer_bridge(layer, wide(q[:0]))
         if self.request.target == "attention":
             with self._pooled(layer, q) as visit:
-                return attend(q, k, v, attention, self.n_rows, self.workspace, visit)
-        z = attend(q, k, v, attention, self.n_rows, self.workspace)
+                z = attend(q, k, v, attention, self.n_rows, self.workspace, visit, bridge)
+        else:
+            z = attend(q, k, v, attention, self.n_rows, self.workspace, bridge=bridge)
+            self._bridges[layer] = bridge
+        if flow is not None and bridge is not None:
+            flow.log_bridge(layer, bridge)
         if layer in self.checkpointed:
             self._z[layer] = z.detach()  # z itself would hold the pass, in a reference cycle that is not collected
         return z
@@ -281,6 +295,7 @@ class StreamedPass:
             gradients = attend_backward(
                 q, k, v, dz, self.attentions[layer], self.n_rows, self.workspace,
                 own_position=self.request.target == "token", differentiate=layer != self.lowest, visit=visit,
+                bridge=self._bridges.pop(layer),
             )  # fmt: skip
         return gradients or (None, None, None)
 

@@ -416,10 +416,8 @@ class TestRefusals:
         with pytest.raises(FloatingPointError, match="NaN or inf in the map of layer 3"):
             stepsal.step_saliency(model, trace, engine="streamed")
 
-    def test_stepflow_and_token_maps(self, mini: TransformerBridge) -> None:
+    def test_token_maps(self, mini: TransformerBridge) -> None:
         trace = Trace.from_text("Anna is 1 plus 1. What is Anna?", " Anna needs nothing.", mini)
-        with pytest.raises(ValueError, match="StepFlow edits whole patterns"):
-            stepsal.step_saliency(mini, trace, engine="streamed", stepflow=stepsal.StepFlowConfig(oeb_layers=()))
         with pytest.raises(ValueError, match="token maps are whole"):
             stepsal.step_saliency(mini, trace, engine="streamed", keep_tokens=True)
 
