@@ -6,10 +6,11 @@
     python benchmarks/saliency_cost.py pooling   # pooling alone, against length and number of steps
     python benchmarks/saliency_cost.py 7b        # on a GPU: random weights of the shape of R1-Distill-Qwen-7B, bfloat16
 
-SmolLM2-135M on random tokens in 20 steps, its rotary embedding extended to any length: cost does not ask for sense. The
-methods:
+SmolLM2-135M on a question and random tokens in 20 steps, its rotary embedding extended to any length: cost does not ask
+for sense. The methods:
 
     streamed, pattern   the engines, target="token"; "streamed sequence" is target="sequence"
+    .. StepFlow         the same under StepFlow at the paper's settings; "StepFlow everywhere" edits all layers
     floor               a fused forward and backward pass of the plain Hugging Face model, parameters frozen
     run_with_cache      TransformerLens' run_with_cache(incl_bwd=True) of scores, patterns and their gradients, no maps
     T passes            a backward pass for each target, the definition (short texts only)
@@ -47,10 +48,13 @@ from stepsal.saliency.memory import Plan, plan
 from stepsal.saliency.pattern import pattern_maps
 from stepsal.saliency.request import MapRequest
 from stepsal.saliency.streamed import streamed_maps
+from stepsal.trace import render_prompt
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 LONGEST = {"pattern": 2048, "run_with_cache": 2048, "T passes": 128, "floor": 8192}
-METHODS = ("streamed", "pattern", "run_with_cache", "floor", "T passes")
+METHODS = ("streamed", "streamed StepFlow", "pattern", "run_with_cache", "floor", "T passes")
+QUESTION = "How many legs do the animals of this farm have? " * 10
+EVERYWHERE = stepsal.StepFlowConfig(oeb_layers="all", smi_layers="all")
 N_STEPS = 20
 RESULTS = Path(__file__).parent / "results"
 
@@ -68,11 +72,17 @@ def tokens_and_steps(n_tokens: int, d_vocab: int, n_steps: int = N_STEPS) -> tup
     return tokens, torch.arange(n_tokens) * n_steps // n_tokens
 
 
-def planned(model: TransformerBridge, n_tokens: int, engine: str) -> Plan:
+def with_question(model: TransformerBridge, tokens: Tensor) -> Tensor:
+    """Put a question in its template in the place of the first tokens, so that StepFlow has a bridge."""
+    prompt = model.tokenizer(render_prompt(model.tokenizer, QUESTION).text, add_special_tokens=False)["input_ids"]
+    return torch.cat((torch.tensor(prompt), tokens))[: len(tokens)]
+
+
+def planned(model: TransformerBridge, n_tokens: int, name: str) -> Plan:
     """Return how an engine lays out its memory."""
     return plan(
-        model, n_tokens, N_STEPS, engine=engine, layers=tuple(range(model.cfg.n_layers)), keep_heads=False,
-        keep_tokens=False, only_pattern=None,
+        model, n_tokens, N_STEPS, engine=name.split()[0], layers=tuple(range(model.cfg.n_layers)), keep_heads=False,
+        keep_tokens=False, only_pattern=None, bridged="StepFlow" in name,
     )  # fmt: skip
 
 
@@ -82,11 +92,23 @@ def engine(
     """Return a run of one of stepsal's own engines."""
     tokens, step_ids = tokens_and_steps(n_tokens, model.cfg.d_vocab)
     target = "sequence" if name.endswith("sequence") else "token"
+    if model.tokenizer is not None:
+        tokens = with_question(model, tokens)
     request = MapRequest(tokens, step_ids, N_STEPS, layers=tuple(range(model.cfg.n_layers)), target=target)
-    if name == "pattern":
-        return lambda: pattern_maps(model, request)
-    layout = planned(model, n_tokens, "streamed")
-    return lambda: streamed_maps(model, request, n_rows=layout.n_rows, n_kept=layout.n_kept, workspace=workspace)
+    layout = planned(model, n_tokens, name)
+
+    def run() -> None:
+        if name.startswith("pattern"):
+            pattern_maps(model, request)
+        else:
+            streamed_maps(model, request, n_rows=layout.n_rows, n_kept=layout.n_kept, workspace=workspace)
+
+    def run_edited() -> None:
+        with stepsal.stepflow(model, EVERYWHERE if name.endswith("everywhere") else None) as log:
+            run()
+        assert log.oeb["fired"].sum() > 0
+
+    return run_edited if "StepFlow" in name else run
 
 
 def run_with_cache(model: TransformerBridge, n_tokens: int) -> Callable[[], None]:
@@ -173,7 +195,7 @@ def point(name: str, n_tokens: int) -> dict:
     run()
     seconds = time.perf_counter() - start
     _, peak = memory_of_this_process()
-    estimate = planned(model, n_tokens, name).n_bytes if name in ("pattern", "streamed") else None
+    estimate = planned(model, n_tokens, name).n_bytes if name.startswith(("pattern", "streamed")) else None
     return {"method": name, "tokens": n_tokens, "seconds": seconds, "model_bytes": before, "peak_bytes": peak,
             "estimate_bytes": estimate}  # fmt: skip
 
@@ -220,7 +242,8 @@ def measure_time(lengths: list[int], all_turns: int) -> pd.DataFrame:
     rows = []
     for n_tokens in lengths:
         turns = all_turns if n_tokens <= 2048 else min(all_turns, 3)  # long ones take minutes
-        names = ["floor", "streamed", "streamed sequence"] + ["run_with_cache", "pattern"] * (n_tokens <= 2048)
+        names = ["floor", "streamed", "streamed sequence", "streamed StepFlow", "streamed StepFlow everywhere"]
+        names += ["run_with_cache", "pattern"] * (n_tokens <= 2048)
         runs = {name: method(name, model, n_tokens) for name in names}
         times: dict[str, list[float]] = {name: [] for name in names}
         for turn in tqdm(range(turns + (n_tokens <= 2048)), desc=f"{n_tokens} tokens"):
@@ -286,18 +309,18 @@ def measure_7b(lengths: list[int]) -> pd.DataFrame:
     floors = {
         n: seconds_on_gpu(partial(plain, n)) for n in lengths if n <= LONGEST["floor"]
     }  # before the bridge wraps it
-    model = stepsal.load("qwen2-7b-shape", hf_model=hf_model)
+    model = stepsal.load("qwen2-7b-shape", hf_model=hf_model, tokenizer=smollm2().tokenizer)
     rows = []
-    for n_tokens in lengths:
-        run = engine(model, n_tokens, "streamed")
+    for n_tokens, name in [(n, name) for n in lengths for name in ("streamed", "streamed StepFlow")]:
+        run = engine(model, n_tokens, name)
         run()
         forget_the_peak()
         before, _ = memory_of_this_process()
         seconds = seconds_on_gpu(run)
         _, peak = memory_of_this_process()
-        rows.append({"tokens": n_tokens, "seconds": seconds, "floor_seconds": floors.get(n_tokens),
+        rows.append({"method": name, "tokens": n_tokens, "seconds": seconds, "floor_seconds": floors.get(n_tokens),
                      "model_bytes": before, "peak_bytes": peak, "reserved_bytes": torch.cuda.max_memory_reserved(),
-                     "estimate_bytes": planned(model, n_tokens, "streamed").n_bytes})  # fmt: skip
+                     "estimate_bytes": planned(model, n_tokens, name).n_bytes})  # fmt: skip
     return pd.DataFrame(rows)
 
 

@@ -38,7 +38,7 @@ _MOST_ROWS = 128  # above, a CPU gains nothing
 _MOST_ROWS_CUDA = 1024
 
 # --- what is held at once, in tensors of the size that is named
-_BLOCK_BUFFERS = 4  # [group, row, key]: scores, pattern, the slope of a soft-cap, |A * dA|
+_BLOCK_BUFFERS = 4  # [group, row, key]: scores, pattern, the slope of a soft-cap, |A * dA|; one more under StepFlow
 _PATTERN_GRADIENTS = (
     4  # [head, query_pos, key_pos] in float32: gradients of pattern and scores, A * dA, and one in passing
 )
@@ -81,6 +81,7 @@ def plan(
     keep_tokens: bool,
     only_pattern: str | None,
     forward_only: bool = False,
+    bridged: bool = False,
 ) -> Plan:
     """Choose an engine for a trace and lay out its memory.
 
@@ -96,6 +97,7 @@ def plan(
         keep_tokens: keep the token map of every layer.
         only_pattern: the reason why the trace can't be streamed; None if it can.
         forward_only: True where no backward pass follows, for which activations would be kept.
+        bridged: True where StepFlow edits patterns.
 
     Raises:
         ValueError: engine="streamed" is requested for a trace that can't be streamed.
@@ -114,7 +116,7 @@ def plan(
     widths, n_layers = _Widths.of(model), model.cfg.n_layers - layers[0]  # nothing below the lowest layer is kept
     maps = _map_bytes(widths, n_tokens, n_steps, len(layers), keep_heads=keep_heads, keep_tokens=keep_tokens)
     patterns = Plan("pattern", 0, 0, maps + _pattern_bytes(widths, n_tokens, n_layers, forward_only=forward_only))
-    streamed = _streamed_plan(widths, n_tokens, n_layers, maps, free, forward_only=forward_only)
+    streamed = _streamed_plan(widths, n_tokens, n_layers, maps, free, forward_only=forward_only, bridged=bridged)
     if engine == "auto":
         engine = "pattern" if only_pattern or patterns.n_bytes <= min(_SMALL_PATTERNS, free) else "streamed"
     chosen = patterns if engine == "pattern" else streamed
@@ -213,9 +215,11 @@ def _pattern_bytes(widths: _Widths, n_tokens: int, n_layers: int, *, forward_onl
     return kept + max(passing, logits)
 
 
-def _streamed_plan(widths: _Widths, n_tokens: int, n_layers: int, maps: int, free: int, *, forward_only: bool) -> Plan:
+def _streamed_plan(
+    widths: _Widths, n_tokens: int, n_layers: int, maps: int, free: int, *, forward_only: bool, bridged: bool = False
+) -> Plan:
     """Return rows per block and kept layers of the streamed engine for the memory that is free, and its peak."""
-    n_rows, row = _block_rows(widths, n_tokens, free)
+    n_rows, row = _block_rows(widths, n_tokens, free, bridged=bridged)
     layer = widths.token * n_tokens
     checkpoint = (widths.d_model + widths.z) * widths.item * n_tokens  # input and z
     attention = _ATTENTION_GRADIENTS * (widths.qkv + widths.z) * FLOAT32 * n_tokens
@@ -230,9 +234,9 @@ def _streamed_plan(widths: _Widths, n_tokens: int, n_layers: int, maps: int, fre
     return Plan("streamed", n_rows, n_kept, n_bytes + n_kept * (layer - checkpoint))
 
 
-def _block_rows(widths: _Widths, n_tokens: int, free: int) -> tuple[int, int]:
+def _block_rows(widths: _Widths, n_tokens: int, free: int, *, bridged: bool) -> tuple[int, int]:
     """Return the query rows of a block, and the bytes of a row: its buffers and their sum over the group."""
-    row = FLOAT32 * (_BLOCK_BUFFERS * widths.n_heads // widths.n_kv_heads + 1) * n_tokens
+    row = FLOAT32 * ((_BLOCK_BUFFERS + bridged) * widths.n_heads // widths.n_kv_heads + 1) * n_tokens
     block = min(_BLOCK_CUDA if widths.on_cuda else _BLOCK, free // _SHARE_FOR_BLOCKS)
     most = _MOST_ROWS_CUDA if widths.on_cuda else _MOST_ROWS
     return min(n_tokens, max(_FEWEST_ROWS, min(most, block // row))), row

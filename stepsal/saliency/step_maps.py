@@ -268,11 +268,12 @@ def _plans(model: TransformerBridge, requests: Sequence[MapRequest], engine: Eng
         ValueError: engine="streamed" is requested for a trace that can't be streamed.
         MemoryError: a trace needs more memory than is free.
     """
+    flow = active_flow(model)
     return [
         plan(
             model, len(request.tokens), request.n_steps, engine=engine, layers=request.layers,
             keep_heads=request.keep_heads, keep_tokens=request.keep_tokens,
-            forward_only=request.target == "attention",
+            forward_only=request.target == "attention", bridged=flow is not None and bool(flow.oeb_layers),
             only_pattern="token maps are whole" if request.keep_tokens
             else why_not(model),
         )
