@@ -1,9 +1,10 @@
 """Measure what Step-Saliency costs: memory in a process for each point, and time in turn with other methods.
 
-    python benchmarks/saliency_cost.py           # the next three
+    python benchmarks/saliency_cost.py           # the next four
     python benchmarks/saliency_cost.py memory    # peak memory and time against length; fits of the exponents
     python benchmarks/saliency_cost.py time      # ratios, variants in turn in one process
     python benchmarks/saliency_cost.py pooling   # pooling alone, against length and number of steps
+    python benchmarks/saliency_cost.py stepflow  # memory and time of the streamed engine with and without StepFlow
     python benchmarks/saliency_cost.py 7b        # on a GPU: random weights of the shape of R1-Distill-Qwen-7B, bfloat16
 
 SmolLM2-135M on a question and random tokens in 20 steps, its rotary embedding extended to any length: cost does not ask
@@ -52,7 +53,8 @@ from stepsal.trace import render_prompt
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 LONGEST = {"pattern": 2048, "run_with_cache": 2048, "T passes": 128, "floor": 8192}
-METHODS = ("streamed", "streamed StepFlow", "pattern", "run_with_cache", "floor", "T passes")
+METHODS = ("streamed", "pattern", "run_with_cache", "floor", "T passes")
+EDITED = ("streamed", "streamed StepFlow", "streamed StepFlow everywhere")
 QUESTION = "How many legs do the animals of this farm have? " * 10
 EVERYWHERE = stepsal.StepFlowConfig(oeb_layers="all", smi_layers="all")
 N_STEPS = 20
@@ -82,7 +84,7 @@ def planned(model: TransformerBridge, n_tokens: int, name: str) -> Plan:
     """Return how an engine lays out its memory."""
     return plan(
         model, n_tokens, N_STEPS, engine=name.split()[0], layers=tuple(range(model.cfg.n_layers)), keep_heads=False,
-        keep_tokens=False, only_pattern=None, bridged="StepFlow" in name,
+        only_pattern=None, bridged="StepFlow" in name,
     )  # fmt: skip
 
 
@@ -200,19 +202,24 @@ def point(name: str, n_tokens: int) -> dict:
             "estimate_bytes": estimate}  # fmt: skip
 
 
+def run_point(name: str, n_tokens: int) -> dict:
+    """Measure one method at one length, in a process of its own."""
+    command = [sys.executable, __file__, "--point", name, "--tokens", str(n_tokens)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    # a method that does not fit is a finding
+    error = "out of memory" if done.returncode < 0 else done.stderr.strip().splitlines()[-1][:200]
+    return {"method": name, "tokens": n_tokens, "error": error}
+
+
 def measure_memory(lengths: list[int], methods: list[str]) -> pd.DataFrame:
     """Measure memory and time of methods at several lengths, and write the table after each."""
     points = [(name, n) for n in lengths for name in methods if name != "T passes"]
     points += [(name, n) for name in methods if name == "T passes" for n in (64, 128)]
     rows = []
     for name, n_tokens in tqdm([p for p in points if p[1] <= LONGEST.get(p[0], p[1])]):
-        command = [sys.executable, __file__, "--point", name, "--tokens", str(n_tokens)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode == 0:
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
-        else:  # a method that does not fit is a finding
-            error = "out of memory" if done.returncode < 0 else done.stderr.strip().splitlines()[-1][:200]
-            rows.append({"method": name, "tokens": n_tokens, "error": error})
+        rows.append(run_point(name, n_tokens))
         table = pd.DataFrame(rows)
         table["grown_bytes"] = table["peak_bytes"] - table["model_bytes"]
         save("saliency_memory", table, show=False)  # after each point: the last ones take long
@@ -236,22 +243,29 @@ def exponents(table: pd.DataFrame) -> pd.DataFrame:
 # -------------------------------------------------------------------------------------------------------- time
 
 
+def in_turn(
+    runs: dict[str, Callable[[], None]], turns: int, what: str, *, warm_up: bool = True
+) -> dict[str, list[float]]:
+    """Return the seconds of runs that take turns, each turn beginning with another; the first one may only warm up."""
+    names, times = list(runs), {name: [] for name in runs}
+    for turn in tqdm(range(turns + warm_up), desc=what):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            start = time.perf_counter()
+            runs[name]()
+            if turn or not warm_up:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
 def measure_time(lengths: list[int], all_turns: int) -> pd.DataFrame:
     """Measure the time of methods that take turns, relative to the floor and to the streamed engine."""
     model = smollm2()
     rows = []
     for n_tokens in lengths:
         turns = all_turns if n_tokens <= 2048 else min(all_turns, 3)  # long ones take minutes
-        names = ["floor", "streamed", "streamed sequence", "streamed StepFlow", "streamed StepFlow everywhere"]
-        names += ["run_with_cache", "pattern"] * (n_tokens <= 2048)
+        names = ["floor", "streamed", "streamed sequence"] + ["run_with_cache", "pattern"] * (n_tokens <= 2048)
         runs = {name: method(name, model, n_tokens) for name in names}
-        times: dict[str, list[float]] = {name: [] for name in names}
-        for turn in tqdm(range(turns + (n_tokens <= 2048)), desc=f"{n_tokens} tokens"):
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                start = time.perf_counter()
-                runs[name]()
-                if turn or n_tokens > 2048:  # the first turn warms up
-                    times[name].append(time.perf_counter() - start)
+        times = in_turn(runs, turns, f"{n_tokens} tokens", warm_up=n_tokens <= 2048)
         for name in names:
             of_floor = [a / b for a, b in zip(times[name], times["floor"], strict=True)]
             of_streamed = [a / b for a, b in zip(times[name], times["streamed"], strict=True)]
@@ -292,6 +306,30 @@ def measure_pooling(lengths: list[int]) -> pd.DataFrame:
             rows.append({"tokens": n_tokens, "steps": n_steps, "pooling_seconds": seconds, "engine_seconds": whole,
                          "share": seconds / whole})  # fmt: skip
     return pd.DataFrame(rows)
+
+
+# ---------------------------------------------------------------------------------------------------- StepFlow
+
+
+def measure_stepflow(lengths: list[int], turns: int) -> pd.DataFrame:
+    """Measure the streamed engine with and without StepFlow: peaks in processes of their own, short texts in turn."""
+    rows = []
+    for n_tokens in lengths:
+        of_methods = {name: run_point(name, n_tokens) for name in EDITED}
+        if n_tokens <= 2048:
+            model, workspace = smollm2(), Workspace()
+            runs = {name: engine(model, n_tokens, name, workspace) for name in EDITED}
+            times = in_turn(runs, turns, f"{n_tokens} tokens")
+            for name, seconds in times.items():
+                ratios = [a / b for a, b in zip(seconds, times["streamed"], strict=True)]
+                of_methods[name] |= {
+                    "seconds": statistics.median(seconds), "of_streamed": statistics.median(ratios),
+                    "min": min(ratios), "max": max(ratios), "turns": turns,
+                }  # fmt: skip
+        rows += of_methods.values()
+    table = pd.DataFrame(rows)
+    table["grown_bytes"] = table["peak_bytes"] - table["model_bytes"]
+    return table
 
 
 # ----------------------------------------------------------------------------------------------------- 7B, GPU
@@ -369,7 +407,9 @@ def save(name: str, table: pd.DataFrame, show: bool = True) -> None:
 def main() -> None:
     """Measure as the command line says, and write the tables to `results/`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["all", "memory", "time", "pooling", "7b"], default="all")
+    parser.add_argument(
+        "what", nargs="?", choices=["all", "memory", "time", "pooling", "stepflow", "7b"], default="all"
+    )
     parser.add_argument("--lengths", type=int, nargs="+")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="of the memory table")
@@ -389,6 +429,8 @@ def main() -> None:
         save("saliency_exponents", exponents(pd.read_csv(RESULTS / "saliency_memory.csv")))
     if args.what in ("time", "all"):
         save("saliency_time", measure_time(args.lengths or [512, 1024, 2048, 8192], args.turns))
+    if args.what in ("stepflow", "all"):
+        save("saliency_stepflow", measure_stepflow(args.lengths or [1024, 2048, 4096, 8192], args.turns))
     if args.what in ("pooling", "all"):
         save("saliency_pooling", measure_pooling(args.lengths or [512, 2048, 8192]))
 

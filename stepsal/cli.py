@@ -38,8 +38,8 @@ HOW_TO_READ = (
 SMOLLM2 = 'stepsal trace --model smollm2 --html "A pen costs 3 euros. What do 4 pens cost?"'
 LEAST_SHARE = 1e-3  # of a row, at which the colours of the picture begin
 
-Target = Literal["token", "sequence"]
-"""What is differentiated: the loss of each next token, or their sum."""
+Target = Literal["token", "logit", "sequence"]
+"""As `stepsal.maps.step_saliency.GradientTarget`, which takes seconds to import, and --help would wait for it."""
 
 
 @app.callback()
@@ -60,7 +60,8 @@ def trace(
     html: Annotated[bool, typer.Option("--html", help="Write a page to explore, too: OUT.html.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of an earlier run.")] = False,
     target: Annotated[
-        Target, typer.Option(help="**token**: loss of each next token; **sequence**: their sum.")
+        Target,
+        typer.Option(help="**token**: loss of each next token; **logit**: its logit; **sequence**: sum of the losses."),
     ] = "token",
     stepflow: Annotated[bool, typer.Option("--stepflow", help="Write and map the answer under StepFlow.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Limit of the answer, in tokens.")] = 512,

@@ -25,7 +25,11 @@ def head_saliency(model: TransformerBridge, tokens: Tensor, target: str) -> Tens
     names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(model.cfg.n_layers)]
     with model.hooks(fwd_hooks=[(name, keep) for name in names]):
         logits = model(tokens[None], attention_mask=torch.ones_like(tokens)[None])
-    losses = F.cross_entropy(logits[0, :-1], tokens[1:], reduction="none")
+    if target == "logit":
+        of_rows = logits[0, :-1]
+        losses = of_rows[torch.arange(len(of_rows)), tokens[1:]] - of_rows.mean(-1)
+    else:
+        losses = F.cross_entropy(logits[0, :-1], tokens[1:], reduction="none")
     a = [patterns[name] for name in names]
     if target == "sequence":
         gradients = torch.autograd.grad(losses.sum(), a)

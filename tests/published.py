@@ -239,13 +239,13 @@ def n_traces() -> Numbers:
     return [sum(len(answers(f"population_{model}", ("correct",))) for model in ("mini", "smollm2"))]
 
 
-def guided(name: str, n_random: int = 3, **where: object) -> Numbers:
+def guided(name: str, **where: object) -> Numbers:
     """Return n, the changes under four variants of notebook 12 with their intervals, and those under random heads."""
     variants = ("guided", "guided, τ .15", "guided by contrast", "paper's band")
     numbers = pick(figure(f"guided_{name}"), "n", variant="guided", **where)
     for variant in variants:
         numbers = [*numbers, *pick(figure(f"guided_{name}"), "mean low high", variant=variant, **where)]
-    for i in range(n_random):
+    for i in range(3):
         numbers = [*numbers, *pick(figure(f"guided_{name}"), "mean", variant=f"random heads {i + 1}", **where)]
     return numbers
 
@@ -312,14 +312,14 @@ def milliseconds_of_python() -> Numbers:
 
 def maps_on_a_gpu() -> Numbers:
     """Return the seconds of maps of three lengths on a GPU, and the most gigabytes beside the weights."""
-    table = benchmark("saliency_7b")
+    table = benchmark("saliency_7b").query("method == 'streamed'")
     seconds = [pick(table, "seconds", tokens=n)[0] for n in (2048, 8192, 32768)]
     return [*seconds, float((table["peak_bytes"] - table["model_bytes"]).max() / 1e9)]
 
 
 def maps_of_floor_on_a_gpu() -> Numbers:
     """Return the time of maps relative to the fused pass on a GPU, at three lengths."""
-    table = benchmark("saliency_7b")
+    table = benchmark("saliency_7b").query("method == 'streamed'")
     return [
         seconds / floor
         for seconds, floor in (pick(table, "seconds floor_seconds", tokens=n) for n in (2048, 4096, 8192))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from typer.testing import CliRunner
 
+from stepsal import cli
 from stepsal.cli import app
 from stepsal.maps import StepSaliency
+from stepsal.maps.step_saliency import GradientTarget
 from stepsal.tasks import chain
 
 pytestmark = pytest.mark.slow  # each test runs a model or a command
@@ -111,3 +114,7 @@ def test_under_stepflow(tmp_path: Path) -> None:
 
 def test_out_must_lie_in_a_folder_that_exists(tmp_path: Path) -> None:
     assert "does not exist" in invoke("trace", QUESTION, "--out", str(tmp_path / "no" / "run"), code=2)
+
+
+def test_targets_are_those_of_step_saliency() -> None:
+    assert get_args(cli.Target) == get_args(GradientTarget)

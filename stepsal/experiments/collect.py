@@ -36,6 +36,7 @@ from stepsal.intervention import stepflow as open_stepflow
 from stepsal.layers import Layers, checked_layers, layer_indices
 from stepsal.maps import StepSaliency
 from stepsal.maps.pooling import Reduce
+from stepsal.maps.step_saliency import GradientTarget
 from stepsal.metrics import SCALARS, flow_metrics, trace_metrics
 from stepsal.saliency import step_saliency
 from stepsal.storage import digest
@@ -48,9 +49,6 @@ if TYPE_CHECKING:
 
     from stepsal.tasks import Problem, Task
     from stepsal.trace import Trace
-
-Target = Literal["token", "sequence"]
-"""Loss that the maps of a population differentiate: of each next token, or summed over the sequence."""
 
 
 def collect(
@@ -66,7 +64,7 @@ def collect(
     stepflow: StepFlowConfig | None = None,
     segmentation: Segmentation | None = None,
     batch_size: int = 64,
-    target: Target = "token",
+    target: GradientTarget = "token",
     reduce: Reduce = "density",
     layers: Layers = "all",
     engine: Literal["auto", "pattern", "streamed"] = "auto",
@@ -91,7 +89,7 @@ def collect(
         stepflow: settings of StepFlow, under which answers are written, scored and mapped; None goes without it.
         segmentation: how sections and steps are found, by StepFlow and in the traces; None is `Segmentation()`.
         batch_size: largest number of answers that are written together, and number that is kept at once.
-        target: "token" or "sequence", as in `stepsal.step_saliency`.
+        target: "token", "logit" or "sequence", as in `stepsal.step_saliency`.
         reduce: "density" or "mass", as in `stepsal.step_saliency`.
         layers: layers to map; see `stepsal.layers`.
         engine: "auto", "pattern" or "streamed", as in `stepsal.step_saliency`; may differ when a folder is resumed.
@@ -189,7 +187,7 @@ class _Mapper:
     system: str | None
     chat: Mapping[str, Any]
     segmentation: Segmentation
-    target: Target
+    target: GradientTarget
     reduce: Reduce
     layers: Layers
     engine: Literal["auto", "pattern", "streamed"]
@@ -234,13 +232,13 @@ class _Mapper:
             raise
 
 
-def _saliency_settings(target: Target, reduce: Reduce, layers: Layers, n_layers: int) -> dict[str, Any]:
+def _saliency_settings(target: GradientTarget, reduce: Reduce, layers: Layers, n_layers: int) -> dict[str, Any]:
     """Return how traces are mapped, JSON-ready.
 
     Raises:
         ValueError: a setting that is unknown, or no layers.
     """
-    for name, value, choices in (("target", target, get_args(Target)), ("reduce", reduce, get_args(Reduce))):
+    for name, value, choices in (("target", target, get_args(GradientTarget)), ("reduce", reduce, get_args(Reduce))):
         if value not in choices:
             raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(map(repr, choices))}")
     if not layer_indices(layers, n_layers):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 from inspect_ai.model import get_model
@@ -16,12 +16,13 @@ from stepsal.harness.engine import result_of
 from stepsal.harness.provider import StepsalAPI
 from stepsal.layers import Layers
 from stepsal.maps import StepSaliency
+from stepsal.maps.step_saliency import GradientTarget
 from stepsal.metrics import trace_metrics
 from stepsal.saliency import step_saliency
 
 
 async def capture(
-    state: TaskState, folder: str, *, layers: Layers, target: Literal["token", "sequence"], keep_tokens: bool
+    state: TaskState, folder: str, *, layers: Layers, target: GradientTarget, keep_tokens: bool
 ) -> dict[str, Any]:
     """Write the maps of a sample's last answer, and return where they are and what is in them.
 

@@ -6,7 +6,7 @@ imported when it is used.
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Any, cast, get_args
 
 from anyio import to_thread
 from inspect_ai import Task, task
@@ -15,6 +15,7 @@ from inspect_ai.scorer import Score, Scorer, Target, accuracy, scorer, stderr
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 
 from stepsal.layers import Layers
+from stepsal.maps.step_saliency import GradientTarget
 
 
 @modelapi(name="stepsal")
@@ -30,7 +31,7 @@ def capture_step_saliency(
     folder: str = "step_saliency",
     *,
     layers: Layers = "all",
-    target: Literal["token", "sequence"] = "token",
+    target: GradientTarget = "token",
     keep_tokens: bool = False,
 ) -> Solver:
     """Compute step maps of each Inspect sample's last answer, and keep them beside the scores.
@@ -42,7 +43,7 @@ def capture_step_saliency(
     Args:
         folder: folder to write to; created if missing.
         layers: as in `stepsal.step_saliency`.
-        target: "token" or "sequence", as in `stepsal.step_saliency`.
+        target: "token", "logit" or "sequence", as in `stepsal.step_saliency`.
         keep_tokens: as in `stepsal.step_saliency`.
 
     Raises:
@@ -58,8 +59,10 @@ def capture_step_saliency(
     chosen = checked_layers(read_layers(layers))
     if chosen == ():
         raise ValueError(f'layers={layers!r} names no layer, so there is nothing to map; use "all"')
-    if target not in ("token", "sequence"):
-        raise ValueError(f"target={target!r} is unknown; choose 'token' or 'sequence'")
+    if target not in get_args(GradientTarget):
+        raise ValueError(
+            f"target={target!r} is unknown; choose one of {', '.join(map(repr, get_args(GradientTarget)))}"
+        )
 
     async def solve(state: TaskState, generate: Generate) -> TaskState:
         from stepsal.harness.capture import capture

@@ -46,7 +46,7 @@ class Bridging:
 
     @cached_property
     def members(self) -> Float[Tensor, "batch key_pos group"]:
-        """1 where a key is in a group, else 0."""
+        """Membership of keys in groups: 1 where a key is in a group, else 0."""
         return torch.nn.functional.one_hot(self.groups.long(), self.n_groups).float()
 
     def row_groups(self, n_keys: int) -> RowGroups:

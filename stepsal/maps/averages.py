@@ -50,6 +50,7 @@ def average(saliencies: Sequence[StepSaliency]) -> StepSaliency:
         values=torch.stack([s.values for s in saliencies]).mean(0),
         head_values=torch.stack(heads).mean(0) if len(heads) == len(saliencies) else None,
         token_values=None,
+        token_positions=None,
         step_texts=("",) * first.n_steps,
         metadata={**first.metadata, "averaged": len(saliencies)},
     )

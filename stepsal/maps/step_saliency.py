@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
     from stepsal.trace import Trace
 
-Target = Literal["token", "sequence", "attention"]
-"""Loss that is differentiated, of one token or of the sequence; "attention" is attention alone, without a gradient."""
+GradientTarget = Literal["token", "logit", "sequence"]
+"""What is differentiated: the loss of each next token, its logit, or the sum of all losses."""
+Target = Literal[GradientTarget, "attention"]
+"""What is differentiated; "attention" is attention alone, without a gradient."""
 KIND = "StepSaliency"
 """Name in the header of files that `StepSaliency.save` writes."""
 FORMAT_VERSION = 2
@@ -43,7 +45,7 @@ class StepSaliency:
         layers: layer index of each map.
         n_layers: depth of the model, of which `layers` may be a part.
         model_name: the model's name.
-        target: "token" or "sequence" for the loss that was differentiated (see `stepsal.step_saliency`); "attention"
+        target: "token", "logit" or "sequence" for what was differentiated (see `stepsal.step_saliency`); "attention"
             where `values` is attention and nothing was differentiated.
         reduce: "density" or "mass", the way in which blocks of token pairs were reduced (see `stepsal.step_saliency`).
         roles: role of each step.
@@ -53,6 +55,7 @@ class StepSaliency:
         token_texts: text of each token.
         head_values: the maps of every head, if they were kept; `values` is their mean.
         token_values: the token maps, if they were kept.
+        token_positions: positions of the tokens whose maps were kept, ascending; None for all of them.
         metadata: origin of the maps (engine, dtype, settings of StepFlow), and "row_normalised": True after
             `row_normalised`; JSON values only.
 
@@ -80,7 +83,8 @@ reduce='density')
     step_ids: Int[Tensor, " pos"]
     token_texts: tuple[str, ...]
     head_values: Float[Tensor, "layer head query_step key_step"] | None = None
-    token_values: Float[Tensor, "layer query_pos key_pos"] | None = None
+    token_values: Float[Tensor, "layer kept_pos kept_pos"] | None = None
+    token_positions: Int[Tensor, " kept_pos"] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -110,7 +114,12 @@ reduce='density')
             n_heads = self.head_values.shape[1] if self.head_values.ndim == 4 else 0
             _check_shape("head_values", self.head_values, (n_maps, n_heads, n_steps, n_steps))
         if self.token_values is not None:
-            _check_shape("token_values", self.token_values, (n_maps, n_pos, n_pos))
+            n_kept = len(self.kept_positions)
+            _check_shape("token_values", self.token_values, (n_maps, n_kept, n_kept))
+        if self.token_positions is not None:
+            positions = self.token_positions.tolist()
+            if sorted(set(positions)) != positions or not set(positions) <= set(range(n_pos)):
+                raise ValueError(f"token_positions must ascend in 0..{n_pos - 1}, but are {positions[:9]} ..")
         if self.values.dtype != torch.float32:
             raise ValueError(f"values is {self.values.dtype}; pass values.float()")
         if not self.values.isfinite().all():
@@ -134,6 +143,11 @@ reduce='density')
     def n_steps(self) -> int:
         """The number of steps."""
         return len(self.roles)
+
+    @property
+    def kept_positions(self) -> Int[Tensor, " kept_pos"]:
+        """The positions of the tokens whose maps were kept, in the order of `token_values`."""
+        return torch.arange(len(self.token_texts)) if self.token_positions is None else self.token_positions
 
     # ------------------------------------------------------------------------------------------------ by layer
 
@@ -192,7 +206,8 @@ reduce='density')
     def row_normalised(self) -> StepSaliency:
         """Return a copy in which each row is divided by its sum: the share of each key step; empty rows stay zero.
 
-        Maps by head and by token are normalised by their own rows. `metadata["row_normalised"]` is True on the result,
+        Maps by head and by token are normalised by their own rows, token maps of some steps by what is kept of a row.
+        `metadata["row_normalised"]` is True on the result,
         whose values have no unit.
         """
         return replace(
@@ -350,7 +365,7 @@ reduce='density')
             raise ValueError(f"{path} is inconsistent: {error}") from error
 
 
-_TENSORS = ("values", "step_ids", "head_values", "token_values")
+_TENSORS = ("values", "step_ids", "head_values", "token_values", "token_positions")
 _LABELS: dict[str, Callable[[Any], Any]] = {  # field -> how to read it back from JSON
     "layers": tuple,
     "n_layers": int,

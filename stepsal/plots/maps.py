@@ -96,7 +96,7 @@ def token_map(
     """Draw the saliency between tokens like a `step_map`; template tokens are grey in the role strips.
 
     Args:
-        saliency: a `StepSaliency` with `token_values`, or a bare map together with `roles`.
+        saliency: a `StepSaliency` with `token_values`, of all tokens or of some steps, or a bare map with `roles`.
         layers: layers of a StepSaliency; of several the mean is shown.
         roles: role of each token of a bare map, "template" among them.
         ax: where to draw; None draws on the current Axes.
@@ -122,6 +122,10 @@ def token_map(
     norm = shared_norm([view.values.compressed()], TOKEN_FLOOR) if norm is None else norm
     ax = _draw(view, plt.gca() if ax is None else ax, norm, cmap, labels, _quantity(saliency, colorbar))
     ax.set(xlabel="key position", ylabel="query position")
+    if isinstance(saliency, StepSaliency) and saliency.token_positions is not None:
+        positions = saliency.token_positions.tolist()
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda at, _: str(positions[int(at)])))
     return ax
 
 

@@ -315,7 +315,7 @@ def token_values(
     """Return the token map to draw and the role of each token, "template" among them.
 
     Args:
-        saliency: a `StepSaliency` with `token_values`, or a bare map.
+        saliency: a `StepSaliency` with `token_values`, of all tokens or of some steps, or a bare map.
         layers: layers of a StepSaliency; of several the mean is returned.
         roles: role of each token of a bare map.
 
@@ -331,7 +331,8 @@ def token_values(
         if saliency.token_values is None:
             raise ValueError("token_values were not kept; use step_saliency(..., keep_tokens=True)")
         values = saliency.token_values[saliency.positions(layers)].float().mean(0).numpy()
-        return values, [saliency.roles[step] if step >= 0 else "template" for step in saliency.step_ids.tolist()]
+        step_ids = saliency.step_ids[saliency.kept_positions].tolist()
+        return values, [saliency.roles[step] if step >= 0 else "template" for step in step_ids]
     return _bare(saliency, layers, roles)
 
 

@@ -25,7 +25,8 @@ class Footprint:
         weights: bytes of the parameters.
         cache: bytes of keys and values of `batch_size` traces while they are written.
         streamed: lower bound for computing the maps of one trace with engine="streamed", in bytes, without the weights.
-        patterns: the same for engine="pattern", which StepFlow and hooks of your own need.
+        under_stepflow: the same under StepFlow.
+        patterns: the same for engine="pattern", which hooks of your own on scores and patterns need.
 
     Example:
         >>> footprint = stepsal.saliency.memory_needed("mini", 4000, batch_size=2)
@@ -41,6 +42,7 @@ class Footprint:
     weights: int
     cache: int
     streamed: int
+    under_stepflow: int
     patterns: int
 
     def __str__(self) -> str:
@@ -52,7 +54,8 @@ class Footprint:
             ),
             (f"writing {traces} of {self.n_tokens} tokens: keys and values", self.cache),
             (f"step maps of {self.n_tokens} tokens", self.streamed),
-            ("the same from whole patterns, as under StepFlow", self.patterns),
+            ("the same under StepFlow", self.under_stepflow),
+            ("the same from whole patterns, as with hooks on them", self.patterns),
         ]
         width = max(len(words) for words, _ in lines)
         return "\n".join([f"{self.model_name}, GB", *(f"  {words:{width}s} {n / 1e9:8.2f}" for words, n in lines)])
@@ -89,10 +92,11 @@ def memory_needed(
     Example:
         >>> print(stepsal.saliency.memory_needed("mini", 4000))
         mini, GB
-          weights, 0.00 billion in bfloat16                     0.00
-          writing one trace of 4000 tokens: keys and values     0.01
-          step maps of 4000 tokens                              0.06
-          the same from whole patterns, as under StepFlow       4.29
+          weights, 0.00 billion in bfloat16                       0.00
+          writing one trace of 4000 tokens: keys and values       0.01
+          step maps of 4000 tokens                                0.06
+          the same under StepFlow                                 0.06
+          the same from whole patterns, as with hooks on them     4.29
     """
     if min(n_tokens, n_steps, batch_size) < 1:
         raise ValueError(f"n_tokens={n_tokens}, n_steps={n_steps} and batch_size={batch_size} must be at least 1")
@@ -101,7 +105,7 @@ def memory_needed(
         model = build_bridge_from_module(
             blank, type(blank).__name__, hf_config=blank.config, tokenizer=None, model_name=name
         )
-        streamed, patterns = least_bytes(model, n_tokens, n_steps)
+        least = least_bytes(model, n_tokens, n_steps)
     except (ValueError, KeyError, NotImplementedError, AttributeError) as error:
         raise ValueError(f"{name!r} ({type(blank).__name__}) is not supported: {error}") from error
     n_parameters = sum(parameter.numel() for parameter in blank.parameters())
@@ -109,5 +113,5 @@ def memory_needed(
     key_and_value = 2 * (model.cfg.n_key_value_heads or model.cfg.n_heads) * model.cfg.d_head * dtype.itemsize
     return Footprint(
         name, dtype, n_parameters, n_tokens, batch_size, weights=n_parameters * dtype.itemsize,
-        cache=batch_size * keys * key_and_value, streamed=streamed, patterns=patterns,
+        cache=batch_size * keys * key_and_value, **least._asdict(),
     )  # fmt: skip

@@ -11,7 +11,7 @@ engine holds of them; `plan` chooses.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -78,8 +78,8 @@ def plan(
     engine: Literal["auto", "pattern", "streamed"],
     layers: tuple[int, ...],
     keep_heads: bool,
-    keep_tokens: bool,
     only_pattern: str | None,
+    n_kept_tokens: int = 0,
     forward_only: bool = False,
     bridged: bool = False,
 ) -> Plan:
@@ -94,8 +94,8 @@ def plan(
         engine: the requested engine.
         layers: indices of the layers to map, ascending.
         keep_heads: keep the map of every head.
-        keep_tokens: keep the token map of every layer.
         only_pattern: the reason why the trace can't be streamed; None if it can.
+        n_kept_tokens: number of positions whose token maps are kept.
         forward_only: True where no backward pass follows, for which activations would be kept.
         bridged: True where StepFlow edits patterns.
 
@@ -106,15 +106,14 @@ def plan(
     Example:
         >>> from stepsal.saliency.memory import plan
         >>> layers = tuple(range(8))
-        >>> plan(stepsal.load("mini"), 100, 9, engine="auto", layers=layers, keep_heads=False, keep_tokens=False,
-        ...      only_pattern=None).engine
+        >>> plan(stepsal.load("mini"), 100, 9, engine="auto", layers=layers, keep_heads=False, only_pattern=None).engine
         'pattern'
     """
     if engine == "streamed" and only_pattern:
         raise ValueError(f'{only_pattern}: use engine="pattern"')
     free = sum(map(free_bytes, devices_of(model)))  # of several devices, each has its layers
     widths, n_layers = _Widths.of(model), model.cfg.n_layers - layers[0]  # nothing below the lowest layer is kept
-    maps = _map_bytes(widths, n_tokens, n_steps, len(layers), keep_heads=keep_heads, keep_tokens=keep_tokens)
+    maps = _map_bytes(widths, n_steps, len(layers), keep_heads=keep_heads, n_kept_tokens=n_kept_tokens)
     patterns = Plan("pattern", 0, 0, maps + _pattern_bytes(widths, n_tokens, n_layers, forward_only=forward_only))
     streamed = _streamed_plan(widths, n_tokens, n_layers, maps, free, forward_only=forward_only, bridged=bridged)
     if engine == "auto":
@@ -133,8 +132,22 @@ def plan(
     return chosen
 
 
-def least_bytes(model: TransformerBridge, n_tokens: int, n_steps: int) -> tuple[int, int]:
-    """Return the bytes that the streamed and the pattern engine need for the maps of all layers.
+class LeastBytes(NamedTuple):
+    """Bytes that the engines need for the maps of all layers, with the smallest buffers.
+
+    Attributes:
+        streamed: of the streamed engine.
+        under_stepflow: of the streamed engine under StepFlow.
+        patterns: of the pattern engine.
+    """
+
+    streamed: int
+    under_stepflow: int
+    patterns: int
+
+
+def least_bytes(model: TransformerBridge, n_tokens: int, n_steps: int) -> LeastBytes:
+    """Return the bytes that the engines need for the maps of all layers, with the smallest buffers.
 
     Args:
         model: the model; it may be without weights (`stepsal.bridge.loading.blueprint`).
@@ -142,9 +155,12 @@ def least_bytes(model: TransformerBridge, n_tokens: int, n_steps: int) -> tuple[
         n_steps: number of its steps.
     """
     widths, n_layers = _Widths.of(model), model.cfg.n_layers
-    maps = _map_bytes(widths, n_tokens, n_steps, n_layers, keep_heads=False, keep_tokens=False)
-    streamed = _streamed_plan(widths, n_tokens, n_layers, maps, free=0, forward_only=False)
-    return streamed.n_bytes, maps + _pattern_bytes(widths, n_tokens, n_layers, forward_only=False)
+    maps = _map_bytes(widths, n_steps, n_layers, keep_heads=False, n_kept_tokens=0)
+    streamed, under_stepflow = (
+        _streamed_plan(widths, n_tokens, n_layers, maps, free=0, forward_only=False, bridged=bridged).n_bytes
+        for bridged in (False, True)
+    )
+    return LeastBytes(streamed, under_stepflow, maps + _pattern_bytes(widths, n_tokens, n_layers, forward_only=False))
 
 
 @dataclass(frozen=True)
@@ -196,12 +212,10 @@ class _Widths:
         )
 
 
-def _map_bytes(
-    widths: _Widths, n_tokens: int, n_steps: int, n_layers: int, *, keep_heads: bool, keep_tokens: bool
-) -> int:
+def _map_bytes(widths: _Widths, n_steps: int, n_layers: int, *, keep_heads: bool, n_kept_tokens: int) -> int:
     """Return the size of the results."""
     n_maps = n_layers * (1 + keep_heads * widths.n_heads)
-    return FLOAT32 * (_MAP_COPIES * n_maps * n_steps**2 + keep_tokens * n_layers * n_tokens**2)
+    return FLOAT32 * _MAP_COPIES * (n_maps * n_steps**2 + n_layers * n_kept_tokens**2)
 
 
 def _pattern_bytes(widths: _Widths, n_tokens: int, n_layers: int, *, forward_only: bool) -> int:

@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
@@ -25,6 +24,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from stepsal.bridge.gradients import differentiable
 from stepsal.bridge.hooks import Hook, attention_hooks, first_hooks_on
 from stepsal.maps.pooling import pool_steps
+from stepsal.saliency.objective import objective
 from stepsal.saliency.own_position import own_position_hooks
 from stepsal.saliency.request import MapRequest, PooledMaps, check_finite, explained
 
@@ -71,8 +71,9 @@ class _Pool:
         self._sums[layer] = pool_steps(mean, self._step_ids, n_steps).cpu()
         if self._request.keep_heads:
             self._head_sums[layer] = pool_steps(token_maps, self._step_ids, n_steps).cpu()
-        if self._request.keep_tokens:
-            self._tokens[layer] = mean.cpu()
+        if (positions := self._request.token_positions) is not None:
+            positions = positions.to(mean.device)
+            self._tokens[layer] = mean[positions][:, positions].cpu()
         check_finite(layer, self._sums[layer])
         self._on_layer()
 
@@ -86,12 +87,12 @@ class _Pool:
 
 
 def _differentiate(model: TransformerBridge, request: MapRequest, pool: _Pool) -> None:
-    """Pool |A * dL/dA| in one forward and one backward pass."""
+    """Pool |A * dL/dA| in one forward and one backward pass, with L what the request's target differentiates."""
     lowest = request.layers[0]
     first_hooks: list[tuple[str, Hook]] = []
     last_hooks: list[tuple[str, Hook]] = []
     for layer in range(lowest, model.cfg.n_layers):
-        if request.target == "token" and layer > lowest:  # in the lowest layer nothing but the pattern has a gradient
+        if request.own_position and layer > lowest:  # in the lowest layer nothing but the pattern has a gradient
             own = own_position_hooks(model, layer)
             first_hooks += own.first
             last_hooks += own.last
@@ -103,8 +104,7 @@ def _differentiate(model: TransformerBridge, request: MapRequest, pool: _Pool) -
     with differentiable(model), first_hooks_on(model, first_hooks), model.hooks(fwd_hooks=last_hooks):
         inputs = tokens[None].clone()  # a copy made here is no inference tensor
         logits = model(inputs, attention_mask=torch.ones_like(inputs), return_type="logits")  # [batch=1, pos, d_vocab]
-        loss = F.cross_entropy(logits[0, :-1].float(), inputs[0, 1:].to(logits.device), reduction="sum")
-        loss.backward()
+        objective(logits[0, :-1].float(), inputs[0, 1:].to(logits.device), request.target).backward()
 
 
 def _multiplying(layer: int, pool: _Pool, *, leaf: bool) -> Hook:

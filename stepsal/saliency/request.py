@@ -24,10 +24,10 @@ class MapRequest:
         step_ids: step of each token; -1 (template) is in no step.
         n_steps: number of steps.
         layers: indices of the layers to map, ascending; at least one.
-        target: "token" or "sequence" for the loss that is differentiated; "attention" for attention alone, without a
+        target: "token", "logit" or "sequence" for what is differentiated; "attention" for attention alone, without a
             backward pass.
         keep_heads: also make the map of every head.
-        keep_tokens: also keep the token map of every layer, which only the pattern engine can.
+        token_positions: positions, ascending, whose token maps are kept, too; None for none.
     """
 
     tokens: Int[Tensor, " pos"]
@@ -36,7 +36,12 @@ class MapRequest:
     layers: tuple[int, ...]
     target: Target = "token"
     keep_heads: bool = False
-    keep_tokens: bool = False
+    token_positions: Int[Tensor, " kept_pos"] | None = None
+
+    @property
+    def own_position(self) -> bool:
+        """True where every query row is differentiated by itself, so that no gradient leaves its position."""
+        return self.target in ("token", "logit")
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,12 +51,12 @@ class PooledMaps:
     Attributes:
         sums: sums over the blocks of query step x key step, of the mean over heads.
         head_sums: sums of every head, if requested.
-        tokens: the token maps, if requested.
+        tokens: the token maps of the requested positions.
     """
 
     sums: Float[Tensor, "layer query_step key_step"]
     head_sums: Float[Tensor, "layer head query_step key_step"] | None = None
-    tokens: Float[Tensor, "layer query_pos key_pos"] | None = None
+    tokens: Float[Tensor, "layer kept_pos kept_pos"] | None = None
 
 
 @contextmanager

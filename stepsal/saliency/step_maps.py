@@ -13,8 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
+import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -24,7 +26,7 @@ from stepsal.intervention import stepflow as open_stepflow
 from stepsal.intervention.segmentation import same_segmentation
 from stepsal.layers import Layers, layer_indices
 from stepsal.maps.pooling import Reduce, pair_counts, reduce_blocks, row_counts
-from stepsal.maps.step_saliency import StepSaliency, Target, labels_of
+from stepsal.maps.step_saliency import GradientTarget, StepSaliency, Target, labels_of
 from stepsal.saliency.blocks import Workspace
 from stepsal.saliency.memory import Plan, plan
 from stepsal.saliency.pattern import pattern_maps
@@ -42,13 +44,13 @@ def step_saliency(
     model: TransformerBridge,
     trace: Trace,
     *,
-    target: Literal["token", "sequence"] = "token",
+    target: GradientTarget = "token",
     engine: Engine = "auto",
     layers: Layers = "all",
     reduce: Reduce = "density",
     stepflow: StepFlowConfig | None = None,
     keep_heads: bool = False,
-    keep_tokens: bool = False,
+    keep_tokens: bool | Sequence[int] = False,
     progress: bool = True,
 ) -> StepSaliency: ...
 @overload
@@ -56,26 +58,26 @@ def step_saliency(
     model: TransformerBridge,
     trace: Sequence[Trace],
     *,
-    target: Literal["token", "sequence"] = "token",
+    target: GradientTarget = "token",
     engine: Engine = "auto",
     layers: Layers = "all",
     reduce: Reduce = "density",
     stepflow: StepFlowConfig | None = None,
     keep_heads: bool = False,
-    keep_tokens: bool = False,
+    keep_tokens: bool | Sequence[int] = False,
     progress: bool = True,
 ) -> list[StepSaliency]: ...
 def step_saliency(
     model: TransformerBridge,
     trace: Trace | Sequence[Trace],
     *,
-    target: Literal["token", "sequence"] = "token",
+    target: GradientTarget = "token",
     engine: Engine = "auto",
     layers: Layers = "all",
     reduce: Reduce = "density",
     stepflow: StepFlowConfig | None = None,
     keep_heads: bool = False,
-    keep_tokens: bool = False,
+    keep_tokens: bool | Sequence[int] = False,
     progress: bool = True,
 ) -> StepSaliency | list[StepSaliency]:
     """Map how much each step relies on itself and on each earlier step, layer by layer.
@@ -96,12 +98,13 @@ def step_saliency(
             `attn.hook_pattern`.
         trace: a trace that the model wrote, or any text in its format; or several, which are read one after the other
             with the same buffers.
-        target: loss that is differentiated for query row t. "token" is L_t, the loss of predicting token t + 1 alone
-            (the paper's map); "sequence" is the sum of all L_t, which adds the effect of row t on later tokens through
-            later layers.
+        target: what is differentiated for query row t. "token" is L_t, the loss of predicting token t + 1 alone (the
+            paper's map); "logit" is the logit of token t + 1 less the mean over the vocabulary, which does not saturate
+            where the model is sure; "sequence" is the sum of all L_t, which adds the effect of row t on later tokens
+            through later layers.
         engine: "pattern" keeps the patterns of all requested layers, in O(layers * heads * pos^2) memory; "streamed"
             keeps no pattern, in O(layers * pos * d_model); "auto" chooses by an estimate of the memory. The maps are
-            the same. Hooks on scores and patterns, StepFlow and `keep_tokens` need "pattern".
+            the same. Hooks on scores and patterns need "pattern".
         layers: layers to map; see `stepsal.layers`. The backward pass stops at the lowest one.
         reduce: "density" is the mean over the pairs of a block (the paper's map); "mass" is the sum over keys and mean
             over query rows, the saliency of a key step per query token.
@@ -109,7 +112,8 @@ def step_saliency(
             the edited pattern, and the gradient goes through the edits. A `stepsal.stepflow` context around the call
             does the same.
         keep_heads: also keep the map of every head; `values` is their mean.
-        keep_tokens: also keep the token map of every layer, [query_pos, key_pos]; for short traces.
+        keep_tokens: also keep the token map of every layer, [query_pos, key_pos]: True that of all tokens, for short
+            traces; some steps, such as [0, -1], that of their tokens as queries and as keys.
         progress: show a bar over traces and layers when the call takes more than two seconds.
 
     Returns:
@@ -129,7 +133,7 @@ def step_saliency(
            query_step  key_step
         0           1         0
     """
-    _check_choice("target", target, ("token", "sequence"))
+    _check_choice("target", target, get_args(GradientTarget))
     return _step_maps(
         model, trace, target=target, engine=engine, layers=layers, reduce=reduce, stepflow=stepflow,
         keep_heads=keep_heads, keep_tokens=keep_tokens, progress=progress,
@@ -146,7 +150,7 @@ def step_attention(
     reduce: Reduce = "density",
     stepflow: StepFlowConfig | None = None,
     keep_heads: bool = False,
-    keep_tokens: bool = False,
+    keep_tokens: bool | Sequence[int] = False,
     progress: bool = True,
 ) -> StepSaliency: ...
 @overload
@@ -159,7 +163,7 @@ def step_attention(
     reduce: Reduce = "density",
     stepflow: StepFlowConfig | None = None,
     keep_heads: bool = False,
-    keep_tokens: bool = False,
+    keep_tokens: bool | Sequence[int] = False,
     progress: bool = True,
 ) -> list[StepSaliency]: ...
 def step_attention(
@@ -171,7 +175,7 @@ def step_attention(
     reduce: Reduce = "density",
     stepflow: StepFlowConfig | None = None,
     keep_heads: bool = False,
-    keep_tokens: bool = False,
+    keep_tokens: bool | Sequence[int] = False,
     progress: bool = True,
 ) -> StepSaliency | list[StepSaliency]:
     """Map attention by steps, without gradients, as a baseline for saliency.
@@ -187,14 +191,15 @@ def step_attention(
             with the same buffers.
         engine: "pattern" builds the whole pattern of a layer, in O(heads * pos^2) memory; "streamed" builds it in
             blocks, in O(pos * d_model); "auto" chooses by an estimate of the memory. The maps are the same. Hooks on
-            scores and patterns, StepFlow and `keep_tokens` need "pattern".
+            scores and patterns need "pattern".
         layers: layers to map; see `stepsal.layers`.
         reduce: "density" is the mean attention over the pairs of a block; "mass" is the attention that a query token
             pays to all tokens of the key step together, averaged over query tokens.
         stepflow: read the trace under StepFlow with these settings, and with the segmentation of the trace: the map is
             then that of the edited pattern. A `stepsal.stepflow` context around the call does the same.
         keep_heads: also keep the map of every head; `values` is their mean.
-        keep_tokens: also keep the token map of every layer, [query_pos, key_pos]; for short traces.
+        keep_tokens: also keep the token map of every layer, [query_pos, key_pos]: True that of all tokens, for short
+            traces; some steps, such as [0, -1], that of their tokens as queries and as keys.
         progress: show a bar over traces and layers when the call takes more than two seconds.
 
     Returns:
@@ -231,7 +236,7 @@ def _step_maps(
     reduce: Reduce,
     stepflow: StepFlowConfig | None,
     keep_heads: bool,
-    keep_tokens: bool,
+    keep_tokens: bool | Sequence[int],
     progress: bool,
 ) -> StepSaliency | list[StepSaliency]:
     _check_choice("engine", engine, ("auto", "pattern", "streamed"))
@@ -244,7 +249,10 @@ def _step_maps(
     for one in traces:
         _check_trace(model, one)
     requests = [
-        MapRequest(one.tokens, one.step_ids, len(one.steps), indices, target, keep_heads, keep_tokens) for one in traces
+        MapRequest(
+            one.tokens, one.step_ids, len(one.steps), indices, target, keep_heads, _kept_positions(one, keep_tokens)
+        )
+        for one in traces
     ]
     followed = stepflow is not None or active_flow(model) is not None
     segmentation = _one_segmentation(traces) if followed else None
@@ -272,10 +280,9 @@ def _plans(model: TransformerBridge, requests: Sequence[MapRequest], engine: Eng
     return [
         plan(
             model, len(request.tokens), request.n_steps, engine=engine, layers=request.layers,
-            keep_heads=request.keep_heads, keep_tokens=request.keep_tokens,
+            keep_heads=request.keep_heads, only_pattern=why_not(model),
+            n_kept_tokens=0 if request.token_positions is None else len(request.token_positions),
             forward_only=request.target == "attention", bridged=flow is not None and bool(flow.oeb_layers),
-            only_pattern="token maps are whole" if request.keep_tokens
-            else why_not(model),
         )
         for request in requests
     ]  # fmt: skip
@@ -329,8 +336,28 @@ def _labelled(
         n_layers=model.cfg.n_layers,
         head_values=None if maps.head_sums is None else reduce_blocks(maps.head_sums, counts, rows, reduce),
         token_values=maps.tokens,
+        token_positions=_unless_all(request.token_positions, len(request.tokens)),
         metadata=metadata,
     )
+
+
+def _kept_positions(trace: Trace, keep_tokens: bool | Sequence[int]) -> Tensor | None:
+    """Return the positions of the tokens whose maps are kept, ascending; None for none.
+
+    Raises:
+        ValueError: a step that the trace does not have.
+    """
+    if isinstance(keep_tokens, bool):
+        return torch.arange(len(trace.tokens)) if keep_tokens else None
+    n_steps = len(trace.steps)
+    if absent := [step for step in keep_tokens if not -n_steps <= step < n_steps]:
+        raise ValueError(f"keep_tokens names step {absent[0]}, but the trace has {n_steps} steps (-1 is the last)")
+    steps = torch.tensor([step % n_steps for step in keep_tokens], dtype=trace.step_ids.dtype)
+    return torch.isin(trace.step_ids, steps).nonzero()[:, 0] if len(steps) else None
+
+
+def _unless_all(positions: Tensor | None, n_tokens: int) -> Tensor | None:
+    return None if positions is None or len(positions) == n_tokens else positions
 
 
 def _one_segmentation(traces: Sequence[Trace]) -> Segmentation | None:

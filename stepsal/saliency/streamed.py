@@ -36,7 +36,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -61,7 +60,9 @@ from stepsal.intervention.hooks import active_flow
 from stepsal.intervention.oeb import LayerBridge
 from stepsal.maps.pooling import StepSums
 from stepsal.saliency.blocks import Block, Visit, Workspace, attend, attend_backward, wide
+from stepsal.saliency.objective import objective
 from stepsal.saliency.request import MapRequest, PooledMaps, check_finite, explained
+from stepsal.saliency.window import TokenWindow
 
 
 def streamed_maps(
@@ -77,7 +78,7 @@ def streamed_maps(
 
     Args:
         model: any model that `stepsal.bridge.check.check_model` accepts.
-        request: the trace, and the maps to make of it, without token maps.
+        request: the trace, and the maps to make of it.
         n_rows: query rows per block.
         n_kept: number of layers, from the top, that are not checkpointed.
         workspace: buffers, to be reused for the next trace.
@@ -87,8 +88,6 @@ def streamed_maps(
         ValueError: the engine can't serve the model, its hooks or the request; see `why_not`.
         FloatingPointError: a layer's scores, pattern or map holds NaN or inf; the message says where they come from.
     """
-    if request.keep_tokens:
-        raise ValueError('token maps are whole: use engine="pattern"')
     streamed = StreamedPass(
         model, request, n_rows=n_rows, n_kept=n_kept, workspace=workspace or Workspace(), on_layer=on_layer
     )
@@ -100,7 +99,8 @@ def streamed_maps(
         else:
             streamed.backward(tokens, streamed.forward(tokens))
     maps = torch.stack([streamed.sums[layer] for layer in request.layers])
-    return PooledMaps(maps.mean(1), head_sums=maps) if request.keep_heads else PooledMaps(maps)
+    windows = torch.stack([streamed.tokens[layer] for layer in request.layers]) if streamed.tokens else None
+    return PooledMaps(maps.mean(1), maps, windows) if request.keep_heads else PooledMaps(maps, tokens=windows)
 
 
 def why_not(model: TransformerBridge) -> str | None:
@@ -147,6 +147,7 @@ class StreamedPass:
 
     Attributes:
         sums: layer -> block sums, filled in the backward pass; in the forward pass for target="attention".
+        tokens: layer -> token map of the requested positions, likewise.
     """
 
     def __init__(
@@ -165,6 +166,7 @@ class StreamedPass:
         self.checkpointed = range(self.lowest, n_layers - n_kept) if request.target != "attention" else range(0)
         self.attentions = [attention_of(model, layer) for layer in range(n_layers)]
         self.sums: dict[int, Tensor] = {}
+        self.tokens: dict[int, Tensor] = {}
         self._q: dict[int, Tensor] = {}
         self._kv: dict[int, tuple[Tensor, Tensor]] = {}
         self._z: dict[int, Tensor] = {}  # of checkpointed layers, for the second time
@@ -192,16 +194,16 @@ class StreamedPass:
         return final[0]
 
     def backward(self, tokens: Int[Tensor, " pos"], final: Float[Tensor, "pos d_model"]) -> None:
-        """Differentiate the summed loss; every requested layer is pooled on the way."""
+        """Differentiate what the target asks for, summed; every requested layer is pooled on the way."""
         gradient = torch.zeros_like(final)  # [pos, d_model]; the last position predicts nothing
         size = max(1, MAX_LOGITS // self.model.cfg.d_vocab)
         tokens = tokens.to(final.device)
         for first in range(0, len(tokens) - 1, size):
             x = final[first : min(first + size, len(tokens) - 1)].detach().requires_grad_()
             logits = wide(unembed(self.model, x))  # [chunk, d_vocab]
-            loss = F.cross_entropy(logits, tokens[first + 1 : first + 1 + len(x)], reduction="sum")
-            gradient[first : first + len(x)] = torch.autograd.grad(loss, x)[0]
-            del logits, loss
+            value = objective(logits, tokens[first + 1 : first + 1 + len(x)], self.request.target)
+            gradient[first : first + len(x)] = torch.autograd.grad(value, x)[0]
+            del logits, value
         final.backward(gradient)
 
     # ------------------------------------------------------------------------------------- hooks and checkpoints
@@ -221,7 +223,7 @@ class StreamedPass:
             takes.append((names["pattern"], self._checking(layer, "pattern")))
         with ExitStack() as stack:
             if self._flow is not None:
-                stack.enter_context(self._flow.streaming(constant_values=self.request.target == "token"))
+                stack.enter_context(self._flow.streaming(constant_values=self.request.own_position))
             stack.enter_context(differentiable(self.model))
             stack.enter_context(freed_at_once(next(self.model.parameters()).device))
             stack.enter_context(self.model.hooks(fwd_hooks=takes))  # after other hooks: what the attention gets
@@ -294,7 +296,7 @@ class StreamedPass:
         with self._pooled(layer, q) as visit:
             gradients = attend_backward(
                 q, k, v, dz, self.attentions[layer], self.n_rows, self.workspace,
-                own_position=self.request.target == "token", differentiate=layer != self.lowest, visit=visit,
+                own_position=self.request.own_position, differentiate=layer != self.lowest, visit=visit,
                 bridge=self._bridges.pop(layer),
             )  # fmt: skip
         return gradients or (None, None, None)
@@ -307,6 +309,8 @@ class StreamedPass:
             return
         step_ids, keep_heads = self.request.step_ids.to(q.device), self.request.keep_heads
         pool = StepSums(step_ids, self.request.n_steps, batch=(len(q),) if keep_heads else ())
+        positions = self.request.token_positions
+        window = None if positions is None else TokenWindow(positions, wide(q[:0]))
 
         def visit(product: Tensor, block: Block, group: slice) -> None:  # [head, row, key]
             size = torch.abs(product, out=self.workspace.take("size", product, *product.shape))
@@ -314,8 +318,12 @@ class StreamedPass:
                 pool.add(size, block.first, block.first_key, group)
             else:
                 pool.add(size.sum(0), block.first, block.first_key)
+            if window is not None:
+                window.add(size.sum(0), block)
 
         yield visit
+        if window is not None:
+            self.tokens[layer] = (window.values / len(q)).cpu()
         self.sums[layer] = (pool.sums if keep_heads else pool.sums / len(q)).cpu()
         check_finite(layer, self.sums[layer])
         self.on_layer()

@@ -17,7 +17,10 @@ from stepsal.plots import LINE_COLORS, ROLE_COLORS, step_labels
 from stepsal.widgets.scene import METRICS, NAMED_BANDS, NO_ATTENTION, NO_DIFFERENCE, QUANTILE_FLOOR, Scene
 
 LINES = {"lock_in": "lock-in of thinking rows", "summary_thinking": "summary on thinking"}
-NO_TOKENS = "no tokens to see: step_saliency(..., keep_tokens=True) keeps their maps"
+NO_TOKENS = (
+    "no tokens to see: step_saliency(..., keep_tokens=True) keeps their maps, keep_tokens=[..] those of some steps"
+)
+OTHER_TOKENS = "the tokens of these steps were not kept: name them in step_saliency(..., keep_tokens=[..])"
 TOO_MANY_TOKENS = "the token maps are too large for a browser"
 
 
@@ -58,8 +61,12 @@ def _describe(scene: Scene, label: str) -> dict[str, Any]:
         "profile": {name: [None if np.isnan(x) else float(x) for x in metrics[name]] for name in LINES},
         "undefined": {name: _why_undefined(saliency, name) for name in LINES if metrics[name].isna().all()},
         "n_heads": 0 if heads is None else heads.shape[1],
-        "no_tokens": NO_TOKENS if saliency.token_values is None else TOO_MANY_TOKENS,
-        "token_texts": [] if tokens is None else list(saliency.token_texts),
+        "no_tokens": NO_TOKENS
+        if saliency.token_values is None
+        else TOO_MANY_TOKENS
+        if tokens is None
+        else OTHER_TOKENS,
+        "token_texts": [] if tokens is None else [saliency.token_texts[i] for i in saliency.kept_positions.tolist()],
         "token_spans": [] if tokens is None else [_span(saliency, i) for i in range(saliency.n_steps)],
     }
 
@@ -90,8 +97,8 @@ def buffers(scene: Scene) -> dict[str, bytes]:
 
 
 def _span(saliency: StepSaliency, step: int) -> list[int]:
-    """Return the first token of a step and the one after its last."""
-    inside = (saliency.step_ids == step).nonzero()[:, 0]
+    """Return the first token of a step and the one after its last, among those that were kept."""
+    inside = (saliency.step_ids[saliency.kept_positions] == step).nonzero()[:, 0]
     return [int(inside[0]), int(inside[-1]) + 1] if len(inside) else [0, 0]
 
 

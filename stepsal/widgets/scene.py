@@ -136,13 +136,21 @@ class Scene:
             new["layer"] = layers[min(old, len(layers) - 1)]
         for name in ("pinned", "zoom"):
             new[name] = self._cell(name, new[name])
-        if new["zoom"] is not None and self.tokens(new["zoom"]["trace"]) is None:
-            tokens = self.maps[new["zoom"]["trace"]].token_values
-            size = "" if tokens is None else f", and smaller than {LARGEST_BUFFER / 2**20:.0f} MB"
-            raise ValueError(
-                f"{new['zoom']['trace']!r} has no token map to zoom into: step_saliency(..., keep_tokens=True){size}"
-            )
+        self._check_zoom(new["zoom"])
         return new
+
+    def _check_zoom(self, zoom: State | None) -> None:
+        """Refuse a cell whose tokens were not kept."""
+        if zoom is None:
+            return
+        saliency, trace = self.maps[zoom["trace"]], zoom["trace"]
+        if self.tokens(trace) is None:
+            size = "" if saliency.token_values is None else f", and smaller than {LARGEST_BUFFER / 2**20:.0f} MB"
+            raise ValueError(f"{trace!r} has no token map to zoom into: step_saliency(..., keep_tokens=True){size}")
+        kept = set(saliency.step_ids[saliency.kept_positions].tolist())
+        if absent := [zoom[axis] for axis in ("query", "key") if zoom[axis] not in kept]:
+            remedy = f"step_saliency(..., keep_tokens=[.., {absent[0]}])"
+            raise ValueError(f"tokens of step {absent[0]} of {trace!r} were not kept: {remedy}")
 
     def _cell(self, name: str, cell: Any) -> State | None:
         """Return a cell that a choice points to, checked; None for no cell."""

@@ -140,7 +140,7 @@ class TestAgainstRecomputation:
             assert (logged["rows"] == len(rows)).all()
 
 
-@pytest.mark.parametrize("target", ["token", "sequence"])
+@pytest.mark.parametrize("target", ["token", "logit", "sequence"])
 @pytest.mark.parametrize(("nested", "config"), [(False, STRONG), (True, STRONG), (False, HEADS)])
 def test_saliency_under_stepflow(
     tiny_with_text: TransformerBridge, target: str, nested: bool, config: StepFlowConfig

@@ -289,8 +289,8 @@ GUIDED: Statements = [
         "| facts: villages, n = {} |" + VARIANTS + " {}, {}, {} |",
         lambda: p.guided("answers", task="facts", wording="villages"),
     ),
-    ("| recall, n = {} |" + VARIANTS + " {} (one set) |", lambda: p.guided("answers", 1, task="recall")),
-    ("| stories, n = {} |" + VARIANTS + " {} (one set) |", lambda: p.guided("answers", 1, task="stories")),
+    ("| recall, n = {} |" + VARIANTS + " {}, {}, {} |", lambda: p.guided("answers", task="recall")),
+    ("| stories, n = {} |" + VARIANTS + " {}, {}, {} |", lambda: p.guided("answers", task="stories")),
     (
         "gains {} points at length 9 ({} to {}; {} % without) and none at length 8 ({}, {} to {}; {} % without)",
         lambda: [

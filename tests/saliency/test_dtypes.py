@@ -40,7 +40,7 @@ def test_whatever_dtypes_meet(architecture: str) -> None:
     trace = trace_of(models[0])
     expected = stepsal.step_saliency(models[0], trace, engine="pattern").values
     for model in models[1:]:
-        for target in ("token", "sequence"):
+        for target in ("token", "logit", "sequence"):
             by_pattern, streamed = (
                 stepsal.step_saliency(model, trace, engine=engine, target=target).values
                 for engine in ("pattern", "streamed")

@@ -25,6 +25,7 @@ def test_a_model_that_is_not_there_to_be_loaded(tmp_path: Path) -> None:
     assert footprint.weights == 2 * footprint.n_parameters == 2 * 7_615_616_512
     assert footprint.cache == 2 * 8192 * 28 * 2 * 4 * 128 * 2
     assert footprint.streamed < footprint.weights < footprint.patterns
+    assert footprint.streamed < footprint.under_stepflow < 1.05 * footprint.streamed
     assert "7.62 billion in bfloat16" in str(footprint)
 
 
@@ -32,7 +33,7 @@ def test_needs_are_those_of_the_loaded_model(mini: TransformerBridge) -> None:
     footprint = memory_needed("mini", 2000, dtype=torch.float32)
     parameters = list(mini.original_model.parameters())
     assert footprint.weights == sum(p.numel() * 4 for p in parameters)
-    assert (footprint.streamed, footprint.patterns) == least_bytes(mini, 2000, 200)
+    assert (footprint.streamed, footprint.under_stepflow, footprint.patterns) == least_bytes(mini, 2000, 200)
 
 
 def test_a_model_from_gguf(smollm2: TransformerBridge) -> None:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 import stepsal
+from stepsal.bridge.attention import attention_of
 from stepsal.maps.pooling import pool_steps
 from stepsal.saliency.own_position import own_position_hooks
 from stepsal.saliency.pattern import pattern_maps
@@ -25,6 +26,7 @@ from stepsal.trace import Segmentation, Trace
 
 STEP_IDS = torch.tensor([-1, -1] + [0] * 6 + [1] * 5 + [2] * 4 + [-1] + [3] * 6)
 N_STEPS = 4
+ALL = torch.arange(len(STEP_IDS))  # positions whose token maps are kept
 
 
 @pytest.fixture(scope="module")
@@ -51,17 +53,17 @@ def logits_of(model: TransformerBridge, tokens: torch.Tensor) -> torch.Tensor:
         return model(tokens[None], attention_mask=torch.ones_like(tokens)[None])
 
 
-@pytest.mark.parametrize("target", ["token", "sequence"])
+@pytest.mark.parametrize("target", ["token", "logit", "sequence"])
 def test_exact_on_every_architecture(tiny: TransformerBridge, tokens: torch.Tensor, target: str) -> None:
     expected = brute_force.token_saliency(tiny, tokens, target)
     layers = tuple(range(tiny.cfg.n_layers))
-    maps = pattern_maps(tiny, request(tokens, layers=layers, target=target, keep_tokens=True))
+    maps = pattern_maps(tiny, request(tokens, layers=layers, target=target, token_positions=ALL))
     for layer in layers:
         assert expected[layer].norm() > 0
         assert relative_error(maps.tokens[layer], expected[layer]) <= 1e-5
 
 
-@pytest.mark.parametrize("target", ["token", "sequence"])
+@pytest.mark.parametrize("target", ["token", "logit", "sequence"])
 @pytest.mark.parametrize("reduce", ["density", "mass"])
 def test_exact_step_maps_of_the_embedded_reasoner(
     mini: TransformerBridge, chain_trace: Trace, target: str, reduce: str
@@ -84,7 +86,31 @@ def test_targets_differ_except_in_the_last_layer(tiny: TransformerBridge, tokens
     assert relative_error(token[0], sequence[0]) > 0.05
 
 
-@pytest.mark.parametrize("target", ["token", "sequence"])
+def test_the_logit_knows_what_a_sure_row_relies_on(mini: TransformerBridge, chain_trace: Trace) -> None:
+    """The loss hardly depends on anything where the next token is certain; its logit does as anywhere."""
+    spans = {}
+    for target in ("token", "logit"):
+        saliency = stepsal.step_saliency(mini, chain_trace, target=target, reduce="mass")
+        rows = saliency.mean_over("deep").sum(-1)  # [query_step]
+        spans[target] = float(rows.log10().max() - rows.log10().min())
+    assert spans["logit"] < 1.5 < 2 < spans["token"]
+
+
+def test_a_shift_of_all_logits_changes_nothing(tiny: TransformerBridge, tokens: torch.Tensor) -> None:
+    if attention_of(tiny, 0).softcap:
+        pytest.skip("caps its logits after the last hook point")
+    asked = request(tokens, layers=tuple(range(tiny.cfg.n_layers)), target="logit")
+    expected = pattern_maps(tiny, asked).sums
+
+    def shifted(x: torch.Tensor, hook: object) -> torch.Tensor:
+        return x + 3 * x[..., :1] ** 2
+
+    with tiny.hooks(fwd_hooks=[("unembed.hook_out", shifted)]):
+        got = pattern_maps(tiny, asked).sums
+    assert relative_error(got, expected) <= 1e-4
+
+
+@pytest.mark.parametrize("target", ["token", "logit", "sequence"])
 def test_edits_by_other_hooks_are_part_of_the_model(tiny: TransformerBridge, tokens: torch.Tensor, target: str) -> None:
     """An ablated head, say, has no gradient, through its own position's value as little as through any other."""
     edits = [
@@ -99,7 +125,7 @@ def test_edits_by_other_hooks_are_part_of_the_model(tiny: TransformerBridge, tok
     layers = tuple(range(tiny.cfg.n_layers))
     with tiny.hooks(fwd_hooks=edits):
         expected = brute_force.token_saliency(tiny, tokens, target)
-        maps = pattern_maps(tiny, request(tokens, layers=layers, target=target, keep_tokens=True))
+        maps = pattern_maps(tiny, request(tokens, layers=layers, target=target, token_positions=ALL))
     for layer in layers:
         assert relative_error(maps.tokens[layer], expected[layer]) <= 1e-5
 
@@ -112,7 +138,7 @@ def test_own_position_hooks_leave_logits_identical(tiny: TransformerBridge, toke
         assert torch.equal(logits_of(tiny, tokens), plain)
 
 
-@pytest.mark.parametrize("target", ["token", "sequence"])
+@pytest.mark.parametrize("target", ["token", "logit", "sequence"])
 def test_a_subset_of_layers_and_heads_gives_the_same_maps(
     mini: TransformerBridge, chain_trace: Trace, target: str
 ) -> None:
@@ -184,7 +210,7 @@ def test_attention_alone_is_that_of_the_plain_model(architecture: str, tokens: t
         expected = torch.stack(plain(tokens[None], output_attentions=True).attentions)[:, 0]  # [layer, head, pos, pos]
     model = stepsal.load("tiny", hf_model=tiny_hf_model(architecture))
     options: dict = {"layers": (0, 1, 2, 3), "target": "attention", "keep_heads": True}
-    maps = pattern_maps(model, request(tokens, **options, keep_tokens=True))
+    maps = pattern_maps(model, request(tokens, **options, token_positions=ALL))
     assert relative_error(maps.tokens, expected.mean(1)) <= 1e-5
     pooled = pool_steps(expected, STEP_IDS, N_STEPS)
     assert relative_error(maps.head_sums, pooled) <= 1e-5
@@ -287,7 +313,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"target": "tokens"}, "target='tokens'.*'token', 'sequence'"),
+            ({"target": "tokens"}, "target='tokens'.*'token', 'logit', 'sequence'"),
             ({"engine": "fast"}, "engine='fast'.*'auto', 'pattern'"),
             ({"reduce": "max"}, "reduce='max'.*'density', 'mass'"),
             ({"layers": [8]}, r"layers=\[8\]: there is no layer 8 in a model of 8 layers"),

@@ -74,7 +74,7 @@ def cases(draw: st.DrawFn) -> dict:
         "step_ids": torch.tensor(ids),
         "n_steps": len(lengths),
         "layers": tuple(sorted(layers)),
-        "target": draw(st.sampled_from(["token", "sequence"])),
+        "target": draw(st.sampled_from(["token", "logit", "sequence"])),
         "n_rows": draw(st.integers(1, 20)),
         "n_kept": draw(st.integers(0, 4 - min(layers))),
     }
@@ -99,7 +99,7 @@ def test_the_same_maps_as_the_pattern_engine(models: dict[str, TransformerBridge
             assert (a[layer] - b[layer]).norm() <= 1e-4 * b[layer].norm() + rounding
 
 
-@pytest.mark.parametrize("target", ["token", "sequence"])
+@pytest.mark.parametrize("target", ["token", "logit", "sequence"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_layer_of_every_architecture(
     models: dict[str, TransformerBridge], architecture: str, target: str
@@ -126,7 +126,7 @@ class TestRealTraces:
         assert (got.metadata["engine"], expected.metadata["engine"]) == ("streamed", "pattern")
         assert torch.equal(got.values, got.values.tril())
 
-    @pytest.mark.parametrize("target", ["token", "sequence"])
+    @pytest.mark.parametrize("target", ["token", "logit", "sequence"])
     def test_the_real_model(self, smollm2: TransformerBridge, target: str) -> None:
         trace = Trace.from_text("How many legs have 3 cats?", "A cat has four legs. So there are twelve.", smollm2)
         expected = stepsal.step_saliency(smollm2, trace, engine="pattern", target=target)
@@ -155,7 +155,7 @@ class TestRealTraces:
             assert got.step_texts == alone.step_texts
 
     @pytest.mark.parametrize("architecture", ARCHITECTURES)
-    @pytest.mark.parametrize("target", ["token", "sequence"])
+    @pytest.mark.parametrize("target", ["token", "logit", "sequence"])
     @pytest.mark.parametrize("strength", [0.4, 1.0])
     def test_bfloat16(self, architecture: str, target: str, strength: float) -> None:
         """Against float32 arithmetic on the same (rounded) weights.
@@ -416,11 +416,6 @@ class TestRefusals:
         with pytest.raises(FloatingPointError, match="NaN or inf in the map of layer 3"):
             stepsal.step_saliency(model, trace, engine="streamed")
 
-    def test_token_maps(self, mini: TransformerBridge) -> None:
-        trace = Trace.from_text("Anna is 1 plus 1. What is Anna?", " Anna needs nothing.", mini)
-        with pytest.raises(ValueError, match="token maps are whole"):
-            stepsal.step_saliency(mini, trace, engine="streamed", keep_tokens=True)
-
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("what", ["scale", "softcap", "sinks"])
     def test_an_attention_that_is_not_what_it_seems(
@@ -467,7 +462,7 @@ class TestMemory:
     def test_what_fits_with_all_layers_checkpointed_is_not_refused(
         self, n_tokens: int, mini: TransformerBridge, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        options: dict = {"engine": "streamed", "layers": tuple(range(8)), "keep_heads": False, "keep_tokens": False}
+        options: dict = {"engine": "streamed", "layers": tuple(range(8)), "keep_heads": False}
         options["only_pattern"] = None
         free = 2**40
         monkeypatch.setattr(memory, "free_bytes", lambda device: free)
@@ -489,7 +484,7 @@ class TestMemory:
         assert rows[0] > rows[1] > rows[2] >= 16
 
     def test_the_engine_is_chosen_by_size(self, smollm2: TransformerBridge) -> None:
-        options: dict = {"layers": tuple(range(30)), "keep_heads": False, "keep_tokens": False, "engine": "auto"}
+        options: dict = {"layers": tuple(range(30)), "keep_heads": False, "engine": "auto"}
         chosen = {
             n: memory.plan(smollm2, n, 20, only_pattern=None, **options) for n in (64, 512, 1024, 2048, 4096, 8192)
         }

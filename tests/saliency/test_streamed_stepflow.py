@@ -71,7 +71,7 @@ def requests(draw: st.DrawFn) -> MapRequest:
         step_ids,
         n_steps,
         layers=tuple(sorted(draw(st.sets(st.integers(0, 3), min_size=1)))),
-        target=draw(st.sampled_from(["token", "sequence", "attention"])),
+        target=draw(st.sampled_from(["token", "logit", "sequence", "attention"])),
         keep_heads=True,
     )
 
@@ -101,7 +101,7 @@ def test_the_same_maps_as_from_whole_patterns(
         pd.testing.assert_frame_equal(getattr(logs[1], table), getattr(logs[0], table), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("target", ["token", "sequence"])
+@pytest.mark.parametrize("target", ["token", "logit", "sequence"])
 @pytest.mark.parametrize("config", [STRONG, HEADS], ids=["layers", "heads"])
 def test_a_backward_pass_for_each_target(tiny: TransformerBridge, target: str, config: StepFlowConfig) -> None:
     trace = Trace.from_text("How many?", RESPONSE[:70], tiny, segmentation=THINK)

@@ -181,6 +181,20 @@ def test_what_was_not_kept_is_said(open_page: Open) -> None:
     expect(told).to_contain_text("keep_tokens=True")
 
 
+def test_some_steps_open_where_their_tokens_were_kept(open_page: Open) -> None:
+    of_step, positions = saliency().step_ids, torch.tensor([2, 3, 6, 7])
+    kept = sorted(set(of_step[positions].tolist()))
+    tokens = torch.rand(8, 4, 4, generator=torch.Generator().manual_seed(5)).tril()
+    page = open_page(Explorer({"wrong": saliency(token_values=tokens, token_positions=positions)}))
+    where = panel(page)
+    where.locator(".stepsal-map").dblclick(position=point(where, kept[1], kept[0]))
+    expect(where.locator(".stepsal-tokens")).to_have_attribute("data-shape", "2x2")
+    page.keyboard.press("Escape")
+    where.locator(".stepsal-map").dblclick(position=point(where, kept[1], 0))
+    expect(where.locator(".stepsal-token-readout")).to_contain_text("keep_tokens=[..]")
+    expect(where.locator(".stepsal-tokens")).to_be_hidden()
+
+
 @pytest.mark.parametrize(
     ("traces", "attention", "offered"),
     [

@@ -73,7 +73,8 @@ class Explorer {
 
   /** Open a cell into its tokens; false where there are none. */
   zoom(map, cell) {
-    if (!this.maps.data[`${map}/tokens`]) return false;
+    const { token_spans } = this.maps.maps[map], kept = cell.every((step) => token_spans[step]?.[1] > 0);
+    if (!this.maps.data[`${map}/tokens`] || !kept) return false;
     this.set({ zoom: [map, ...cell], pinned: [map, ...cell] });
     return true;
   }
