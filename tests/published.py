@@ -204,6 +204,14 @@ TO_QUESTION, TO_THINKING = "thinking → question", "summary → thinking"
 PLAIN, AGAIN, ANEW = "without", "same traces, with", "answered again, with"
 
 
+def long_trace() -> Numbers:
+    """Return what the thinking of a long trace puts on the question, in percent: shallow without and with, deep."""
+    table = figure("stepflow_long")
+    thinking = table["query_step"].between(1, table["query_step"].max() - 1) & (table["key_step"] == 0)
+    shares = 100 * table[thinking].groupby(["band", "stepflow"])["saliency"].mean()
+    return [shares["shallow", "without"], shares["shallow", "with"], shares["deep", "without"]]
+
+
 def raised() -> Numbers:
     """Return the percentage of rows in which the bridge was raised while traces were read again."""
     table = figure("stepflow_profiles")

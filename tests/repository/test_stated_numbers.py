@@ -140,6 +140,7 @@ PROFILES: Statements = [
 
 SHALLOW, DEEP = (0, 1), (6, 7)
 STEPFLOW: Statements = [
+    ("share on the question rises from {} to {} %, in the deep ones it stays at {} %", p.long_trace),
     (
         "thinking row on the question rises from {} to {}",
         lambda: p.share_of_rows(p.TO_QUESTION, SHALLOW, p.PLAIN, p.AGAIN),
