@@ -61,9 +61,9 @@ N_STEPS = 20
 RESULTS = Path(__file__).parent / "results"
 
 
-def smollm2() -> TransformerBridge:
+def smollm2(dtype: torch.dtype = torch.float32) -> TransformerBridge:
     """Load SmolLM2, with room for any length."""
-    model = stepsal.load("smollm2")
+    model = stepsal.load("smollm2", dtype=dtype)
     model.original_model.config.max_position_embeddings = model.cfg.n_ctx = 2**17
     return model
 
@@ -187,9 +187,9 @@ def forget_the_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def point(name: str, n_tokens: int) -> dict:
+def point(name: str, n_tokens: int, dtype: torch.dtype) -> dict:
     """Measure one method at one length, in this process."""
-    model = smollm2()
+    model = smollm2(dtype)
     run = method(name, model, n_tokens)
     forget_the_peak()
     before, _ = memory_of_this_process()
@@ -414,10 +414,11 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="of the memory table")
     parser.add_argument("--point", help="measure one method in this process, and print it as JSON")
-    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=1024, help="of the point")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the point")
     args = parser.parse_args()
     if args.point:
-        print(json.dumps(point(args.point, args.tokens)))
+        print(json.dumps(point(args.point, args.tokens, getattr(torch, args.dtype))))
         return
     if args.what == "7b":
         if torch.cuda.is_available():

@@ -11,9 +11,7 @@ the edits, on the device), `config`, `heads`, `log`, `segmentation`, `effects`,
 `gains` (with its value in `gain_table`).
 """
 
-from stepsal.intervention.config import StepFlowConfig
-from stepsal.intervention.gain_table import EditGains
-from stepsal.intervention.hooks import StepFlow, active_flow, agreed_segmentation, stepflow
-from stepsal.intervention.log import FlowLog
+import lazy_loader
 
-__all__ = ["EditGains", "FlowLog", "StepFlow", "StepFlowConfig", "active_flow", "agreed_segmentation", "stepflow"]
+# The names stand in __init__.pyi; each is imported on first use, since the mathematics needs no model.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -499,18 +499,23 @@ class TestMemory:
 
     @pytest.mark.slow
     @pytest.mark.parametrize(
-        ("engine", "n_tokens"),
+        ("engine", "n_tokens", "dtype"),
         [
-            pytest.param("pattern", 512, marks=pytest.mark.nightly),
-            ("streamed", 512),
-            pytest.param("streamed", 2048, marks=pytest.mark.nightly),
-            pytest.param("streamed", 4096, marks=pytest.mark.nightly),
+            pytest.param("pattern", 512, "float32", marks=pytest.mark.nightly),
+            pytest.param("pattern", 512, "bfloat16", marks=pytest.mark.nightly),
+            ("streamed", 512, "float32"),
+            pytest.param("streamed", 2048, "float32", marks=pytest.mark.nightly),
+            pytest.param("streamed", 2048, "bfloat16", marks=pytest.mark.nightly),
+            pytest.param("streamed", 4096, "float32", marks=pytest.mark.nightly),
+            pytest.param("streamed StepFlow", 512, "float32", marks=pytest.mark.nightly),
+            pytest.param("streamed StepFlow", 2048, "float32", marks=pytest.mark.nightly),
+            pytest.param("streamed StepFlow", 2048, "bfloat16", marks=pytest.mark.nightly),
         ],
     )
     def test_the_estimate_is_within_a_factor_of_two(
-        self, engine: str, n_tokens: int, smollm2: TransformerBridge
+        self, engine: str, n_tokens: int, dtype: str, smollm2: TransformerBridge
     ) -> None:
-        measured = measured_alone(engine, n_tokens)
+        measured = measured_alone(engine, n_tokens, dtype)
         assert 0.5 <= measured["estimate_bytes"] / (measured["peak_bytes"] - measured["model_bytes"]) <= 2
 
     @pytest.mark.nightly
@@ -521,11 +526,17 @@ class TestMemory:
         grown = [measured["peak_bytes"] - measured["model_bytes"] for measured in (short, long)]
         assert grown[1] < 3 * grown[0]
 
+    @pytest.mark.nightly
+    @pytest.mark.parametrize("n_tokens", [4096, 8192])
+    def test_stepflow_hardly_takes_more(self, n_tokens: int, smollm2: TransformerBridge) -> None:
+        plain, edited = (measured_alone(engine, n_tokens) for engine in ("streamed", "streamed StepFlow"))
+        assert edited["peak_bytes"] <= 1.2 * plain["peak_bytes"]
+
 
 @functools.cache
-def measured_alone(engine: str, n_tokens: int) -> dict[str, float]:
+def measured_alone(engine: str, n_tokens: int, dtype: str = "float32") -> dict[str, float]:
     """What the benchmark measures, in a process of its own."""
     script = Path(__file__).parents[2] / "benchmarks" / "saliency_cost.py"
-    command = [sys.executable, str(script), "--point", engine, "--tokens", str(n_tokens)]
+    command = [sys.executable, str(script), "--point", engine, "--tokens", str(n_tokens), "--dtype", dtype]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return json.loads(output.splitlines()[-1])
