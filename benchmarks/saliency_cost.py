@@ -311,23 +311,20 @@ def measure_pooling(lengths: list[int]) -> pd.DataFrame:
 # ---------------------------------------------------------------------------------------------------- StepFlow
 
 
-def measure_stepflow(lengths: list[int], turns: int) -> pd.DataFrame:
+def measure_stepflow(n_tokens: int, turns: int) -> pd.DataFrame:
     """Measure the streamed engine with and without StepFlow: peaks in processes of their own, short texts in turn."""
-    rows = []
-    for n_tokens in lengths:
-        of_methods = {name: run_point(name, n_tokens) for name in EDITED}
-        if n_tokens <= 2048:
-            model, workspace = smollm2(), Workspace()
-            runs = {name: engine(model, n_tokens, name, workspace) for name in EDITED}
-            times = in_turn(runs, turns, f"{n_tokens} tokens")
-            for name, seconds in times.items():
-                ratios = [a / b for a, b in zip(seconds, times["streamed"], strict=True)]
-                of_methods[name] |= {
-                    "seconds": statistics.median(seconds), "of_streamed": statistics.median(ratios),
-                    "min": min(ratios), "max": max(ratios), "turns": turns,
-                }  # fmt: skip
-        rows += of_methods.values()
-    table = pd.DataFrame(rows)
+    of_methods = {name: run_point(name, n_tokens) for name in EDITED}
+    if n_tokens <= 2048:
+        model, workspace = smollm2(), Workspace()
+        runs = {name: engine(model, n_tokens, name, workspace) for name in EDITED}
+        times = in_turn(runs, turns, f"{n_tokens} tokens")
+        for name, seconds in times.items():
+            ratios = [a / b for a, b in zip(seconds, times["streamed"], strict=True)]
+            of_methods[name] |= {
+                "seconds": statistics.median(seconds), "of_streamed": statistics.median(ratios), "min": min(ratios),
+                "max": max(ratios), "turns": turns,
+            }  # fmt: skip
+    table = pd.DataFrame(of_methods.values())
     table["grown_bytes"] = table["peak_bytes"] - table["model_bytes"]
     return table
 
@@ -431,7 +428,8 @@ def main() -> None:
     if args.what in ("time", "all"):
         save("saliency_time", measure_time(args.lengths or [512, 1024, 2048, 8192], args.turns))
     if args.what in ("stepflow", "all"):
-        save("saliency_stepflow", measure_stepflow(args.lengths or [1024, 2048, 4096, 8192], args.turns))
+        for n_tokens in args.lengths or [1024, 2048, 4096, 8192]:
+            save("saliency_stepflow", measure_stepflow(n_tokens, args.turns))  # after each: the last ones take long
     if args.what in ("pooling", "all"):
         save("saliency_pooling", measure_pooling(args.lengths or [512, 2048, 8192]))
 
