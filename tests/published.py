@@ -340,6 +340,21 @@ def exponents() -> Numbers:
     return table[table["to"] == 16384].sort_values("from")["grown_bytes"].tolist()
 
 
+def bytes_under_stepflow() -> Numbers:
+    """Return the peak gigabytes of maps of three lengths under StepFlow, and those without."""
+    table = benchmark("saliency_stepflow")
+    return [
+        pick(table, "peak_bytes", tokens=n, method=method)[0] / 1e9
+        for method in ("streamed StepFlow", "streamed")
+        for n in (2048, 4096, 8192)
+    ]
+
+
+def time_under_stepflow(method: str, n_tokens: int = 2048) -> Numbers:
+    """Return the time of a map under StepFlow relative to one without: median, smallest and largest of the turns."""
+    return pick(benchmark("saliency_stepflow"), "of_streamed min max", tokens=n_tokens, method=method)
+
+
 def pooling() -> Numbers:
     """Return the smallest and the largest percentage of the time that pooling takes at 2048 tokens."""
     table = benchmark("saliency_pooling")

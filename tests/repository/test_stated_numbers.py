@@ -78,6 +78,21 @@ README: Statements = [
     ("maps of 2048 tokens take {} s, of 8192 {} s and of 32768 {} s, with {} GB beside", p.maps_on_a_gpu),
     ("That is {}, {} and {} times the fused pass at", p.maps_of_floor_on_a_gpu),
     ("exponent of {} between 1024 and 16384 tokens, and of {} from 2048 on", p.exponents),
+    ("at its peak {}, {} and {} GB at 2048, 4096 and 8192 tokens, and {}, {} and {} GB", p.bytes_under_stepflow),
+    (
+        "takes {} times ({} to {}) the time of one without StepFlow",
+        lambda: p.time_under_stepflow("streamed StepFlow"),
+    ),
+    (
+        "and {} times ({} to {}) where every layer is edited",
+        lambda: p.time_under_stepflow("streamed StepFlow everywhere"),
+    ),
+    (
+        "uneven to say more than {} and {} times",
+        lambda: [
+            p.time_under_stepflow(method, 1024)[0] for method in ("streamed StepFlow", "streamed StepFlow everywhere")
+        ],
+    ),
     (
         "a backward pass for each target, takes {} s at 128 tokens",
         lambda: p.pick(p.benchmark("saliency_memory"), "seconds", tokens=128),
