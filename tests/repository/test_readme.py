@@ -81,6 +81,7 @@ def test_the_architecture_names_every_room() -> None:
 def rows_below(header: str) -> list[list[str]]:
     """Return the cells of a table, by the beginning of its first line."""
     lines = TEXT.partition(header)[2].partition("\n\n")[0].splitlines()[2:]
+    assert lines, f"README.md has no table that begins with {header!r}"
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
 
 
