@@ -350,9 +350,17 @@ def bytes_under_stepflow() -> Numbers:
     ]
 
 
-def time_under_stepflow(method: str, n_tokens: int = 2048) -> Numbers:
+def time_under_stepflow(method: str, n_tokens: int) -> Numbers:
     """Return the time of a map under StepFlow relative to one without: median, smallest and largest of the turns."""
     return pick(benchmark("saliency_stepflow"), "of_streamed min max", tokens=n_tokens, method=method)
+
+
+def one_run_under_stepflow(n_tokens: int) -> Numbers:
+    """Return the time of one map relative to one without StepFlow: at the paper's settings, with all layers edited."""
+    methods = ("streamed", "streamed StepFlow", "streamed StepFlow everywhere")
+    table = benchmark("saliency_stepflow")
+    plain, *edited = (pick(table, "seconds", tokens=n_tokens, method=method)[0] for method in methods)
+    return [seconds / plain for seconds in edited]
 
 
 def pooling() -> Numbers:
